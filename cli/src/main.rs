@@ -1,0 +1,2 @@
+//! The `kvsieve` program.
+fn main() {}

@@ -1,0 +1,110 @@
+//! Attention of new queries over stored entries, in place: softmax(logits) · V per query head, with the
+//! log-sum-exp of every row and, on request, the attention mass that every entry received.
+//!
+//! *Helps* because nothing is copied, concatenated or expanded to query heads: the `G` query heads of a
+//! group share each key and value row. *Hurts* nothing; it is the one call a host cannot avoid.
+//!
+//! For query head `h` (KV head `⌊h/G⌋`), query `i`, entries `j` that it sees:
+//! ```text
+//! x[h,i,j] = cap(scale · q[h,i]·k[j]) + β[j]
+//! lse[h,i] = ln( Σ_j exp x[h,i,j]  (+ exp sink[h]) )
+//! out[h,i] = Σ_j exp(x[h,i,j] − lse[h,i]) · v[j]
+//! mass[h,j] = Σ_i exp(x[h,i,j] − lse[h,i])
+//! ```
+//! A row that sees nothing has `out = 0` and `lse = −∞` (or the sink logit).
+
+pub mod cpu;
+#[cfg(feature = "gpu")]
+pub mod gpu;
+pub mod reference;
+
+use super::{AttentionParams, expect_len, total_rows};
+use crate::device::HeadRows;
+use crate::error::KernelError;
+
+/// Name in errors, benchmarks and shaders.
+pub const NAME: &str = "attend";
+
+/// Which part of the entries a call covers: part `index` of `of`, split by pages within each KV head, so
+/// that several threads of a host can each take one and merge afterwards. The sink logit belongs to part 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// This part.
+    pub index: usize,
+    /// Number of parts.
+    pub of: usize,
+}
+
+impl Share {
+    /// All entries.
+    pub const ALL: Self = Self { index: 0, of: 1 };
+
+    /// The part of `count` items this share covers.
+    pub fn range(&self, count: usize) -> std::ops::Range<usize> {
+        count * self.index / self.of..count * (self.index + 1) / self.of
+    }
+}
+
+impl Default for Share {
+    fn default() -> Self {
+        Self::ALL
+    }
+}
+
+/// The attention of one sequence's new queries in one layer.
+#[derive(Debug, Default)]
+pub struct AttendLane<'a> {
+    /// The KV heads, `H`.
+    pub heads: &'a [HeadRows],
+    /// `[Hq, T, d_k]`, dense.
+    pub queries: &'a [f32],
+    /// Positions of the `T` queries.
+    pub positions: &'a [i32],
+    /// Which entries to read.
+    pub share: Share,
+    /// `[Hq, T, d_v]`, written.
+    pub out: &'a mut [f32],
+    /// `[Hq, T]`, written.
+    pub lse: &'a mut [f32],
+    /// For each KV head in turn `[G, rows]`, **overwritten** with the mass of each entry per query head.
+    /// Only with [`Share::ALL`].
+    pub mass: Option<&'a mut [f32]>,
+}
+
+impl AttendLane<'_> {
+    /// Checks every buffer against the contract.
+    ///
+    /// # Errors
+    /// [`KernelError::Length`] names the buffer.
+    pub fn validate(&self, params: &AttentionParams<'_>) -> Result<(), KernelError> {
+        let rows = self.heads.len() * params.group * self.positions.len();
+        expect_len(NAME, "queries", self.queries.len(), rows * params.d_k)?;
+        expect_len(NAME, "out", self.out.len(), rows * params.d_v)?;
+        expect_len(NAME, "lse", self.lse.len(), rows)?;
+        if let Some(mass) = &self.mass {
+            expect_len(NAME, "mass", mass.len(), params.group * total_rows(self.heads))?;
+            expect_len(NAME, "share.of (mass needs the whole)", self.share.of, 1)?;
+        }
+        if let Some(sinks) = params.sink_logits {
+            expect_len(NAME, "sink_logits", sinks.len(), self.heads.len() * params.group)?;
+        }
+        Ok(())
+    }
+}
+
+/// Memory a caller lends to the attend call, so that the call itself allocates nothing once the workspace
+/// has grown to the largest step. One per calling thread.
+#[derive(Debug, Default)]
+pub struct Workspace {
+    words: Vec<f32>,
+}
+
+impl Workspace {
+    /// A slice of `len` floats with unspecified contents.
+    pub fn take(&mut self, len: usize) -> &mut [f32] {
+        if self.words.len() < len {
+            self.words.resize(len, 0.0);
+        }
+        &mut self.words[..len]
+    }
+}

@@ -1,0 +1,26 @@
+//! Euclidean norm of every stored key or value row, accumulated in `f32`.
+//!
+//! *Helps* scores that look at keys alone (low-norm keys tend to draw attention). *Hurts* nothing: one
+//! streaming read of the side.
+
+pub mod cpu;
+#[cfg(feature = "gpu")]
+pub mod gpu;
+pub mod reference;
+
+use crate::device::HeadRows;
+use crate::device::page::Side;
+
+/// Name in errors, benchmarks and shaders.
+pub const NAME: &str = "row_norms";
+
+/// Which rows.
+#[derive(Debug)]
+pub struct NormArgs<'a> {
+    /// The KV heads.
+    pub heads: &'a [HeadRows],
+    /// Keys or values.
+    pub side: Side,
+    /// One norm per entry, head after head.
+    pub out: &'a mut [f32],
+}
