@@ -1,0 +1,3 @@
+//! The one integration binary: every file here is a module of it.
+
+fn _root() {}
