@@ -7,6 +7,7 @@ pub mod geometry;
 pub mod kernel;
 pub mod plan;
 pub mod policy;
+pub mod recipe;
 pub mod view;
 
 pub use error::Error;
