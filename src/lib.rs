@@ -4,6 +4,8 @@ pub mod device;
 pub mod error;
 pub mod geometry;
 pub mod kernel;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod view;
 
 pub use error::Error;

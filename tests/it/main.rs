@@ -1,3 +1,3 @@
 //! The one integration binary: every file here is a module of it.
 
-fn _root() {}
+mod conformance;
