@@ -2,6 +2,9 @@
 //!
 //! A message names the numbers that did not fit and the option or call that would. Nothing here is a
 //! string the library made up elsewhere: callers can match on the fields.
+//!
+//! *Helps* whoever reads the message, and hosts that react to one cause and pass on the rest. *Hurts* by a
+//! few long variants: an error is built on cold paths only.
 
 use crate::geometry::Position;
 use crate::view::{DType, Dims, Strides};
