@@ -64,6 +64,10 @@ pub fn run(params: &AttentionParams<'_>, lanes: &mut [AttendLane<'_>]) -> Result
                     lane.lse[row] = lse;
                     let out = &mut lane.out[row * params.d_v..(row + 1) * params.d_v];
                     out.fill(0.0);
+                    if lse == f32::NEG_INFINITY {
+                        // Nothing seen, or only entries whose β is −∞.
+                        continue;
+                    }
                     let mut value = vec![0.0; params.d_v];
                     for p in head.pages() {
                         for local in 0..p.rows {
