@@ -69,6 +69,11 @@ pub(crate) struct Variant {
 }
 
 impl Variant {
+    /// The cache that drops nothing.
+    pub(crate) fn full() -> Self {
+        Self { recipe: "full".to_owned(), budget: None }
+    }
+
     pub(crate) fn budget_text(&self) -> String {
         self.budget.map_or_else(|| "-".to_owned(), |budget| budget.to_string())
     }

@@ -105,7 +105,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     let mut variants = args::variants(&shape, &recipes, &args.budget, &*backend)?;
     if args.compare {
         variants.retain(|variant| variant.recipe != "full");
-        variants.insert(0, Variant { recipe: "full".to_owned(), budget: None });
+        variants.insert(0, Variant::full());
     }
     if !args.json {
         let config = host.model.config();
