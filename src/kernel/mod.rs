@@ -15,6 +15,7 @@ pub mod merge_partials;
 pub mod pool;
 pub mod rope;
 pub mod row_norms;
+pub mod simd;
 pub mod top_k;
 pub mod window_scores;
 
