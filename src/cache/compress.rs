@@ -5,7 +5,7 @@
 //! planned. *Hurts* the step that triggers it by one scoring pass and one copy of what is kept.
 
 use super::KvCache;
-use super::sequence::{Sequence, SequenceId};
+use super::sequence::{QueryLog, Sequence, SequenceId};
 use super::step::Lane;
 use crate::device::HeadRows;
 use crate::error::{Error, PolicyError};
@@ -15,7 +15,7 @@ use crate::kernel::rope::{RopeArgs, RopeTarget};
 use crate::kernel::window_scores::{WindowArgs, WindowReduce};
 use crate::kernel::{AttentionParams, total_rows};
 use crate::plan::LayerPlan;
-use crate::policy::{Feed, FeedKind, LayerScores, LayerView, QueryWindow, TargetRequest};
+use crate::policy::{Feed, FeedKind, LayerScores, LayerView, QueryWindow, TargetRequest, seen_by};
 use crate::recipe::{Budget, PositionMode};
 use crate::store;
 
@@ -163,7 +163,7 @@ impl KvCache {
         }
         self.sequence_mut(id)?.prefill_open = false;
         if !self.records(self.sequence(id)?) {
-            self.sequence_mut(id)?.queries.iter_mut().for_each(|log| log.retain(|_| false));
+            self.sequence_mut(id)?.queries.iter_mut().for_each(QueryLog::clear);
         }
         Ok(())
     }
@@ -252,7 +252,7 @@ impl KvCache {
     fn target_per_head(&self, sequence: &Sequence, layers: &[usize]) -> Option<usize> {
         Some(match self.budget? {
             Budget::Tokens(tokens) => tokens,
-            Budget::Fraction(fraction) => (sequence.prompt_tokens as f64 * fraction).floor() as usize,
+            budget @ Budget::Fraction(_) => budget.tokens(sequence.prompt_tokens)?,
             Budget::Bytes(bytes) => {
                 // Whole pages: what is resident, not what is used, must stay below the budget.
                 let page = |l: &usize| self.page_bytes(*l) * self.shape.layer(*l).kv_heads;
@@ -362,7 +362,7 @@ impl KvCache {
 pub(super) fn rotate_log(
     backend: &dyn crate::backend::Backend,
     shape: &LayerShape,
-    log: &mut super::sequence::QueryLog,
+    log: &mut QueryLog,
     shift: impl Fn(i32) -> i32,
 ) -> Result<(), Error> {
     let (positions, rows) = log.parts_mut();
@@ -427,8 +427,9 @@ fn observe(
         let head_rows = head.rows();
         let weights = &weights[start..start + shape.group() * head_rows];
         start += weights.len();
+        let seen = queries.last().map_or(0, |&query| seen_by(head, query, shape.window));
         store::update_columns(backend, head, |positions, first, columns| {
-            let feed = Feed { positions, queries, head_rows, weights, first, window: shape.window };
+            let feed = Feed { positions, queries, head_rows, weights, first, window: shape.window, seen };
             policy.observe(&feed, columns);
         })?;
     }

@@ -1,5 +1,5 @@
 //! Policies: which entries stay. A method of the literature is a tuple of small parts (scorer, allocator,
-//! selection, schedule); `Staged` joins them, and [`Policy`] is the larger door for what
+//! selection, schedule); [`Staged`] joins them, and [`Policy`] is the larger door for what
 //! does not fit.
 //!
 //! *Helps* because a policy is pure: it reads a [`LayerView`] and returns a [`LayerPlan`]; the cache applies
@@ -9,7 +9,16 @@
 //! Two doors: implement [`Scorer`] (one function; most methods) or [`Policy`] (anything that returns a plan).
 //! `docs/adding-a-policy.md` walks through it.
 
+pub mod allocate;
+pub mod registry;
 pub mod schedule;
+pub mod score;
+pub mod select;
+mod staged;
+pub mod whole;
+
+pub use allocate::Allocator;
+pub use staged::Staged;
 
 use crate::backend::Backend;
 use crate::columns::{ColumnLayout, ColumnSpec, ColumnsMut};
@@ -48,7 +57,7 @@ pub enum FeedKind {
 pub struct Feed<'a> {
     /// Positions of the entries.
     pub positions: &'a [i32],
-    /// Positions of the queries that are summed (one for [`FeedKind::Rows`]).
+    /// Positions of the queries that are summed, ascending (one for [`FeedKind::Rows`]).
     pub queries: &'a [i32],
     /// Entries of the whole KV head, this page among them.
     pub head_rows: usize,
@@ -58,6 +67,20 @@ pub struct Feed<'a> {
     pub first: usize,
     /// Sliding window of the layer, if any.
     pub window: Option<u32>,
+    /// Entries of the whole KV head that the last of the queries sees; [`seen_by`] counts them.
+    pub seen: usize,
+}
+
+/// How many entries of a KV head a query at `query` sees in a layer with this sliding window.
+pub fn seen_by(head: &HeadRows, query: i32, window: Option<u32>) -> usize {
+    let oldest = window.map_or(i64::MIN, |w| i64::from(query) - i64::from(w) + 1);
+    head.pages()
+        .map(|page| {
+            let positions = page.positions();
+            let start = positions.partition_point(|&p| i64::from(p) < oldest);
+            positions.partition_point(|&p| p <= query).saturating_sub(start)
+        })
+        .sum()
 }
 
 impl Feed<'_> {
@@ -74,11 +97,16 @@ impl Feed<'_> {
 
     /// How many of the queries see entry `i` of this run.
     pub fn visits(&self, i: usize) -> usize {
-        let entry = self.positions[i];
-        let sees = |&q: &i32| {
-            entry <= q && self.window.is_none_or(|w| i64::from(q) - i64::from(entry) < i64::from(w))
-        };
-        self.queries.iter().filter(|q| sees(q)).count()
+        let entry = i64::from(self.positions[i]);
+        let end = self.window.map_or(i64::MAX, |w| entry + i64::from(w));
+        let first = self.queries.partition_point(|&q| i64::from(q) < entry);
+        self.queries.partition_point(|&q| i64::from(q) < end) - first
+    }
+
+    /// Whether query `query` sees entry `i` of this run.
+    pub fn sees(&self, query: i32, i: usize) -> bool {
+        let age = i64::from(query) - i64::from(self.positions[i]);
+        age >= 0 && self.window.is_none_or(|w| age < i64::from(w))
     }
 }
 
@@ -181,6 +209,12 @@ pub trait Scorer: Debug + Send + Sync {
     /// Updates its columns after a committed step; called as [`Needs::feed`] says, page by page.
     fn observe(&self, _feed: &Feed<'_>, _columns: &mut ColumnsMut<'_>) {}
 
+    /// Entries it wants protected at each end when a KV head is to keep `target`: `(sinks, recent)`. A
+    /// recipe can ask for more, never for less.
+    fn protect(&self, _target: usize) -> (usize, usize) {
+        (0, 0)
+    }
+
     /// How much each entry matters; higher is kept.
     ///
     /// # Errors
@@ -235,7 +269,7 @@ pub trait Policy: Debug + Send + Sync {
     /// Whether all KV heads of all layers always keep equally many entries, which renumbering needs.
     fn equal_counts(&self) -> bool;
 
-    /// Entries protected at each end: `(sinks, recent)`.
+    /// Entries protected at each end whatever the budget: `(sinks, recent)`.
     fn protected(&self) -> (usize, usize) {
         (0, 0)
     }
