@@ -7,3 +7,5 @@ pub mod kernel;
 pub mod view;
 
 pub use error::Error;
+#[cfg(feature = "gpu")]
+pub use wgpu;
