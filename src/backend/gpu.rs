@@ -97,7 +97,14 @@ impl Backend for Gpu {
         Ok(copy)
     }
 
-    fn write_rows(&self, layout: &PageLayout, page: &mut Page, first: usize, keys: &[f32], values: &[f32]) -> Result<(), DeviceError> {
+    fn write_rows(
+        &self,
+        layout: &PageLayout,
+        page: &mut Page,
+        first: usize,
+        keys: &[f32],
+        values: &[f32],
+    ) -> Result<(), DeviceError> {
         let block = DeviceBlock::of(page, "write_rows").map_err(device_error)?;
         self.context.memory.write_rows(block, layout, Side::Key, first, keys);
         self.context.memory.write_rows(block, layout, Side::Value, first, values);
@@ -105,12 +112,22 @@ impl Backend for Gpu {
         self.sync_metadata(layout, page, first..first + rows)
     }
 
-    fn sync_metadata(&self, layout: &PageLayout, page: &mut Page, rows: Range<usize>) -> Result<(), DeviceError> {
+    fn sync_metadata(
+        &self,
+        layout: &PageLayout,
+        page: &mut Page,
+        rows: Range<usize>,
+    ) -> Result<(), DeviceError> {
         self.context.memory.write_mirror(layout, page, rows);
         self.drain()
     }
 
-    fn attend(&self, params: &AttentionParams<'_>, lanes: &mut [AttendLane<'_>], _: &mut Workspace) -> Result<(), KernelError> {
+    fn attend(
+        &self,
+        params: &AttentionParams<'_>,
+        lanes: &mut [AttendLane<'_>],
+        _: &mut Workspace,
+    ) -> Result<(), KernelError> {
         kernel::attend::gpu::run(&self.context, params, lanes)
     }
 
@@ -118,11 +135,19 @@ impl Backend for Gpu {
         kernel::merge_partials::gpu::run(&self.context, args)
     }
 
-    fn attention_mass(&self, params: &AttentionParams<'_>, args: &mut MassArgs<'_>) -> Result<(), KernelError> {
+    fn attention_mass(
+        &self,
+        params: &AttentionParams<'_>,
+        args: &mut MassArgs<'_>,
+    ) -> Result<(), KernelError> {
         kernel::attention_mass::gpu::run(&self.context, params, args)
     }
 
-    fn window_scores(&self, params: &AttentionParams<'_>, args: &mut WindowArgs<'_>) -> Result<(), KernelError> {
+    fn window_scores(
+        &self,
+        params: &AttentionParams<'_>,
+        args: &mut WindowArgs<'_>,
+    ) -> Result<(), KernelError> {
         kernel::window_scores::gpu::run(&self.context, params, args)
     }
 

@@ -1,3 +1,8 @@
 //! The one integration binary: every file here is a module of it.
 
-fn _root() {}
+#![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
+
+mod conformance;
+#[cfg(feature = "gpu")]
+mod gpu;
+mod tidy;

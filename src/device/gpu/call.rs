@@ -47,8 +47,19 @@ impl From<&Scratch> for Binding {
 
 #[derive(Debug)]
 enum Step {
-    Dispatch { pipeline: wgpu::ComputePipeline, bindings: Vec<Binding>, groups: (u32, u32), name: &'static str },
-    Copy { from: wgpu::Buffer, source: u64, to: wgpu::Buffer, target: u64, bytes: u64 },
+    Dispatch {
+        pipeline: wgpu::ComputePipeline,
+        bindings: Vec<Binding>,
+        groups: (u32, u32),
+        name: &'static str,
+    },
+    Copy {
+        from: wgpu::Buffer,
+        source: u64,
+        to: wgpu::Buffer,
+        target: u64,
+        bytes: u64,
+    },
 }
 
 /// A submission being put together.
@@ -154,7 +165,13 @@ impl<'a> Call<'a> {
     /// Copies `bytes` from scratch into a slab.
     pub(crate) fn copy(&mut self, from: &Scratch, source: u64, to: &wgpu::Buffer, target: u64, bytes: u64) {
         if bytes > 0 {
-            self.steps.push(Step::Copy { from: from.buffer().clone(), source, to: to.clone(), target, bytes });
+            self.steps.push(Step::Copy {
+                from: from.buffer().clone(),
+                source,
+                to: to.clone(),
+                target,
+                bytes,
+            });
         }
     }
 

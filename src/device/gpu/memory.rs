@@ -39,9 +39,23 @@ struct Slab {
 #[derive(Debug)]
 enum Pending {
     /// Words of `staged` to an offset in bytes.
-    Write { to: wgpu::Buffer, offset: u64, words: Range<usize> },
-    Clear { to: wgpu::Buffer, offset: u64, bytes: u64 },
-    Copy { from: wgpu::Buffer, source: u64, to: wgpu::Buffer, offset: u64, bytes: u64 },
+    Write {
+        to: wgpu::Buffer,
+        offset: u64,
+        words: Range<usize>,
+    },
+    Clear {
+        to: wgpu::Buffer,
+        offset: u64,
+        bytes: u64,
+    },
+    Copy {
+        from: wgpu::Buffer,
+        source: u64,
+        to: wgpu::Buffer,
+        offset: u64,
+        bytes: u64,
+    },
 }
 
 #[derive(Debug, Default)]
@@ -171,7 +185,9 @@ impl Memory {
             let slab = slabs.remove(index);
             state.usage.reserved -= slab.buffer.size() as usize;
             state.pending.retain(|p| match p {
-                Pending::Write { to, .. } | Pending::Clear { to, .. } | Pending::Copy { to, .. } => *to != slab.buffer,
+                Pending::Write { to, .. } | Pending::Clear { to, .. } | Pending::Copy { to, .. } => {
+                    *to != slab.buffer
+                }
             });
             if state.pending.is_empty() {
                 state.staged.clear();
@@ -183,7 +199,11 @@ impl Memory {
     ///
     /// # Errors
     /// [`DeviceError::OutOfMemory`], or [`DeviceError::Limit`] for a page larger than a binding.
-    pub(crate) fn allocate(self: &Arc<Self>, context: &Context, layout: &PageLayout) -> Result<DeviceBlock, DeviceError> {
+    pub(crate) fn allocate(
+        self: &Arc<Self>,
+        context: &Context,
+        layout: &PageLayout,
+    ) -> Result<DeviceBlock, DeviceError> {
         let bytes = slot_bytes(layout);
         if bytes > self.limit {
             return Err(DeviceError::Limit {
@@ -197,7 +217,8 @@ impl Memory {
         let state = &mut *state;
         let slabs = state.classes.entry(bytes).or_default();
         // The fullest slab first, so that the others can become empty.
-        let found = (0..slabs.len()).filter(|&i| !slabs[i].free.is_empty()).min_by_key(|&i| slabs[i].free.len());
+        let found =
+            (0..slabs.len()).filter(|&i| !slabs[i].free.is_empty()).min_by_key(|&i| slabs[i].free.len());
         let index = match found {
             Some(index) => index,
             None => {
@@ -236,7 +257,14 @@ impl Memory {
     }
 
     /// Stages rows of one side, narrowed to its type.
-    pub(crate) fn write_rows(&self, block: &DeviceBlock, layout: &PageLayout, side: Side, first: usize, rows: &[f32]) {
+    pub(crate) fn write_rows(
+        &self,
+        block: &DeviceBlock,
+        layout: &PageLayout,
+        side: Side,
+        first: usize,
+        rows: &[f32],
+    ) {
         let (dim, words) = (layout.dim(side), layout.row_bytes(side) / 4);
         let count = rows.len() / dim;
         let mut state = lock(&self.state);
@@ -326,9 +354,9 @@ impl State {
             context.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(&self.staged));
             buffer
         });
-        let mut encoder = context.device.create_command_encoder(&wgpu::CommandEncoderDescriptor {
-            label: Some("kvsieve page writes"),
-        });
+        let mut encoder = context
+            .device
+            .create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("kvsieve page writes") });
         for pending in self.pending.drain(..) {
             match pending {
                 Pending::Write { to, offset, words } => {

@@ -103,7 +103,8 @@ impl Context {
             power_preference: wgpu::PowerPreference::HighPerformance,
             ..Default::default()
         };
-        let adapter = pollster::block_on(instance.request_adapter(&options)).map_err(|e| refuse(e.to_string()))?;
+        let adapter =
+            pollster::block_on(instance.request_adapter(&options)).map_err(|e| refuse(e.to_string()))?;
         let descriptor = wgpu::DeviceDescriptor { label: Some("kvsieve"), ..Default::default() };
         let (device, queue) =
             pollster::block_on(adapter.request_device(&descriptor)).map_err(|e| refuse(e.to_string()))?;
@@ -166,7 +167,8 @@ impl Context {
                 source: wgpu::ShaderSource::Wgsl(text.into()),
             })
         });
-        let values: Vec<(&str, f64)> = constants.iter().map(|(name, value)| (*name, f64::from(*value))).collect();
+        let values: Vec<(&str, f64)> =
+            constants.iter().map(|(name, value)| (*name, f64::from(*value))).collect();
         let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(shader),
             layout: None,

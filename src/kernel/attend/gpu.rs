@@ -168,10 +168,7 @@ pub(in crate::kernel) fn units<'a>(
     positions: &'a [i32],
     share: super::Share,
 ) -> impl Iterator<Item = Unit<'a>> {
-    heads
-        .iter()
-        .enumerate()
-        .map(move |(index, head)| Unit { lane, head, index, queries, positions, share })
+    heads.iter().enumerate().map(move |(index, head)| Unit { lane, head, index, queries, positions, share })
 }
 
 /// Up to eight query rows of one unit.
@@ -289,7 +286,11 @@ struct Plan<'a> {
     runs: Vec<Vec<Run>>,
 }
 
-fn plan<'a>(params: &AttentionParams<'_>, units: &[Unit<'a>], tiles: &[Tile]) -> Result<Plan<'a>, KernelError> {
+fn plan<'a>(
+    params: &AttentionParams<'_>,
+    units: &[Unit<'a>],
+    tiles: &[Tile],
+) -> Result<Plan<'a>, KernelError> {
     let (mut all, mut owners, mut table) = (Vec::new(), Vec::new(), 0);
     for unit in units {
         let start = all.len();
@@ -432,7 +433,10 @@ pub(in crate::kernel) fn record(
         let unit = &units[tile.unit];
         for r in 0..tile.rows {
             let query_head = unit.index * params.group + (tile.first + r) % params.group;
-            let sink = params.sink_logits.filter(|_| unit.share.index == 0).map_or(NONE, |s| s[query_head].max(NONE));
+            let sink = params
+                .sink_logits
+                .filter(|_| unit.share.index == 0)
+                .map_or(NONE, |s| s[query_head].max(NONE));
             rows.push(merge_partials::gpu::Row {
                 part,
                 parts: runs.len() as u32,
@@ -455,7 +459,14 @@ pub(in crate::kernel) fn record(
     };
     let out = call.scratch(tiles.len() * TILE * params.d_v);
     let lse = call.scratch(tiles.len() * TILE);
-    merge_partials::gpu::record(call, &strides, &rows, &Binding::from(&states), &Binding::from(&sums), (&out, &lse))?;
+    merge_partials::gpu::record(
+        call,
+        &strides,
+        &rows,
+        &Binding::from(&states),
+        &Binding::from(&sums),
+        (&out, &lse),
+    )?;
     Ok(Softmax { out, lse })
 }
 
@@ -502,7 +513,8 @@ pub(crate) fn run(
             for &lane in &massive {
                 let lse = Binding::from(&softmax.lse);
                 let owned = |u: &Unit<'_>| u.lane == lane;
-                let mass = attention_mass::gpu::record(&mut call, params, &all, tiles, &uploaded, &lse, owned)?;
+                let mass =
+                    attention_mass::gpu::record(&mut call, params, &all, tiles, &uploaded, &lse, owned)?;
                 call.read(&mass);
                 masses.push(lane);
             }

@@ -13,6 +13,8 @@
 //! ```
 //! A row that sees nothing has `out = 0` and `lse = −∞` (or the sink logit).
 
+#[cfg(any(test, feature = "testing"))]
+pub mod cases;
 pub mod cpu;
 #[cfg(feature = "gpu")]
 pub mod gpu;
@@ -24,6 +26,21 @@ use crate::error::KernelError;
 
 /// Name in errors, benchmarks and shaders.
 pub const NAME: &str = "attend";
+
+/// Allowed error of a logit, per unit of `1 + scale·‖q‖·max‖k‖`; an output row may be off by the same share of
+/// its norm, because a weight changes by the factor `exp(error)`.
+///
+/// A sum of `d` products in `f32` is off by about `√d · 2⁻²⁴` of `Σ|q·k|` in whatever order it is taken
+/// (1e-6 for `d = 256`), and an exponential by a few units of 2⁻²⁴; 4e-6 leaves room for a GPU's `exp`.
+pub const LOGIT_TOLERANCE: f64 = 4e-6;
+
+/// Share of the typical norm of a value row that is added to a row's own norm: averaging many values cancels
+/// most of them, but not their rounding errors.
+pub const CANCELLATION: f64 = 0.05;
+
+/// Weights below this are compared absolutely: `exp` of a large negative number keeps few correct digits and
+/// no sum depends on it.
+pub const WEIGHT_FLOOR: f64 = 1e-3;
 
 /// Which part of the entries a call covers: part `index` of `of`, split by pages within each KV head, so
 /// that several threads of a host can each take one and merge afterwards. The sink logit belongs to part 0.
@@ -81,6 +98,15 @@ impl AttendLane<'_> {
         expect_len(NAME, "queries", self.queries.len(), rows * params.d_k)?;
         expect_len(NAME, "out", self.out.len(), rows * params.d_v)?;
         expect_len(NAME, "lse", self.lse.len(), rows)?;
+        if self.share.index >= self.share.of {
+            let (got, want) = (self.share.index, self.share.of);
+            return Err(KernelError::Length {
+                kernel: NAME,
+                buffer: "share.index (below share.of)",
+                got,
+                want,
+            });
+        }
         if let Some(mass) = &self.mass {
             expect_len(NAME, "mass", mass.len(), params.group * total_rows(self.heads))?;
             expect_len(NAME, "share.of (mass needs the whole)", self.share.of, 1)?;

@@ -234,6 +234,7 @@ pub(crate) fn run(
     args: &mut MassArgs<'_>,
 ) -> Result<(), KernelError> {
     args.validate(params)?;
-    let units: Vec<Unit<'_>> = attend::units(0, args.heads, args.queries, args.positions, Share::ALL).collect();
+    let units: Vec<Unit<'_>> =
+        attend::units(0, args.heads, args.queries, args.positions, Share::ALL).collect();
     run_units(context, params, &units, args.lse, args.mass)
 }

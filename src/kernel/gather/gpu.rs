@@ -107,9 +107,11 @@ fn into_pages(
 ) -> Result<(), KernelError> {
     let (k, v) = (layout.k_row_bytes() / 4, layout.v_row_bytes() / 4);
     let pages_per_call = (context.batch_bytes() / (4 * layout.capacity * (k + v + 2))).max(1);
-    for (slots, pages) in slots.chunks(pages_per_call * layout.capacity).zip(pages.chunks_mut(pages_per_call)) {
+    for (slots, pages) in slots.chunks(pages_per_call * layout.capacity).zip(pages.chunks_mut(pages_per_call))
+    {
         let n = slots.len();
-        let packed = Packed { values: n * k, positions: n * (k + v), biases: n * (k + v + 1), len: n * (k + v + 2) };
+        let packed =
+            Packed { values: n * k, positions: n * (k + v), biases: n * (k + v + 1), len: n * (k + v + 2) };
         let mut call = Call::new(context, NAME);
         let buffer = record(&mut call, head, slots, &packed, false)?;
         for (i, page) in pages.iter_mut().enumerate() {
@@ -127,7 +129,13 @@ fn into_pages(
             ];
             for (from, to, words) in parts {
                 let source = 4 * (from + first * words) as u64;
-                call.copy(&buffer, source, block.buffer(), block.offset() + to as u64, 4 * (rows * words) as u64);
+                call.copy(
+                    &buffer,
+                    source,
+                    block.buffer(),
+                    block.offset() + to as u64,
+                    4 * (rows * words) as u64,
+                );
             }
         }
         call.finish()?;

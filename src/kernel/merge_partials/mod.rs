@@ -18,6 +18,9 @@ use crate::error::KernelError;
 /// Name in errors, benchmarks and shaders.
 pub const NAME: &str = "merge_partials";
 
+/// Allowed error per unit of `1 + |expected|`: a few roundings and two exponentials.
+pub const TOLERANCE: f64 = 4e-6;
+
 /// `parts` partial attentions of `rows` rows.
 #[derive(Debug)]
 pub struct MergeArgs<'a> {

@@ -18,7 +18,11 @@ pub(crate) struct Params {
 ///
 /// # Errors
 /// [`DeviceError::Limit`].
-pub(in crate::kernel) fn fits(context: &Context, what: &'static str, words: usize) -> Result<(), DeviceError> {
+pub(in crate::kernel) fn fits(
+    context: &Context,
+    what: &'static str,
+    words: usize,
+) -> Result<(), DeviceError> {
     let (need, limit) = (4 * words as u64, context.binding_limit());
     if need <= limit {
         return Ok(());

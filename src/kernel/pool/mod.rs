@@ -17,6 +17,9 @@ use crate::error::KernelError;
 /// Name in errors, benchmarks and shaders.
 pub const NAME: &str = "pool";
 
+/// Allowed error of an average per unit of `1 + |expected|`: sums of different order. Maxima are exact.
+pub const TOLERANCE: f64 = 1e-6;
+
 /// How neighbours are combined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PoolKind {

@@ -19,6 +19,9 @@ use crate::geometry::RotaryLayout;
 /// Name in errors, benchmarks and shaders.
 pub const NAME: &str = "rope";
 
+/// Allowed error per unit of `1 + |expected|`: two products and a sum, fused or not.
+pub const TOLERANCE: f64 = 1e-6;
+
 /// What is rotated, in place.
 #[derive(Debug)]
 pub enum RopeTarget<'a> {

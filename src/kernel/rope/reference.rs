@@ -25,6 +25,9 @@ pub(in crate::kernel) fn rotate(row: &mut [f32], dims: usize, layout: RotaryLayo
 /// [`KernelError::Length`].
 pub fn run(args: &mut RopeArgs<'_>) -> Result<(), KernelError> {
     args.validate()?;
+    if args.dims == 0 {
+        return Ok(());
+    }
     let angles = args.table.chunks_exact(args.dims);
     match &mut args.target {
         RopeTarget::Keys { layout, page, .. } => {

@@ -52,7 +52,8 @@ pub(crate) fn run(context: &Context, args: &mut NormArgs<'_>) -> Result<(), Kern
             layouts.push(page.layout);
             layouts.len() - 1
         });
-        let chunks = &mut groups.entry((block.slab(), layout)).or_insert_with(|| (block.buffer(), Vec::new())).1;
+        let chunks =
+            &mut groups.entry((block.slab(), layout)).or_insert_with(|| (block.buffer(), Vec::new())).1;
         for begin in (0..page.rows).step_by(CHUNK) {
             chunks.push(Chunk {
                 page: block.word(),

@@ -14,6 +14,9 @@ use crate::device::page::Side;
 /// Name in errors, benchmarks and shaders.
 pub const NAME: &str = "row_norms";
 
+/// Allowed relative error: squares are all positive, so a sum in any order is off by about `√d · 2⁻²⁴`.
+pub const TOLERANCE: f64 = 2e-6;
+
 /// Which rows.
 #[derive(Debug)]
 pub struct NormArgs<'a> {

@@ -22,7 +22,8 @@ pub(crate) fn run(
         WindowReduce::Sum => Output::Sums,
         WindowReduce::Rows => Output::Rows,
     };
-    let units: Vec<Unit<'_>> = attend::units(0, args.heads, args.queries, args.positions, Share::ALL).collect();
+    let units: Vec<Unit<'_>> =
+        attend::units(0, args.heads, args.queries, args.positions, Share::ALL).collect();
     let mut start = 0;
     for batch in batches(context, params, &units, output)? {
         let tiles = attend::tiles(params, batch);

@@ -54,6 +54,9 @@ impl WindowArgs<'_> {
             WindowReduce::Sum => 1,
             WindowReduce::Rows => w,
         };
+        if let Some(sinks) = params.sink_logits {
+            expect_len(NAME, "sink_logits", sinks.len(), self.heads.len() * params.group)?;
+        }
         expect_len(NAME, "out", self.out.len(), params.group * per_row * rows)
     }
 }

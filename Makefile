@@ -1,0 +1,33 @@
+# What one can do here. `make` alone lists it.
+
+DOCUMENT ?=
+QUESTION ?=
+export DOCUMENT QUESTION
+
+.DEFAULT_GOAL := help
+.PHONY: demo test bench fmt lint docs clean help
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## Compare cache policies on a real model and a real document (DOCUMENT=file QUESTION="...")
+	@scripts/demo.sh
+
+test: ## Everything that must pass: format, lints, tests, GPU conformance, docs, host and program
+	@scripts/test.sh
+
+bench: ## Time the kernels and the decode step on this machine
+	cargo bench --features testing
+
+fmt: ## Format all Rust code
+	cargo fmt --all
+	cargo fmt --manifest-path examples/candle/Cargo.toml
+
+lint: ## Format check and clippy, without running anything
+	@scripts/test.sh fmt clippy
+
+docs: ## Build the API documentation into target/doc
+	RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps --all-features
+
+clean: ## Remove what was built (models stay)
+	cargo clean

@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Run the checks, or some of them by name, and print what passed.
+#
+#   scripts/test.sh                  all
+#   scripts/test.sh fmt clippy       these two
+#
+# A failing part does not stop the others; the exit status is 0 only if every part passed.
+# All projects build into one target folder, and host and program in one profile, so that what they share is
+# compiled once.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$PWD/target}"
+candle=(--manifest-path examples/candle/Cargo.toml)
+logs="$CARGO_TARGET_DIR/test-logs"
+mkdir -p "$logs"
+
+part_fmt() {
+    cargo fmt --all --check
+    cargo fmt "${candle[@]}" --check
+}
+
+part_clippy() {
+    cargo clippy --all-targets -- -D warnings
+    cargo clippy --all-targets --all-features -- -D warnings
+    cargo clippy --release "${candle[@]}" --all-targets -- -D warnings
+    cargo clippy --release -p kvsieve-cli --all-targets -- -D warnings
+}
+
+# Unit, property, golden and conformance tests on the host backends.
+part_library() {
+    cargo test --features testing --lib --tests
+}
+
+# The same with every feature: the GPU backend joins, examples are built, documentation examples run.
+part_library_gpu() {
+    cargo test --all-features
+}
+
+part_docs() {
+    RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps --all-features
+}
+
+part_candle() {
+    cargo test --release "${candle[@]}"
+}
+
+part_cli() {
+    cargo test --release -p kvsieve-cli
+}
+
+all=(fmt clippy library library_gpu docs candle cli)
+if [ $# -eq 0 ]; then
+    scripts/prepare.sh
+    set -- "${all[@]}"
+fi
+
+failed=()
+report=()
+total=(0 0 0)
+for part in "$@"; do
+    declare -F "part_$part" >/dev/null || {
+        printf 'test: there is no part "%s"; parts: %s\n' "$part" "${all[*]}" >&2
+        exit 2
+    }
+    printf '\n== %s\n' "$part"
+    began=$SECONDS
+    verdict=ok
+    # In a process of its own: `set -e` does not reach into a function that stands in a condition.
+    if ! bash -euo pipefail -c "$(declare -p candle); $(declare -f "part_$part"); part_$part" 2>&1 | tee "$logs/$part.log"; then
+        verdict=FAILED
+        failed+=("$part")
+    fi
+    # Lines such as: test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; …
+    read -r passed broken ignored < <(awk '/^test result:/ {
+        for (i = 1; i < NF; i++) {
+            if ($(i + 1) == "passed;") p += $i
+            if ($(i + 1) == "failed;") f += $i
+            if ($(i + 1) == "ignored;") g += $i
+        }
+    } END { print p + 0, f + 0, g + 0 }' "$logs/$part.log")
+    total=($((total[0] + passed)) $((total[1] + broken)) $((total[2] + ignored)))
+    report+=("$(printf '%-12s %7d %7d %8d %6ds  %s' "$part" "$passed" "$broken" "$ignored" $((SECONDS - began)) "$verdict")")
+done
+
+printf '\n%-12s %7s %7s %8s %7s\n' part passed failed ignored time
+printf '%s\n' "${report[@]}"
+printf '%-12s %7d %7d %8d %6ds\n' all "${total[@]}" "$SECONDS"
+for part in "$@"; do
+    grep -hs '^NOT CHECKED' "$logs/$part.log" || true
+done
+if [ ${#failed[@]} -gt 0 ]; then
+    printf 'failed: %s (logs in %s)\n' "${failed[*]}" "$logs"
+    exit 1
+fi

@@ -1,0 +1,248 @@
+//! Building a cache: everything is checked here, before anything runs.
+//!
+//! *Helps* because an unsupported combination is an error that names the option to change, not a surprise at
+//! token 5,000. *Hurts* nothing.
+
+use super::KvCache;
+use super::scratch::Scratch;
+use crate::backend::{Backend, Cpu};
+use crate::columns::ColumnLayout;
+use crate::device::page::PageLayout;
+use crate::error::{Error, RecipeError};
+use crate::geometry::{KeyPhase, ModelShape};
+use crate::policy::Policy;
+use crate::recipe::{Budget, PositionMode, Recipe};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Entries per page unless the builder says otherwise: 32 KiB of keys and values at d 64 in `f32`.
+pub(super) const DEFAULT_PAGE_ENTRIES: usize = 64;
+
+/// What [`CacheBuilder::recipe`] takes: text, or a recipe already made.
+#[derive(Debug)]
+pub enum RecipeSource {
+    /// To be parsed.
+    Text(String),
+    /// Made from parts.
+    Recipe(Box<Recipe>),
+}
+
+impl From<&str> for RecipeSource {
+    fn from(text: &str) -> Self {
+        Self::Text(text.to_owned())
+    }
+}
+impl From<String> for RecipeSource {
+    fn from(text: String) -> Self {
+        Self::Text(text)
+    }
+}
+impl From<Recipe> for RecipeSource {
+    fn from(recipe: Recipe) -> Self {
+        Self::Recipe(Box::new(recipe))
+    }
+}
+
+/// Options of a cache. Without any it keeps everything, in `f32`, on the CPU.
+#[derive(Debug)]
+pub struct CacheBuilder {
+    shape: ModelShape,
+    recipe: RecipeSource,
+    budget: Option<Budget>,
+    backend: Option<Arc<dyn Backend>>,
+    page_entries: usize,
+}
+
+impl CacheBuilder {
+    pub(super) fn new(shape: ModelShape) -> Self {
+        Self {
+            shape,
+            recipe: RecipeSource::Text("full".to_owned()),
+            budget: None,
+            backend: None,
+            page_entries: DEFAULT_PAGE_ENTRIES,
+        }
+    }
+
+    /// Which policy, types and schedule: `"snapkv(window=64)+k=f16"`, or a [`Recipe`].
+    #[must_use]
+    pub fn recipe(mut self, recipe: impl Into<RecipeSource>) -> Self {
+        self.recipe = recipe.into();
+        self
+    }
+
+    /// A policy of the caller's own, with `f32` storage and compression at the end of the prompt. For other
+    /// options build a [`Recipe`] around it.
+    #[must_use]
+    pub fn policy(self, policy: Arc<dyn Policy>) -> Self {
+        self.recipe(Recipe::new(policy))
+    }
+
+    /// How much to keep. Required by every policy that drops anything.
+    #[must_use]
+    pub fn budget(mut self, budget: Budget) -> Self {
+        self.budget = Some(budget);
+        self
+    }
+
+    /// Where pages live and kernels run; by default a [`Cpu`] backend with a thread per core.
+    #[must_use]
+    pub fn backend(mut self, backend: impl Backend + 'static) -> Self {
+        self.backend = Some(Arc::new(backend));
+        self
+    }
+
+    /// A backend that several caches share.
+    #[must_use]
+    pub fn shared_backend(mut self, backend: Arc<dyn Backend>) -> Self {
+        self.backend = Some(backend);
+        self
+    }
+
+    /// Entries per page, 64 by default: smaller wastes less on ragged heads, larger costs fewer system calls.
+    #[must_use]
+    pub fn page_entries(mut self, entries: usize) -> Self {
+        self.page_entries = entries;
+        self
+    }
+
+    /// The cache.
+    ///
+    /// # Errors
+    /// [`RecipeError`] for a recipe that does not parse, or does not go with the model, the budget or the
+    /// backend; it names the option to change.
+    pub fn build(self) -> Result<KvCache, Error> {
+        let recipe = match self.recipe {
+            RecipeSource::Text(text) => text.parse()?,
+            RecipeSource::Recipe(recipe) => *recipe,
+        };
+        if self.page_entries == 0 || self.page_entries > 1 << 16 {
+            return Err(RecipeError::Argument {
+                term: "builder".to_owned(),
+                argument: "page_entries".to_owned(),
+                got: self.page_entries.to_string(),
+                want: "1 ..= 65536".to_owned(),
+            }
+            .into());
+        }
+        let backend = match self.backend {
+            Some(backend) => backend,
+            None => Arc::new(Cpu::default()),
+        };
+        KvCache::check(&self.shape, &recipe, self.budget, &*backend)?;
+        let columns = ColumnLayout::new(recipe.policy.columns());
+        let layouts = self
+            .shape
+            .iter()
+            .map(|layer| {
+                Arc::new(PageLayout::new(
+                    layer,
+                    self.page_entries,
+                    recipe.k,
+                    recipe.v,
+                    backend.mirrored(),
+                    columns.words(),
+                ))
+            })
+            .collect();
+        Ok(KvCache {
+            shape: Arc::new(self.shape),
+            needs: recipe.policy.needs(),
+            recipe,
+            budget: self.budget,
+            backend,
+            layouts,
+            columns,
+            sequences: BTreeMap::new(),
+            next_id: 0,
+            scratch: Scratch::default(),
+        })
+    }
+}
+
+impl KvCache {
+    /// Whether a recipe works for a model with a budget on a backend, without building anything.
+    ///
+    /// # Errors
+    /// [`RecipeError`] names what does not go together and the option to change.
+    pub fn check(
+        shape: &ModelShape,
+        recipe: &Recipe,
+        budget: Option<Budget>,
+        _backend: &dyn Backend,
+    ) -> Result<(), RecipeError> {
+        let policy = &recipe.policy;
+        policy.check(shape)?;
+        if policy.compresses() {
+            check_budget(recipe, budget)?;
+        }
+        if recipe.positions == PositionMode::Renumber {
+            check_renumber(shape, recipe)?;
+        }
+        Ok(())
+    }
+
+    /// What the recipe asks of the host beyond `q`, `k` and `v`: recorded queries and fed attention, both
+    /// taken from the attend call itself.
+    pub fn needs(&self) -> crate::policy::Needs {
+        self.needs
+    }
+}
+
+fn check_budget(recipe: &Recipe, budget: Option<Budget>) -> Result<(), RecipeError> {
+    let name = recipe.policy.name();
+    let Some(budget) = budget else {
+        return Err(RecipeError::Budget {
+            budget: "(none)".to_owned(),
+            problem: format!("{name} drops entries and must be told how many to keep"),
+            change: "give one as tokens (2048), a share of the prompt (25%) or bytes (64MiB), or use the recipe full".to_owned(),
+        });
+    };
+    let (sinks, recent) = recipe.policy.protected();
+    match budget {
+        Budget::Tokens(tokens) if tokens < sinks + recent || tokens == 0 => Err(RecipeError::Budget {
+            budget: budget.to_string(),
+            problem: format!("{name} protects {sinks} sinks and {recent} recent entries"),
+            change: format!(
+                "give at least {} tokens, or lower sinks= and recent= (or window=)",
+                (sinks + recent).max(1)
+            ),
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn check_renumber(shape: &ModelShape, recipe: &Recipe) -> Result<(), RecipeError> {
+    let conflict = |with: String, why: &str, change: &str| {
+        Err(RecipeError::Conflict {
+            what: "positions=renumber".to_owned(),
+            with,
+            why: why.to_owned(),
+            change: change.to_owned(),
+        })
+    };
+    if !recipe.policy.equal_counts() {
+        return conflict(
+            recipe.policy.name().to_owned(),
+            "heads or layers keep different numbers of entries, so there is no one next position",
+            "use positions=keep, or alloc=uniform",
+        );
+    }
+    for (index, layer) in shape.iter().enumerate() {
+        if layer.window.is_some() {
+            return conflict(
+                format!("the sliding window of layer {index}"),
+                "its entries leave at other times than those of other layers",
+                "use positions=keep",
+            );
+        }
+        if layer.rotary.is_none() && layer.key_phase == KeyPhase::PostRope {
+            return conflict(
+                format!("layer {index} without a rotary description"),
+                "its keys cannot be re-rotated",
+                "set LayerShape::rotary, or use positions=keep",
+            );
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,449 @@
+//! What happens at commit: scores are fed, queries recorded, and where the schedule says so every layer is
+//! planned and compacted, one layer after another.
+//!
+//! *Helps* keep the peak at budget plus one step, because a layer's pages are freed before the next layer is
+//! planned. *Hurts* the step that triggers it by one scoring pass and one copy of what is kept.
+
+use super::KvCache;
+use super::sequence::{Sequence, SequenceId};
+use super::step::Lane;
+use crate::device::HeadRows;
+use crate::error::{Error, PolicyError};
+use crate::geometry::{LayerShape, Position};
+use crate::kernel::attention_mass::MassArgs;
+use crate::kernel::rope::{RopeArgs, RopeTarget};
+use crate::kernel::window_scores::{WindowArgs, WindowReduce};
+use crate::kernel::{AttentionParams, total_rows};
+use crate::plan::LayerPlan;
+use crate::policy::{Feed, FeedKind, LayerScores, LayerView, QueryWindow, TargetRequest, seen_by};
+use crate::recipe::{Budget, PositionMode};
+use crate::store;
+
+/// Query rows scored at once for [`FeedKind::Rows`]: bounds the buffer of weights to this many rows.
+const FEED_ROWS: usize = 16;
+
+impl KvCache {
+    /// Second half of a commit, after all checks.
+    pub(super) fn finish_step(&mut self, accepted: &[usize]) -> Result<(), Error> {
+        for (index, &accepted) in accepted.iter().enumerate() {
+            let lane = self.scratch.lanes[index];
+            self.reject_rest(lane, accepted);
+            if accepted == 0 {
+                continue;
+            }
+            for layer in 0..self.shape.layers() {
+                self.feed_layer(layer, index, accepted)?;
+                self.record_queries(layer, index, accepted);
+            }
+            let sequence = self.sequence_mut(SequenceId(lane.id))?;
+            sequence.next += accepted as i32;
+            sequence.since += accepted;
+            if sequence.prefill_open {
+                sequence.prompt_tokens += accepted;
+            }
+        }
+        for (index, &accepted) in accepted.iter().enumerate() {
+            let lane = self.scratch.lanes[index];
+            if accepted > 0 {
+                self.compress_if_due(SequenceId(lane.id), accepted)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the rows of tokens that were not accepted.
+    fn reject_rest(&mut self, lane: Lane, accepted: usize) {
+        if accepted == lane.tokens {
+            return;
+        }
+        let end = lane.start + accepted as i32;
+        if let Some(sequence) = self.sequences.get_mut(&lane.id) {
+            for head in sequence.layers.iter_mut().flatten() {
+                let rows = store::rows_below(head, end);
+                store::truncate_rows(head, rows);
+            }
+        }
+    }
+
+    /// The logged query rows of a lane's layer that were accepted: token-major rows, first token's index.
+    fn accepted_log(&self, lane_index: usize, accepted: usize) -> (std::ops::Range<usize>, usize) {
+        let lanes = &self.scratch.lanes;
+        let before: usize = lanes[..lane_index].iter().map(|l| l.logged).sum();
+        let lane = lanes[lane_index];
+        let first = lane.tokens - lane.logged;
+        let count = accepted.saturating_sub(first);
+        (before..before + count, first)
+    }
+
+    fn feed_layer(&mut self, layer: usize, lane_index: usize, accepted: usize) -> Result<(), Error> {
+        let feed = self.fed(layer);
+        let lane = self.scratch.lanes[lane_index];
+        if feed == FeedKind::None || !lane.records {
+            return Ok(());
+        }
+        let (log, first) = self.accepted_log(lane_index, accepted);
+        let shape = self.shape.layer(layer);
+        let params = AttentionParams::of(shape);
+        let (hq, d_k) = (shape.query_heads, shape.d_k);
+        let backend = &*self.backend;
+        let policy = &*self.recipe.policy;
+        let pending = &self.scratch.pending[layer];
+        let Some(sequence) = self.sequences.get_mut(&lane.id) else { return Ok(()) };
+        let heads = &mut sequence.layers[layer];
+        let total = shape.group() * total_rows(heads);
+        let positions: Vec<i32> = (0..accepted as i32).map(|i| lane.start + i).collect();
+        match feed {
+            FeedKind::None => {}
+            FeedKind::Mass if accepted == lane.tokens => {
+                let start = pending.mass_starts[lane_index];
+                let mass = &pending.mass[start..start + total];
+                observe(backend, policy, shape, heads, mass, &positions)?;
+            }
+            FeedKind::Mass => {
+                let queries = head_major(&pending.queries[log.start * hq * d_k..log.end * hq * d_k], hq, d_k);
+                let lse = head_major(&pending.lse[log.start * hq..log.end * hq], hq, 1);
+                let mut mass = vec![0.0; total];
+                let mut args =
+                    MassArgs { heads, queries: &queries, positions: &positions, lse: &lse, mass: &mut mass };
+                backend.attention_mass(&params, &mut args)?;
+                observe(backend, policy, shape, heads, &mass, &positions)?;
+            }
+            FeedKind::Rows { last } => {
+                let skip = log.len().saturating_sub(last);
+                let positions = &positions[first + skip..];
+                for (block, block_positions) in positions.chunks(FEED_ROWS).enumerate() {
+                    let start = log.start + skip + block * FEED_ROWS;
+                    let rows = &pending.queries[start * hq * d_k..(start + block_positions.len()) * hq * d_k];
+                    let queries = head_major(rows, hq, d_k);
+                    let mut weights = vec![0.0; total * block_positions.len()];
+                    let mut args = WindowArgs {
+                        heads,
+                        queries: &queries,
+                        positions: block_positions,
+                        reduce: WindowReduce::Rows,
+                        out: &mut weights,
+                    };
+                    backend.window_scores(&params, &mut args)?;
+                    for (i, position) in block_positions.iter().enumerate() {
+                        let row = one_row(&weights, heads, shape.group(), block_positions.len(), i);
+                        observe(backend, policy, shape, heads, &row, std::slice::from_ref(position))?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn record_queries(&mut self, layer: usize, lane_index: usize, accepted: usize) {
+        if self.needs.queries == 0 || !self.logs_queries(layer) {
+            return;
+        }
+        let lane = self.scratch.lanes[lane_index];
+        let (log, first) = self.accepted_log(lane_index, accepted);
+        let shape = self.shape.layer(layer);
+        let row = shape.query_heads * shape.d_k;
+        let positions: Vec<i32> =
+            (first as i32..(first + log.len()) as i32).map(|i| lane.start + i).collect();
+        let rows = &self.scratch.pending[layer].queries[log.start * row..log.end * row];
+        let keep = self.needs.queries;
+        if let Some(sequence) = self.sequences.get_mut(&lane.id) {
+            sequence.queries[layer].push(rows, &positions, keep);
+        }
+    }
+
+    /// Says that the prompt of a sequence is complete and compresses it where the schedule says `prefill`.
+    /// Called by the first single-token step too; calling it twice is harmless.
+    ///
+    /// # Errors
+    /// [`Error`] from scoring or compacting; the prompt then stays open and may be ended again.
+    pub fn end_prefill(&mut self, id: SequenceId) -> Result<(), Error> {
+        if !self.sequence(id)?.prefill_open {
+            return Ok(());
+        }
+        if self.recipe.schedule.prefill {
+            self.compress(id)?;
+        }
+        self.sequence_mut(id)?.prefill_open = false;
+        if !self.records(self.sequence(id)?) {
+            self.sequence_mut(id)?.queries.iter_mut().for_each(|log| log.retain(|_| false));
+        }
+        Ok(())
+    }
+
+    /// Says that another prompt follows (a further turn of a conversation): tokens count as prompt again
+    /// until [`KvCache::end_prefill`].
+    ///
+    /// # Errors
+    /// [`crate::error::CacheError::NoSequence`].
+    pub fn reopen_prefill(&mut self, id: SequenceId) -> Result<(), Error> {
+        self.sequence_mut(id)?.prefill_open = true;
+        Ok(())
+    }
+
+    fn compress_if_due(&mut self, id: SequenceId, accepted: usize) -> Result<(), Error> {
+        let schedule = self.recipe.schedule;
+        let sequence = self.sequence(id)?;
+        let mut due = (schedule.chunk && accepted > 1) || schedule.every.is_some_and(|n| sequence.since >= n);
+        if let Some(slack) = schedule.over
+            && !due
+            && self.recipe.policy.compresses()
+        {
+            let targets = self.targets(sequence);
+            due = targets.iter().any(|&(layer, target)| mean_rows(&sequence.layers[layer]) > target + slack);
+        }
+        if due { self.compress(id) } else { Ok(()) }
+    }
+
+    /// Compresses a sequence to its budget now, whatever the schedule says.
+    ///
+    /// # Errors
+    /// [`Error`] from scoring or compacting; each layer is then either compressed or as it was.
+    pub fn compress(&mut self, id: SequenceId) -> Result<(), Error> {
+        let next = self.sequence(id)?.next;
+        let mut changed = self.drop_unseen(id)?;
+        if self.recipe.policy.compresses() {
+            for (layer, target) in self.targets(self.sequence(id)?) {
+                let plan = self.plan_layer(id, layer, target)?;
+                changed |= self.apply(id, layer, &plan)?;
+            }
+        }
+        if changed && self.recipe.positions == PositionMode::Renumber {
+            self.renumber(id)?;
+        }
+        let sequence = self.sequence_mut(id)?;
+        sequence.since = 0;
+        if changed {
+            let marker = if sequence.next < next { sequence.next } else { next };
+            sequence.compacted = Some(marker);
+        }
+        Ok(())
+    }
+
+    /// In layers with a sliding window, drops what no future query can see. Loses nothing.
+    fn drop_unseen(&mut self, id: SequenceId) -> Result<bool, Error> {
+        let mut changed = false;
+        for layer in self.shape.owners().collect::<Vec<_>>() {
+            let Some(window) = self.shape.layer(layer).window else { continue };
+            let sequence = self.sequence(id)?;
+            // The next query sees positions above next − window.
+            let oldest = i64::from(sequence.next) - i64::from(window) + 1;
+            let oldest = i32::try_from(oldest.max(0)).unwrap_or(i32::MAX);
+            let heads = sequence.layers[layer].iter().map(|head| {
+                let (rows, gone) = (head.rows(), store::rows_below(head, oldest));
+                crate::plan::HeadPlan { rows, keep: (gone as u32..rows as u32).collect() }
+            });
+            let plan = LayerPlan { heads: heads.collect() };
+            changed |= self.apply(id, layer, &plan)?;
+        }
+        Ok(changed)
+    }
+
+    /// Entries per KV head that each participating layer is to keep now.
+    fn targets(&self, sequence: &Sequence) -> Vec<(usize, usize)> {
+        let layers: Vec<usize> = (0..self.shape.layers()).filter(|&l| self.participates(l)).collect();
+        let rows: Vec<usize> = layers.iter().map(|&l| mean_rows(&sequence.layers[l])).collect();
+        let Some(target) = self.target_per_head(sequence, &layers) else {
+            return layers.into_iter().zip(rows).collect();
+        };
+        let (_, recent) = self.recipe.policy.protected();
+        let targets =
+            self.recipe.policy.layer_targets(&TargetRequest { layers: &layers, rows: &rows, target, recent });
+        layers.into_iter().zip(targets).collect()
+    }
+
+    /// The budget as entries per KV head, on average.
+    fn target_per_head(&self, sequence: &Sequence, layers: &[usize]) -> Option<usize> {
+        Some(match self.budget? {
+            Budget::Tokens(tokens) => tokens,
+            budget @ Budget::Fraction(_) => budget.tokens(sequence.prompt_tokens)?,
+            Budget::Bytes(bytes) => {
+                // Whole pages: what is resident, not what is used, must stay below the budget.
+                let page = |l: &usize| self.page_bytes(*l) * self.shape.layer(*l).kv_heads;
+                let round: usize = layers.iter().map(page).sum();
+                let capacity = layers.first().map_or(0, |&l| self.layouts[l].capacity);
+                bytes.checked_div(round)? * capacity
+            }
+        })
+    }
+
+    fn view<'a>(
+        &'a self,
+        sequence: &'a Sequence,
+        layer: usize,
+        target: usize,
+        queries: QueryWindow<'a>,
+    ) -> LayerView<'a> {
+        LayerView {
+            layer,
+            shape: self.shape.layer(layer),
+            heads: &sequence.layers[layer],
+            next: Position(sequence.next),
+            target,
+            queries,
+            columns: &self.columns,
+            backend: &*self.backend,
+        }
+    }
+
+    fn plan_layer(&self, id: SequenceId, layer: usize, target: usize) -> Result<LayerPlan, Error> {
+        let sequence = self.sequence(id)?;
+        let heads = &sequence.layers[layer];
+        let (rows, positions) = sequence.queries[layer].head_major(self.shape.layer(layer).query_heads);
+        let view = self.view(sequence, layer, target, QueryWindow { rows: &rows, positions: &positions });
+        let plan = self.recipe.policy.plan(&view)?;
+        let name = self.recipe.policy.name();
+        plan.validate(name, layer, heads.iter().map(HeadRows::rows))?;
+        let total: usize = heads.iter().map(HeadRows::rows).sum();
+        let allowed = (target * heads.len()).min(total);
+        if plan.kept() > allowed {
+            return Err(PolicyError::InvalidPlan {
+                policy: name.to_owned(),
+                layer,
+                head: 0,
+                problem: format!("keeps {} entries over all heads, the budget allows {allowed}", plan.kept()),
+            }
+            .into());
+        }
+        Ok(plan)
+    }
+
+    /// The plan of every participating layer as the recipe would make it now, without applying it.
+    ///
+    /// # Errors
+    /// [`Error`] from scoring.
+    pub fn plan(&self, id: SequenceId) -> Result<Vec<(usize, LayerPlan)>, Error> {
+        if !self.recipe.policy.compresses() {
+            return Ok(Vec::new());
+        }
+        let targets = self.targets(self.sequence(id)?);
+        targets.into_iter().map(|(layer, target)| Ok((layer, self.plan_layer(id, layer, target)?))).collect()
+    }
+
+    /// The scores the recipe gives a layer's entries now, if it scores at all.
+    ///
+    /// # Errors
+    /// [`Error`] from scoring.
+    pub fn scores(&self, id: SequenceId, layer: usize) -> Result<Option<LayerScores>, Error> {
+        self.heads(id, layer)?;
+        let sequence = self.sequence(id)?;
+        let Some(&(_, target)) = self.targets(sequence).iter().find(|(l, _)| *l == layer) else {
+            return Ok(None);
+        };
+        let (rows, positions) = sequence.queries[layer].head_major(self.shape.layer(layer).query_heads);
+        let view = self.view(sequence, layer, target, QueryWindow { rows: &rows, positions: &positions });
+        Ok(self.recipe.policy.scores(&view)?)
+    }
+
+    /// The one place where entries are removed by plan.
+    fn apply(&mut self, id: SequenceId, layer: usize, plan: &LayerPlan) -> Result<bool, Error> {
+        let (backend, layout) = (&*self.backend, &self.layouts[layer]);
+        let Some(sequence) = self.sequences.get_mut(&id.0) else { return Ok(false) };
+        let mut dropped = 0;
+        for (head, plan) in sequence.layers[layer].iter_mut().zip(&plan.heads) {
+            store::compact(backend, layout, head, &plan.keep)?;
+            dropped += plan.rows - plan.keep.len();
+        }
+        let counters = &mut sequence.counters[layer];
+        counters.dropped += dropped as u64;
+        counters.compactions += u64::from(dropped > 0);
+        Ok(dropped > 0)
+    }
+
+    /// Gives the entries of every head the positions 0, 1, 2, … and the next token the one after.
+    fn renumber(&mut self, id: SequenceId) -> Result<(), Error> {
+        let (backend, shape) = (&*self.backend, &self.shape);
+        let Some(sequence) = self.sequences.get_mut(&id.0) else { return Ok(()) };
+        let mut next = 0;
+        for (layer, heads) in sequence.layers.iter_mut().enumerate() {
+            for head in heads {
+                next = next.max(head.rows() as i32);
+                store::renumber(backend, shape.layer(layer), head, |slot, _| slot as i32)?;
+            }
+        }
+        let shift = next - sequence.next;
+        sequence.next = next;
+        for (layer, log) in sequence.queries.iter_mut().enumerate() {
+            rotate_log(backend, shape.layer(layer), log, |_| shift)?;
+        }
+        Ok(())
+    }
+}
+
+/// Moves recorded queries by a distance that depends on their position.
+pub(super) fn rotate_log(
+    backend: &dyn crate::backend::Backend,
+    shape: &LayerShape,
+    log: &mut super::sequence::QueryLog,
+    shift: impl Fn(i32) -> i32,
+) -> Result<(), Error> {
+    let (positions, rows) = log.parts_mut();
+    if let Some(rotary) =
+        shape.rotary.as_ref().filter(|_| shape.key_phase == crate::geometry::KeyPhase::PostRope)
+        && !rows.is_empty()
+    {
+        let deltas = positions.iter().flat_map(|&p| std::iter::repeat_n(shift(p), shape.query_heads));
+        let table = rotary.table(deltas);
+        backend.rope(&mut RopeArgs {
+            layout: rotary.layout,
+            dims: rotary.dims,
+            table: &table,
+            target: RopeTarget::Dense { rows, dim: shape.d_k },
+        })?;
+    }
+    positions.iter_mut().for_each(|p| *p += shift(*p));
+    Ok(())
+}
+
+/// Mean entries per head, rounded up.
+fn mean_rows(heads: &[HeadRows]) -> usize {
+    total_rows(heads).div_ceil(heads.len().max(1))
+}
+
+/// `[rows, heads, dim]` to `[heads, rows, dim]`.
+fn head_major(rows: &[f32], heads: usize, dim: usize) -> Vec<f32> {
+    let count = rows.len() / (heads * dim);
+    let mut out = vec![0.0; rows.len()];
+    for (i, row) in rows.chunks_exact(dim).enumerate() {
+        let (token, head) = (i / heads, i % heads);
+        out[(head * count + token) * dim..(head * count + token + 1) * dim].copy_from_slice(row);
+    }
+    out
+}
+
+/// Row `i` of `window` rows: for each head in turn `[G, rows]`.
+fn one_row(weights: &[f32], heads: &[HeadRows], group: usize, window: usize, i: usize) -> Vec<f32> {
+    let mut out = Vec::with_capacity(weights.len() / window);
+    let mut start = 0;
+    for head in heads {
+        let rows = head.rows();
+        for g in 0..group {
+            let from = start + (g * window + i) * rows;
+            out.extend_from_slice(&weights[from..from + rows]);
+        }
+        start += group * window * rows;
+    }
+    out
+}
+
+/// Hands every page of every head to the policy.
+fn observe(
+    backend: &dyn crate::backend::Backend,
+    policy: &dyn crate::policy::Policy,
+    shape: &LayerShape,
+    heads: &mut [HeadRows],
+    weights: &[f32],
+    queries: &[i32],
+) -> Result<(), Error> {
+    let mut start = 0;
+    for head in heads {
+        let head_rows = head.rows();
+        let weights = &weights[start..start + shape.group() * head_rows];
+        start += weights.len();
+        let seen = queries.last().map_or(0, |&query| seen_by(head, query, shape.window));
+        store::update_columns(backend, head, |positions, first, columns| {
+            let feed = Feed { positions, queries, head_rows, weights, first, window: shape.window, seen };
+            policy.observe(&feed, columns);
+        })?;
+    }
+    Ok(())
+}

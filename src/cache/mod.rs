@@ -1,0 +1,286 @@
+//! The cache a host engine holds: sequences of stored keys and values, attended, compressed and measured
+//! behind one interface.
+//!
+//! *Helps* an engine replace "append to my tensors, then my attention" by one call per layer, and get a
+//! bounded memory, rollback, forks and every policy with it. *Hurts* where an engine insists on its own
+//! storage: then only [`KvCache::select`] and [`KvCache::gather`] are of use.
+//!
+//! A cache has no locks and no global state: one thread calls it at a time, kernels spread over the
+//! backend's threads.
+
+mod builder;
+mod compress;
+mod ops;
+mod scratch;
+mod sequence;
+mod stats;
+mod step;
+
+pub use builder::{CacheBuilder, RecipeSource};
+pub use ops::{RemoveMode, Selection};
+pub use sequence::SequenceId;
+pub use stats::{EffectiveConfig, LayerStats, SequenceStats};
+pub use step::{PartialWorkspace, SPECULATIVE_TOKENS, Step};
+
+use crate::backend::Backend;
+use crate::columns::ColumnLayout;
+use crate::device::page::PageLayout;
+use crate::error::{CacheError, Error};
+use crate::geometry::{ModelShape, Position, RowCount};
+use crate::policy::FeedKind;
+use crate::recipe::{Budget, Recipe};
+use scratch::{Pending, Scratch};
+use sequence::{LayerCounters, QueryLog, Sequence};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use step::Lane;
+
+/// Keys and values of any number of sequences of one model, kept as a recipe says.
+///
+/// ```
+/// use kvsieve::{KvCache, Budget, geometry::{LayerShape, ModelShape}, view::{TensorView, TensorViewMut}};
+///
+/// let shape = ModelShape::uniform(2, LayerShape::new(4, 2, 8))?; // 2 layers, Hq 4, H 2, d 8
+/// let mut cache = KvCache::builder(shape).recipe("streaming").budget(Budget::Tokens(64)).build()?;
+/// let sequence = cache.create_sequence();
+/// let (q, k, v) = (vec![0.1; 3 * 4 * 8], vec![0.2; 3 * 2 * 8], vec![0.3; 3 * 2 * 8]);
+/// let mut out = vec![0.0; 3 * 4 * 8];
+/// let mut step = cache.begin(sequence, 3)?; // three new tokens
+/// for layer in 0..2 {
+///     step.attend(
+///         layer,
+///         TensorView::token_major(&q[..], 3, 4, 8)?,
+///         TensorView::token_major(&k[..], 3, 2, 8)?,
+///         TensorView::token_major(&v[..], 3, 2, 8)?,
+///         TensorViewMut::token_major(&mut out[..], 3, 4, 8)?,
+///     )?;
+/// }
+/// step.commit(3)?;
+/// assert!((out[0] - 0.3).abs() < 1e-6);
+/// assert_eq!(cache.next_position(sequence)?.0, 3);
+/// # Ok::<(), kvsieve::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct KvCache {
+    pub(crate) shape: Arc<ModelShape>,
+    pub(crate) recipe: Recipe,
+    pub(crate) budget: Option<Budget>,
+    pub(crate) backend: Arc<dyn Backend>,
+    pub(crate) layouts: Vec<Arc<PageLayout>>,
+    pub(crate) columns: ColumnLayout,
+    /// The policy's needs, asked once.
+    needs: crate::policy::Needs,
+    sequences: BTreeMap<u64, Sequence>,
+    next_id: u64,
+    scratch: Scratch,
+}
+
+impl KvCache {
+    /// Starts building a cache for a model.
+    pub fn builder(shape: ModelShape) -> CacheBuilder {
+        CacheBuilder::new(shape)
+    }
+
+    /// The model's geometry.
+    pub fn shape(&self) -> &ModelShape {
+        &self.shape
+    }
+
+    /// The recipe in force.
+    pub fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
+    /// The budget in force.
+    pub fn budget(&self) -> Option<Budget> {
+        self.budget
+    }
+
+    /// Where pages live and kernels run.
+    pub fn backend(&self) -> &dyn Backend {
+        &*self.backend
+    }
+
+    /// A new, empty sequence. It takes no memory until tokens come.
+    pub fn create_sequence(&mut self) -> SequenceId {
+        let layers = self.shape.layers();
+        let heads = |l: usize| if self.shape.owner(l) == l { self.shape.layer(l).kv_heads } else { 0 };
+        self.insert(Sequence {
+            layers: (0..layers).map(|l| vec![Default::default(); heads(l)]).collect(),
+            queries: self.shape.iter().map(QueryLog::new).collect(),
+            counters: vec![LayerCounters::default(); layers],
+            next: 0,
+            prompt_tokens: 0,
+            prefill_open: true,
+            since: 0,
+            compacted: None,
+        })
+    }
+
+    fn insert(&mut self, sequence: Sequence) -> SequenceId {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.sequences.insert(id, sequence);
+        SequenceId(id)
+    }
+
+    fn sequence(&self, id: SequenceId) -> Result<&Sequence, CacheError> {
+        self.sequences.get(&id.0).ok_or(CacheError::NoSequence(id.0))
+    }
+
+    fn sequence_mut(&mut self, id: SequenceId) -> Result<&mut Sequence, CacheError> {
+        self.sequences.get_mut(&id.0).ok_or(CacheError::NoSequence(id.0))
+    }
+
+    /// The sequences there are.
+    pub fn sequences(&self) -> impl Iterator<Item = SequenceId> + '_ {
+        self.sequences.keys().map(|&id| SequenceId(id))
+    }
+
+    /// The position the next token of a sequence gets: what the host's rotary embedding must use. It is not
+    /// a number of stored entries.
+    ///
+    /// # Errors
+    /// [`CacheError::NoSequence`].
+    pub fn next_position(&self, id: SequenceId) -> Result<Position, CacheError> {
+        Ok(Position(self.sequence(id)?.next))
+    }
+
+    /// Entries stored for each KV head of a layer.
+    ///
+    /// # Errors
+    /// [`CacheError::NoSequence`], [`CacheError::NoLayer`].
+    pub fn stored(&self, id: SequenceId, layer: usize) -> Result<Vec<RowCount>, CacheError> {
+        Ok(self.heads(id, layer)?.iter().map(|h| h.row_count()).collect())
+    }
+
+    /// Positions stored for one KV head of a layer, ascending.
+    ///
+    /// # Errors
+    /// [`CacheError::NoSequence`], [`CacheError::NoLayer`]; [`CacheError::Length`] for a head that is not.
+    pub fn positions(&self, id: SequenceId, layer: usize, head: usize) -> Result<Vec<Position>, CacheError> {
+        let heads = self.heads(id, layer)?;
+        let rows =
+            heads.get(head).ok_or(CacheError::Length { buffer: "KV head", got: head, want: heads.len() })?;
+        Ok(rows.pages().flat_map(|p| p.positions().iter().map(|&p| Position(p))).collect())
+    }
+
+    /// The rows a layer reads.
+    fn heads(&self, id: SequenceId, layer: usize) -> Result<&[crate::device::HeadRows], CacheError> {
+        let layers = self.shape.layers();
+        if layer >= layers {
+            return Err(CacheError::NoLayer { layer, layers });
+        }
+        Ok(&self.sequence(id)?.layers[self.shape.owner(layer)])
+    }
+
+    /// Begins a step of `tokens` new tokens. Their positions are assigned here, once, for all layers.
+    ///
+    /// # Errors
+    /// [`CacheError::NoSequence`]; [`CacheError::PositionOverflow`]; 0 tokens. A compaction that is due
+    /// because the prompt turned out to be complete can fail as [`Step::commit`] does.
+    pub fn begin(&mut self, id: SequenceId, tokens: usize) -> Result<Step<'_>, Error> {
+        self.begin_batch(&[(id, tokens)])
+    }
+
+    /// Begins a step of several sequences at once (continuous batching): lane `i` brings `batch[i].1` tokens
+    /// of sequence `batch[i].0`, following lane `i − 1` in the host's tensors.
+    ///
+    /// # Errors
+    /// As [`KvCache::begin`]; [`CacheError::DuplicateSequence`].
+    pub fn begin_batch(&mut self, batch: &[(SequenceId, usize)]) -> Result<Step<'_>, Error> {
+        if batch.is_empty() || batch.iter().any(|&(_, tokens)| tokens == 0) {
+            return Err(CacheError::Unsupported {
+                what: "begin",
+                why: "a step without tokens".to_owned(),
+                change: "give every lane at least one token",
+            }
+            .into());
+        }
+        for (i, &(id, tokens)) in batch.iter().enumerate() {
+            if batch[..i].iter().any(|&(other, _)| other == id) {
+                return Err(CacheError::DuplicateSequence(id.0).into());
+            }
+            let next = self.sequence(id)?.next;
+            if i32::try_from(tokens).ok().and_then(|t| next.checked_add(t)).is_none() {
+                return Err(CacheError::PositionOverflow { next, new: tokens }.into());
+            }
+        }
+        // The first single token after a prompt says that the prompt is complete.
+        for &(id, tokens) in batch {
+            let sequence = self.sequence(id)?;
+            if tokens == 1 && sequence.prefill_open && sequence.next > 1 {
+                self.end_prefill(id)?;
+            }
+        }
+        let log_rows = self.log_rows();
+        self.scratch.lanes.clear();
+        self.scratch.positions.clear();
+        let scratch = &mut self.scratch;
+        scratch.pending.resize_with(self.shape.layers(), Pending::default);
+        for pending in &mut scratch.pending {
+            pending.appended = false;
+            pending.attended = false;
+        }
+        let mut offset = 0;
+        for &(id, tokens) in batch {
+            let sequence = self.sequence(id)?;
+            let (start, records) = (sequence.next, self.records(sequence));
+            let logged = match (records, tokens <= SPECULATIVE_TOKENS) {
+                (false, _) => 0,
+                (true, true) => tokens,
+                (true, false) => tokens.min(log_rows),
+            };
+            self.scratch.positions.extend((0..tokens as i32).map(|i| start + i));
+            self.scratch.lanes.push(Lane { id: id.0, tokens, offset, start, logged, records });
+            offset += tokens;
+        }
+        self.scratch.recording = self.scratch.lanes.iter().any(|l| l.records);
+        Ok(Step { cache: self, tokens: offset, done: false })
+    }
+
+    /// Query rows of a long step that commit needs.
+    fn log_rows(&self) -> usize {
+        match self.needs.feed {
+            FeedKind::Rows { last } => self.needs.queries.max(last),
+            FeedKind::None | FeedKind::Mass => self.needs.queries,
+        }
+    }
+
+    /// Whether the recipe looks at queries or weights at all.
+    fn scores_tokens(&self) -> bool {
+        self.needs.queries > 0 || self.needs.feed != FeedKind::None
+    }
+
+    /// Whether a layer takes part in the policy: it owns its storage and has no sliding window (entries
+    /// that leave a window can never be seen again, so there is nothing to choose).
+    fn participates(&self, layer: usize) -> bool {
+        let shape = self.shape.layer(layer);
+        shape.shared_with.is_none() && shape.window.is_none()
+    }
+
+    /// What a layer feeds to the policy.
+    fn fed(&self, layer: usize) -> FeedKind {
+        if self.scratch.recording && self.participates(layer) { self.needs.feed } else { FeedKind::None }
+    }
+
+    fn logs_queries(&self, layer: usize) -> bool {
+        self.scratch.recording && self.participates(layer) && self.scores_tokens()
+    }
+
+    /// Whether the schedule can still look at what a sequence's tokens do: a recipe that compresses only at
+    /// the end of the prompt records nothing afterwards.
+    fn records(&self, sequence: &Sequence) -> bool {
+        let schedule = self.recipe.schedule;
+        self.scores_tokens()
+            && (sequence.prefill_open
+                || schedule.chunk
+                || schedule.every.is_some()
+                || schedule.over.is_some())
+    }
+
+    /// Frees the buffers that steps reuse; the next step allocates them again.
+    pub fn shrink_scratch(&mut self) {
+        self.scratch = Scratch::default();
+    }
+}

@@ -1,0 +1,213 @@
+//! Operations on whole sequences: fork, truncate, remove a span, drop; and reading back what is stored.
+//!
+//! *Helps* prompt sharing (a fork costs no copy), agents that forget a sub-task (remove), and hosts with
+//! their own attention (gather, select). *Hurts* where it would lie: truncating below the last compaction is
+//! an error, because the entries that stood there are gone.
+
+use super::KvCache;
+use super::compress::rotate_log;
+use super::sequence::SequenceId;
+use crate::error::{CacheError, Error, RecipeError};
+use crate::geometry::{KeyPhase, Position, Slot};
+use crate::kernel::gather::{GatherArgs, GatherTarget};
+use crate::plan::{HeadPlan, LayerPlan};
+use crate::store;
+use std::ops::Range;
+
+/// What becomes of the positions behind a removed span.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RemoveMode {
+    /// They stay; the gap remains in the numbering. Mathematically safe for rotary embeddings.
+    Keep,
+    /// They move down by the span's length, keys re-rotated; the next position moves with them.
+    Renumber,
+}
+
+/// The entries a recipe would keep for one layer, for hosts that own their cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Selection {
+    /// Where each KV head's entries start; `H + 1` values.
+    pub offsets: Vec<usize>,
+    /// Their slots, ascending within a head.
+    pub slots: Vec<Slot>,
+    /// Their positions.
+    pub positions: Vec<Position>,
+}
+
+impl KvCache {
+    /// A copy of a sequence that shares its pages until either side writes to them.
+    ///
+    /// # Errors
+    /// [`CacheError::NoSequence`].
+    pub fn fork(&mut self, id: SequenceId) -> Result<SequenceId, Error> {
+        let copy = self.sequence(id)?.clone();
+        Ok(self.insert(copy))
+    }
+
+    /// Forgets a sequence; pages that no fork shares go back to the system.
+    ///
+    /// # Errors
+    /// [`CacheError::NoSequence`].
+    pub fn drop_sequence(&mut self, id: SequenceId) -> Result<(), Error> {
+        self.sequences.remove(&id.0).map(drop).ok_or_else(|| CacheError::NoSequence(id.0).into())
+    }
+
+    /// Forgets all tokens at positions `to` and above.
+    ///
+    /// Accumulated scores (H2O's mass) keep what the forgotten tokens contributed.
+    ///
+    /// # Errors
+    /// [`CacheError::PastCompaction`] if entries below `to` were evicted because of tokens at or above it;
+    /// [`CacheError::PositionRange`] if `to` is negative or beyond the end.
+    pub fn truncate(&mut self, id: SequenceId, to: Position) -> Result<(), Error> {
+        let sequence = self.sequence_mut(id)?;
+        let next = sequence.next;
+        if to.0 < 0 || to.0 > next {
+            return Err(CacheError::PositionRange { start: to.0, end: next, next }.into());
+        }
+        if let Some(compacted) = sequence.compacted.filter(|&c| to.0 < c) {
+            return Err(CacheError::PastCompaction { to, compacted: Position(compacted) }.into());
+        }
+        for head in sequence.layers.iter_mut().flatten() {
+            let rows = store::rows_below(head, to.0);
+            store::truncate_rows(head, rows);
+        }
+        sequence.queries.iter_mut().for_each(|log| log.retain(|p| p < to.0));
+        let removed = (next - to.0) as usize;
+        sequence.since = sequence.since.saturating_sub(removed);
+        if sequence.prefill_open {
+            sequence.prompt_tokens = sequence.prompt_tokens.saturating_sub(removed);
+        }
+        sequence.next = to.0;
+        Ok(())
+    }
+
+    /// Forgets the tokens at positions `range` (half-open), for instance a finished sub-task.
+    ///
+    /// # Errors
+    /// [`CacheError::PositionRange`] for a reversed or outlying range; with [`RemoveMode::Renumber`], a
+    /// [`RecipeError::Conflict`] if a layer's keys are rotated and its rotary embedding is unknown.
+    pub fn remove(&mut self, id: SequenceId, range: Range<Position>, mode: RemoveMode) -> Result<(), Error> {
+        let (start, end) = (range.start.0, range.end.0);
+        let next = self.sequence(id)?.next;
+        if start < 0 || start > end || end > next {
+            return Err(CacheError::PositionRange { start, end, next }.into());
+        }
+        if mode == RemoveMode::Renumber {
+            self.check_rotary()?;
+        }
+        if start == end {
+            return Ok(());
+        }
+        for layer in self.shape.owners().collect::<Vec<_>>() {
+            let heads = self.sequence(id)?.layers[layer].iter().map(|head| {
+                let rows = head.rows() as u32;
+                let (from, to) = (store::rows_below(head, start) as u32, store::rows_below(head, end) as u32);
+                HeadPlan { rows: rows as usize, keep: (0..from).chain(to..rows).collect() }
+            });
+            let plan = LayerPlan { heads: heads.collect() };
+            let (backend, layout) = (&*self.backend, &self.layouts[layer]);
+            let Some(sequence) = self.sequences.get_mut(&id.0) else {
+                return Err(CacheError::NoSequence(id.0).into());
+            };
+            for (head, plan) in sequence.layers[layer].iter_mut().zip(&plan.heads) {
+                store::compact(backend, layout, head, &plan.keep)?;
+                if mode == RemoveMode::Renumber {
+                    let shift = |_, p| if p >= end { p - (end - start) } else { p };
+                    store::renumber(backend, self.shape.layer(layer), head, shift)?;
+                }
+            }
+        }
+        let (backend, shape) = (&*self.backend, &self.shape);
+        let Some(sequence) = self.sequences.get_mut(&id.0) else {
+            return Err(CacheError::NoSequence(id.0).into());
+        };
+        for (layer, log) in sequence.queries.iter_mut().enumerate() {
+            log.retain(|p| p < start || p >= end);
+            if mode == RemoveMode::Renumber {
+                rotate_log(backend, shape.layer(layer), log, |p| if p >= end { start - end } else { 0 })?;
+            }
+        }
+        if mode == RemoveMode::Renumber {
+            sequence.next -= end - start;
+            if let Some(compacted) = &mut sequence.compacted {
+                *compacted =
+                    if *compacted >= end { *compacted - (end - start) } else { (*compacted).min(start) };
+            }
+        }
+        Ok(())
+    }
+
+    fn check_rotary(&self) -> Result<(), RecipeError> {
+        let unknown = |l: &usize| {
+            let layer = self.shape.layer(*l);
+            layer.rotary.is_none() && layer.key_phase == KeyPhase::PostRope
+        };
+        match self.shape.owners().find(unknown) {
+            None => Ok(()),
+            Some(layer) => Err(RecipeError::Conflict {
+                what: "renumbering".to_owned(),
+                with: format!("layer {layer} without a rotary description"),
+                why: "its keys cannot be re-rotated".to_owned(),
+                change: "set LayerShape::rotary, or keep positions".to_owned(),
+            }),
+        }
+    }
+
+    /// Copies one KV head's entries, oldest first, into dense `f32` buffers: `keys [rows, d_k]`,
+    /// `values [rows, d_v]`, `rows` as [`KvCache::stored`] says.
+    ///
+    /// # Errors
+    /// [`CacheError::Length`] for a buffer or head index that does not fit; device errors.
+    pub fn gather(
+        &self,
+        id: SequenceId,
+        layer: usize,
+        head: usize,
+        keys: &mut [f32],
+        values: &mut [f32],
+    ) -> Result<(), Error> {
+        let heads = self.heads(id, layer)?;
+        let rows =
+            heads.get(head).ok_or(CacheError::Length { buffer: "KV head", got: head, want: heads.len() })?;
+        let (shape, count) = (self.shape.layer(layer), rows.rows());
+        let fits = |buffer, got, want| {
+            if got == want { Ok(()) } else { Err(CacheError::Length { buffer, got, want }) }
+        };
+        fits("keys", keys.len(), count * shape.d_k)?;
+        fits("values", values.len(), count * shape.d_v)?;
+        let slots: Vec<u32> = (0..count as u32).collect();
+        self.backend.gather(&mut GatherArgs {
+            head: rows,
+            slots: &slots,
+            target: GatherTarget::Dense { keys, values },
+        })?;
+        Ok(())
+    }
+
+    /// What the recipe would keep of a layer now, without doing it: for hosts that own their cache and only
+    /// want to know which entries matter.
+    ///
+    /// # Errors
+    /// [`CacheError::Unsupported`] if the recipe never drops anything or leaves this layer alone; scoring
+    /// errors.
+    pub fn select(&self, id: SequenceId, layer: usize) -> Result<Selection, Error> {
+        let heads = self.heads(id, layer)?;
+        let Some((_, plan)) = self.plan(id)?.into_iter().find(|(l, _)| *l == layer) else {
+            return Err(CacheError::Unsupported {
+                what: "select",
+                why: format!("the recipe {} plans nothing for layer {layer}", self.recipe),
+                change: "choose a policy that drops entries, and a layer that owns its cache and has no sliding window",
+            }
+            .into());
+        };
+        let mut selection = Selection { offsets: vec![0], slots: Vec::new(), positions: Vec::new() };
+        for (head, plan) in heads.iter().zip(&plan.heads) {
+            let positions: Vec<i32> = head.pages().flat_map(|p| p.positions().iter().copied()).collect();
+            selection.slots.extend(plan.keep.iter().map(|&s| Slot(s)));
+            selection.positions.extend(plan.keep.iter().map(|&s| Position(positions[s as usize])));
+            selection.offsets.push(selection.slots.len());
+        }
+        Ok(selection)
+    }
+}

@@ -1,0 +1,95 @@
+//! One sequence: its rows in every layer, the position of its next token, and the last queries of each
+//! layer for policies that look at them.
+//!
+//! *Helps* because a fork is a clone: pages are shared, counters copied. *Hurts* by one copy of the recorded
+//! queries per fork (window × query heads × d_k floats a layer).
+
+use crate::device::HeadRows;
+use crate::geometry::LayerShape;
+use std::collections::VecDeque;
+
+/// The handle of a sequence within its cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SequenceId(pub u64);
+
+/// The last committed queries of one layer, `[Hq · d_k]` per token.
+#[derive(Clone, Debug, Default)]
+pub(super) struct QueryLog {
+    rows: VecDeque<f32>,
+    positions: VecDeque<i32>,
+    row_len: usize,
+}
+
+impl QueryLog {
+    pub(super) fn new(shape: &LayerShape) -> Self {
+        Self { row_len: shape.query_heads * shape.d_k, ..Self::default() }
+    }
+
+    /// Appends token-major rows and forgets all but the last `keep`.
+    pub(super) fn push(&mut self, rows: &[f32], positions: &[i32], keep: usize) {
+        self.rows.extend(rows);
+        self.positions.extend(positions);
+        let excess = self.positions.len().saturating_sub(keep);
+        self.rows.drain(..excess * self.row_len);
+        self.positions.drain(..excess);
+    }
+
+    /// Keeps the queries whose position satisfies the condition.
+    pub(super) fn retain(&mut self, keep: impl Fn(i32) -> bool) {
+        let mut rows = VecDeque::with_capacity(self.rows.len());
+        for (i, &p) in self.positions.iter().enumerate() {
+            if keep(p) {
+                rows.extend(self.rows.range(i * self.row_len..(i + 1) * self.row_len));
+            }
+        }
+        self.rows = rows;
+        self.positions.retain(|&p| keep(p));
+    }
+
+    /// Positions and token-major rows, writable, for a re-rotation.
+    pub(super) fn parts_mut(&mut self) -> (&mut [i32], &mut [f32]) {
+        (self.positions.make_contiguous(), self.rows.make_contiguous())
+    }
+
+    /// The log as `[heads, W, d_k]` with its positions.
+    pub(super) fn head_major(&self, heads: usize) -> (Vec<f32>, Vec<i32>) {
+        let window = self.positions.len();
+        let dim = self.row_len.checked_div(heads).unwrap_or(0);
+        let mut out = vec![0.0; self.rows.len()];
+        for (i, x) in self.rows.iter().enumerate() {
+            let (token, head, d) = (i / self.row_len, i % self.row_len / dim, i % dim);
+            out[(head * window + token) * dim + d] = *x;
+        }
+        (out, self.positions.iter().copied().collect())
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.rows.capacity() * size_of::<f32>() + self.positions.capacity() * size_of::<i32>()
+    }
+}
+
+/// Counters of one layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct LayerCounters {
+    pub(super) dropped: u64,
+    pub(super) compactions: u64,
+}
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub(super) struct Sequence {
+    /// Per layer, per KV head; empty for layers that share another's rows.
+    pub(super) layers: Vec<Vec<HeadRows>>,
+    /// Recorded queries per layer.
+    pub(super) queries: Vec<QueryLog>,
+    pub(super) counters: Vec<LayerCounters>,
+    /// Position of the next token.
+    pub(super) next: i32,
+    /// Tokens committed while the prompt was open: what a fractional budget is a fraction of.
+    pub(super) prompt_tokens: usize,
+    pub(super) prefill_open: bool,
+    /// Tokens committed since the last compaction.
+    pub(super) since: usize,
+    /// `next` at the last compaction: below it entries are missing.
+    pub(super) compacted: Option<i32>,
+}

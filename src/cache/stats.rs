@@ -1,0 +1,182 @@
+//! What is stored and what it costs: entries, bytes used, bytes resident, bytes reserved, and the
+//! configuration in force.
+//!
+//! Bytes are counted from allocations: `logical` is what the entries need without padding, `resident` the
+//! pages in use (rows, positions, β, columns, recorded queries), `reserved` the address space or device
+//! buffers held. *Helps* because "did memory really go down" has an answer. *Hurts* by a walk over all pages
+//! per call: not for the decode loop.
+
+use super::KvCache;
+use super::sequence::SequenceId;
+use crate::device::memory::MemoryUsage;
+use crate::device::page::Page;
+use crate::error::Error;
+use crate::store;
+use std::collections::HashSet;
+use std::fmt;
+
+/// One layer of one sequence.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LayerStats {
+    /// Layer index.
+    pub layer: usize,
+    /// Entries stored, over all KV heads.
+    pub entries: usize,
+    /// Entries dropped so far, over all KV heads.
+    pub dropped: u64,
+    /// Compactions that dropped something.
+    pub compactions: u64,
+    /// Bytes the entries need without padding.
+    pub bytes_logical: usize,
+    /// Bytes of pages in use, shared pages counted in full, and of recorded queries.
+    pub bytes_resident: usize,
+    /// Bytes one decode step's attention reads.
+    pub bytes_read_per_step: usize,
+}
+
+/// One sequence.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SequenceStats {
+    /// Per layer; layers that share another's cache are all zero.
+    pub layers: Vec<LayerStats>,
+}
+
+impl SequenceStats {
+    /// Sums over the layers (`layer` is the number of layers).
+    pub fn total(&self) -> LayerStats {
+        self.layers.iter().fold(LayerStats { layer: self.layers.len(), ..LayerStats::default() }, |sum, l| {
+            LayerStats {
+                layer: sum.layer,
+                entries: sum.entries + l.entries,
+                dropped: sum.dropped + l.dropped,
+                compactions: sum.compactions + l.compactions,
+                bytes_logical: sum.bytes_logical + l.bytes_logical,
+                bytes_resident: sum.bytes_resident + l.bytes_resident,
+                bytes_read_per_step: sum.bytes_read_per_step + l.bytes_read_per_step,
+            }
+        })
+    }
+}
+
+/// The configuration a cache really runs with. `Display` prints it, one option a line.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EffectiveConfig {
+    /// The recipe in canonical form.
+    pub recipe: String,
+    /// The budget.
+    pub budget: String,
+    /// Backend and hardware.
+    pub backend: String,
+    /// Entries per page.
+    pub page_entries: usize,
+    /// Bytes one entry of one KV head needs, per layer: rows, position and columns, without page slack.
+    pub entry_bytes: Vec<usize>,
+    /// Bytes of one page, per layer.
+    pub page_bytes: Vec<usize>,
+    /// Declared columns with their words per entry.
+    pub columns: Vec<(String, usize)>,
+    /// What the recipe records of the attend calls.
+    pub needs: crate::policy::Needs,
+}
+
+impl fmt::Display for EffectiveConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "recipe        {}", self.recipe)?;
+        writeln!(f, "budget        {}", self.budget)?;
+        writeln!(f, "backend       {}", self.backend)?;
+        writeln!(f, "page          {} entries, {} bytes", self.page_entries, Compact(&self.page_bytes))?;
+        writeln!(f, "entry         {} bytes", Compact(&self.entry_bytes))?;
+        let columns: Vec<String> =
+            self.columns.iter().map(|(name, words)| format!("{name} ({} bytes)", words * 4)).collect();
+        writeln!(
+            f,
+            "columns       {}",
+            if columns.is_empty() { "none".to_owned() } else { columns.join(", ") }
+        )?;
+        write!(f, "needs         last {} queries, feed {:?}", self.needs.queries, self.needs.feed)
+    }
+}
+
+/// One number if all layers agree, else all of them.
+struct Compact<'a>(&'a [usize]);
+
+impl fmt::Display for Compact<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            [first, rest @ ..] if rest.iter().all(|x| x == first) => write!(f, "{first}"),
+            all => write!(f, "{all:?}"),
+        }
+    }
+}
+
+impl KvCache {
+    /// What one sequence stores.
+    ///
+    /// # Errors
+    /// [`crate::error::CacheError::NoSequence`].
+    pub fn stats(&self, id: SequenceId) -> Result<SequenceStats, Error> {
+        let sequence = self.sequence(id)?;
+        let layers = sequence.layers.iter().enumerate().map(|(layer, heads)| {
+            let counters = sequence.counters[layer];
+            let pages = heads.iter().flat_map(|h| h.segments.iter().flat_map(|s| s.pages.iter()));
+            LayerStats {
+                layer,
+                entries: heads.iter().map(|h| h.rows()).sum(),
+                dropped: counters.dropped,
+                compactions: counters.compactions,
+                bytes_logical: heads.iter().map(|h| h.rows() * self.layouts[layer].entry_bytes()).sum(),
+                bytes_resident: pages
+                    .map(|p| self.block_bytes(layer) + store::metadata_bytes(p))
+                    .sum::<usize>()
+                    + sequence.queries[layer].bytes(),
+                bytes_read_per_step: heads.iter().map(store::bytes_read).sum(),
+            }
+        });
+        Ok(SequenceStats { layers: layers.collect() })
+    }
+
+    /// Bytes of everything this cache stores: pages that sequences share are counted once. `peak` and
+    /// `reserved` are the backend's, over all caches that share it.
+    pub fn memory(&self) -> MemoryUsage {
+        let mut seen: HashSet<*const Page> = HashSet::new();
+        let mut resident = 0;
+        for sequence in self.sequences.values() {
+            for (layer, heads) in sequence.layers.iter().enumerate() {
+                let pages = heads.iter().flat_map(|h| h.segments.iter().flat_map(|s| s.pages.iter()));
+                resident += pages
+                    .filter(|p| seen.insert(std::sync::Arc::as_ptr(p)))
+                    .map(|p| self.block_bytes(layer) + store::metadata_bytes(p))
+                    .sum::<usize>();
+                resident += sequence.queries[layer].bytes();
+            }
+        }
+        let backend = self.backend.memory();
+        MemoryUsage { resident, reserved: backend.reserved.max(resident), peak: backend.peak }
+    }
+
+    /// A block's size as allocated.
+    fn block_bytes(&self, layer: usize) -> usize {
+        self.layouts[layer].block_bytes().next_multiple_of(crate::device::memory::BLOCK_ALIGN)
+    }
+
+    /// A page's size in all: block, positions, columns.
+    pub(super) fn page_bytes(&self, layer: usize) -> usize {
+        let layout = &self.layouts[layer];
+        self.block_bytes(layer) + size_of::<Page>() + layout.capacity * 4 * (1 + layout.column_words)
+    }
+
+    /// The configuration in force.
+    pub fn config(&self) -> EffectiveConfig {
+        let layers = 0..self.shape.layers();
+        EffectiveConfig {
+            recipe: self.recipe.to_string(),
+            budget: self.budget.map_or_else(|| "none".to_owned(), |b| b.to_string()),
+            backend: format!("{}: {}", self.backend.name(), self.backend.describe()),
+            page_entries: self.layouts[0].capacity,
+            entry_bytes: layers.clone().map(|l| self.layouts[l].entry_bytes()).collect(),
+            page_bytes: layers.map(|l| self.page_bytes(l)).collect(),
+            columns: self.columns.specs().iter().map(|s| (s.name.to_owned(), s.words)).collect(),
+            needs: self.needs,
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! A policy made of stages: scorer, allocator, protection, selection.
+//!
+//! *Helps* because nearly every eviction method is a scorer with a budget rule: one file each, any pair of
+//! them. *Hurts* methods that choose entries jointly (diversity, chunks): those implement [`Policy`].
+
+use super::{
+    Allocator, Feed, LayerScores, LayerView, Needs, Policy, Scorer, TargetRequest, allocate::HeadRequest,
+    select,
+};
+use crate::columns::{ColumnSpec, ColumnsMut};
+use crate::error::PolicyError;
+use crate::plan::{HeadPlan, LayerPlan};
+use std::sync::Arc;
+
+/// See the [module](self).
+///
+/// Every plan keeps exactly the allocated number of entries of each KV head, protected ones among them, and
+/// nothing is dropped while a layer is within its target.
+#[derive(Clone, Debug)]
+pub struct Staged {
+    name: String,
+    scorer: Arc<dyn Scorer>,
+    allocator: Arc<dyn Allocator>,
+    sinks: usize,
+    recent: usize,
+}
+
+impl Staged {
+    /// Joins a scorer and an allocator; `name` appears in reports and errors.
+    pub fn new(name: impl Into<String>, scorer: Arc<dyn Scorer>, allocator: Arc<dyn Allocator>) -> Self {
+        Self { name: name.into(), scorer, allocator, sinks: 0, recent: 0 }
+    }
+
+    /// Protects the first `sinks` entries of each KV head, or as many as the scorer asks for if that is more.
+    #[must_use]
+    pub fn sinks(mut self, sinks: usize) -> Self {
+        self.sinks = sinks;
+        self
+    }
+
+    /// Protects the last `recent` entries of each KV head, or as many as the scorer asks for if that is more.
+    #[must_use]
+    pub fn recent(mut self, recent: usize) -> Self {
+        self.recent = recent;
+        self
+    }
+
+    /// The scorer.
+    pub fn scorer(&self) -> &Arc<dyn Scorer> {
+        &self.scorer
+    }
+
+    /// The allocator.
+    pub fn allocator(&self) -> &Arc<dyn Allocator> {
+        &self.allocator
+    }
+
+    fn protect(&self, target: usize) -> (usize, usize) {
+        let (sinks, recent) = self.scorer.protect(target);
+        (sinks.max(self.sinks), recent.max(self.recent))
+    }
+
+    /// The counts an allocator gave, if they are what every plan promises.
+    fn check_counts(
+        &self,
+        view: &LayerView<'_>,
+        lengths: &[usize],
+        protected: &[usize],
+        counts: &[usize],
+    ) -> Result<(), PolicyError> {
+        let invalid = |head: usize, problem: String| {
+            Err(PolicyError::InvalidPlan { policy: self.name.clone(), layer: view.layer, head, problem })
+        };
+        let allocator = self.allocator.name();
+        if counts.len() != lengths.len() {
+            return invalid(
+                0,
+                format!("{allocator} gave {} counts for {} KV heads", counts.len(), lengths.len()),
+            );
+        }
+        for (head, &count) in counts.iter().enumerate() {
+            if !(protected[head]..=lengths[head]).contains(&count) {
+                let (low, high) = (protected[head], lengths[head]);
+                return invalid(head, format!("{allocator} gave {count}, must be {low} ..= {high}"));
+            }
+        }
+        let (sum, most) = (counts.iter().sum::<usize>(), view.target.saturating_mul(lengths.len()));
+        if sum > most {
+            return invalid(0, format!("{allocator} gave {sum} entries in all, the budget is {most}"));
+        }
+        Ok(())
+    }
+}
+
+impl Policy for Staged {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn needs(&self) -> Needs {
+        self.scorer.needs()
+    }
+
+    fn columns(&self) -> Vec<ColumnSpec> {
+        self.scorer.columns()
+    }
+
+    fn observe(&self, feed: &Feed<'_>, columns: &mut ColumnsMut<'_>) {
+        self.scorer.observe(feed, columns);
+    }
+
+    fn equal_counts(&self) -> bool {
+        self.allocator.equal_counts()
+    }
+
+    fn protected(&self) -> (usize, usize) {
+        self.protect(0)
+    }
+
+    fn layer_targets(&self, request: &TargetRequest<'_>) -> Vec<usize> {
+        let recent = request.recent.max(self.protect(request.target).1);
+        self.allocator.layer_targets(&TargetRequest { recent, ..request.clone() })
+    }
+
+    fn plan(&self, view: &LayerView<'_>) -> Result<LayerPlan, PolicyError> {
+        let lengths = view.lengths();
+        if lengths.iter().all(|&len| len <= view.target) {
+            return Ok(LayerPlan { heads: lengths.into_iter().map(HeadPlan::identity).collect() });
+        }
+        let scores = self.scorer.score(view)?;
+        select::check_scores(&self.name, view, &scores)?;
+        let (sinks, recent) = self.protect(view.target);
+        let protect = select::protection(&lengths, view.target, sinks, recent);
+        let counts = self.allocator.head_counts(&HeadRequest {
+            target: view.target,
+            scores: &scores,
+            protect: &protect,
+            backend: view.backend,
+        })?;
+        self.check_counts(view, &lengths, &select::protected_counts(&lengths, &protect), &counts)?;
+        select::top(view, &scores, &counts, &protect)
+    }
+
+    fn scores(&self, view: &LayerView<'_>) -> Result<Option<LayerScores>, PolicyError> {
+        self.scorer.score(view).map(Some)
+    }
+}

@@ -1,0 +1,356 @@
+//! The recipe grammar: text to terms, terms to stages, stages to a recipe.
+
+use super::{PositionMode, Recipe};
+use crate::error::RecipeError;
+use crate::policy::registry::{Accepts, Arg, Args, Build, Entry, Registry, Value};
+use crate::policy::schedule::Schedule;
+use crate::policy::{Policy, Staged, allocate, score};
+use crate::view::DType;
+use std::fmt;
+use std::sync::Arc;
+
+/// Longer than any sensible recipe, short enough that errors can quote it.
+const MAX_LEN: usize = 4096;
+
+const STAGES: &[&str] = &["score", "alloc", "k", "v", "sinks", "recent", "when", "positions"];
+const EVERY: &[Arg] = &[Arg::count("n", 16, 1, usize::MAX, "tokens between compressions")];
+const OVER: &[Arg] =
+    &[Arg::count("slack", 32, 0, usize::MAX, "entries above the target before it compresses")];
+const ANY_COUNT: Accepts = Accepts::Count { min: 0, max: usize::MAX };
+
+/// A piece of text and the 1-based column it starts at.
+struct Token {
+    text: String,
+    column: usize,
+}
+
+/// A term as written.
+struct Term {
+    stage: Option<Token>,
+    name: Token,
+    args: Vec<(Token, Token)>,
+}
+
+/// Reads terms. Works on characters, so that columns are what an editor shows.
+struct Reader<'a> {
+    text: &'a str,
+    chars: Vec<char>,
+    at: usize,
+}
+
+impl Reader<'_> {
+    fn error(&self, column: usize, problem: impl Into<String>) -> RecipeError {
+        RecipeError::Syntax { recipe: self.text.to_owned(), column, problem: problem.into() }
+    }
+
+    /// What stands at the cursor, for an error.
+    fn expected(&self, what: &str) -> RecipeError {
+        let found = self.chars.get(self.at).map_or("the end".to_owned(), |c| format!("{c:?}"));
+        self.error(self.at + 1, format!("expected {what}, found {found}"))
+    }
+
+    fn space(&mut self) {
+        while self.chars.get(self.at).is_some_and(|c| c.is_whitespace()) {
+            self.at += 1;
+        }
+    }
+
+    /// Takes `c` and the space around it, if it is next.
+    fn take(&mut self, c: char) -> bool {
+        self.space();
+        let there = self.chars.get(self.at) == Some(&c);
+        if there {
+            self.at += 1;
+            self.space();
+        }
+        there
+    }
+
+    /// A run of letters, digits and `_`, and for values also `.` and `-`.
+    fn word(&mut self, what: &str, value: bool) -> Result<Token, RecipeError> {
+        self.space();
+        let start = self.at;
+        let belongs = |c: &char| c.is_ascii_alphanumeric() || *c == '_' || (value && matches!(c, '.' | '-'));
+        while self.chars.get(self.at).is_some_and(belongs) {
+            self.at += 1;
+        }
+        if self.at == start {
+            return Err(self.expected(what));
+        }
+        Ok(Token { text: self.chars[start..self.at].iter().collect(), column: start + 1 })
+    }
+
+    fn args(&mut self) -> Result<Vec<(Token, Token)>, RecipeError> {
+        let mut args: Vec<(Token, Token)> = Vec::new();
+        if !self.take('(') || self.take(')') {
+            return Ok(args);
+        }
+        loop {
+            let name = self.word("an argument's name", false)?;
+            if let Some((first, _)) = args.iter().find(|(n, _)| n.text == name.text) {
+                let problem = format!("{} was already given at column {}", name.text, first.column);
+                return Err(self.error(name.column, problem));
+            }
+            if !self.take('=') {
+                return Err(self.expected(&format!("'=' and a value for {}", name.text)));
+            }
+            let value = self.word("a value", true)?;
+            args.push((name, value));
+            if self.take(')') {
+                return Ok(args);
+            }
+            if !self.take(',') {
+                return Err(self.expected("',' or ')'"));
+            }
+        }
+    }
+
+    fn term(&mut self) -> Result<Term, RecipeError> {
+        let first = self.word("a policy, an allocator or a stage", false)?;
+        if self.take('=') {
+            let name = self.word(&format!("a value for {}", first.text), true)?;
+            return Ok(Term { stage: Some(first), name, args: self.args()? });
+        }
+        Ok(Term { stage: None, name: first, args: self.args()? })
+    }
+
+    fn terms(&mut self) -> Result<Vec<Term>, RecipeError> {
+        let mut terms = vec![self.term()?];
+        while self.take('+') {
+            terms.push(self.term()?);
+        }
+        self.space();
+        if self.at == self.chars.len() { Ok(terms) } else { Err(self.expected("'+' or the end")) }
+    }
+}
+
+/// What the terms so far have chosen.
+#[derive(Default)]
+struct Draft {
+    policy: Option<(Entry, Args)>,
+    alloc: Option<(Entry, Args)>,
+    sinks: Option<usize>,
+    recent: Option<usize>,
+    k: Option<DType>,
+    v: Option<DType>,
+    schedule: Option<Schedule>,
+    positions: PositionMode,
+}
+
+pub(super) fn recipe(text: &str, registry: &Registry) -> Result<Recipe, RecipeError> {
+    let chars: Vec<char> = text.chars().take(MAX_LEN + 1).collect();
+    if chars.len() > MAX_LEN {
+        let start: String = chars[..64].iter().chain(&['…']).collect();
+        let problem = format!("expected at most {MAX_LEN} characters");
+        return Err(RecipeError::Syntax { recipe: start, column: MAX_LEN + 1, problem });
+    }
+    let mut reader = Reader { text, chars, at: 0 };
+    let mut draft = Draft::default();
+    for term in reader.terms()? {
+        draft.add(&reader, &term, registry)?;
+    }
+    draft.finish(&reader, registry)
+}
+
+fn filled(term: &Term, declared: &[Arg]) -> Result<Args, RecipeError> {
+    let mut args = Args::defaults(&term.name.text, declared);
+    term.args.iter().try_for_each(|(name, value)| args.set(&name.text, &value.text))?;
+    Ok(args)
+}
+
+impl Draft {
+    fn add(&mut self, reader: &Reader<'_>, term: &Term, registry: &Registry) -> Result<(), RecipeError> {
+        let name = term.name.text.as_str();
+        let Some(stage) = &term.stage else {
+            if STAGES.contains(&name) {
+                return Err(reader.error(term.name.column, format!("{name} is a stage: expected {name}=…")));
+            }
+            let entry = registry.find(name)?;
+            return self.choose(entry, term);
+        };
+        let plain = |accepts: &str| {
+            if term.args.is_empty() {
+                return Ok(());
+            }
+            let (first, _) = &term.args[0];
+            Err(reader
+                .error(first.column, format!("{}={name} takes no arguments; expected {accepts}", stage.text)))
+        };
+        let refuse = |want: String| RecipeError::Argument {
+            term: reader.text.trim().to_owned(),
+            argument: stage.text.clone(),
+            got: name.to_owned(),
+            want,
+        };
+        match stage.text.as_str() {
+            "score" => {
+                let entry = registry.lookup("scorer", name, |b| matches!(b, Build::Score { .. }))?;
+                self.choose(entry, term)?;
+            }
+            "alloc" => {
+                let entry = registry.lookup("allocator", name, |b| matches!(b, Build::Allocate { .. }))?;
+                self.choose(entry, term)?;
+            }
+            "k" | "v" => {
+                plain("a storage type")?;
+                let dtype = [DType::F32, DType::F16, DType::Bf16].into_iter().find(|d| d.name() == name);
+                let dtype = dtype.ok_or_else(|| refuse("one of f32, f16, bf16".into()))?;
+                *if stage.text == "k" { &mut self.k } else { &mut self.v } = Some(dtype);
+            }
+            "sinks" | "recent" => {
+                plain("a whole number")?;
+                let Some(Value::Count(n)) = ANY_COUNT.parse(name) else {
+                    return Err(refuse(ANY_COUNT.to_string()));
+                };
+                *if stage.text == "sinks" { &mut self.sinks } else { &mut self.recent } = Some(n);
+            }
+            "when" => {
+                let schedule = self.schedule.get_or_insert(Schedule::NEVER);
+                match name {
+                    "every" => schedule.every = Some(filled(term, EVERY)?.count("n")?),
+                    "over" => schedule.over = Some(filled(term, OVER)?.count("slack")?),
+                    _ => {
+                        plain("prefill, chunk, every(n=16), over(slack=32) or never")?;
+                        match name {
+                            "prefill" => schedule.prefill = true,
+                            "chunk" => schedule.chunk = true,
+                            "never" => {}
+                            _ => {
+                                return Err(refuse(
+                                    "prefill, chunk, every(n=16), over(slack=32) or never".into(),
+                                ));
+                            }
+                        }
+                    }
+                }
+            }
+            "positions" => {
+                plain("keep or renumber")?;
+                self.positions = match name {
+                    "keep" => PositionMode::Keep,
+                    "renumber" => PositionMode::Renumber,
+                    _ => return Err(refuse("keep or renumber".into())),
+                };
+            }
+            other => {
+                return Err(RecipeError::Unknown {
+                    kind: "stage",
+                    name: other.to_owned(),
+                    known: STAGES.join(", "),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn choose(&mut self, entry: &Entry, term: &Term) -> Result<(), RecipeError> {
+        let chosen = Some((*entry, filled(term, entry.args)?));
+        match entry.build {
+            Build::Score { .. } | Build::Whole { .. } => self.policy = chosen,
+            Build::Allocate { .. } => self.alloc = chosen,
+        }
+        Ok(())
+    }
+
+    fn finish(self, reader: &Reader<'_>, registry: &Registry) -> Result<Recipe, RecipeError> {
+        let (entry, args) = match (self.policy.clone(), &self.alloc) {
+            (Some(policy), _) => policy,
+            (None, Some(_)) => default_args(registry, score::snapkv::ENTRY.name)?,
+            (None, None) => {
+                return Err(reader.error(1, "expected a policy among the terms, for example full or snapkv"));
+            }
+        };
+        let mut terms = args.to_string();
+        let (policy, schedule): (Arc<dyn Policy>, Schedule) = match entry.build {
+            Build::Whole { schedule, build } => {
+                self.refuse_stages(&entry)?;
+                (build(&args)?, schedule)
+            }
+            Build::Score { schedule, build } => {
+                let scorer = build(&args)?;
+                let (alloc, alloc_args) = match self.alloc {
+                    Some(chosen) => chosen,
+                    None => default_args(registry, allocate::uniform::ENTRY.name)?,
+                };
+                let Build::Allocate { build } = alloc.build else {
+                    return Err(RecipeError::Unknown {
+                        kind: "allocator",
+                        name: alloc.name.to_owned(),
+                        known: "those of kind allocator".to_owned(),
+                    });
+                };
+                if alloc.name != allocate::uniform::ENTRY.name {
+                    terms.push_str(&format!("+alloc={alloc_args}"));
+                }
+                for (stage, protect) in [("sinks", self.sinks), ("recent", self.recent)] {
+                    if let Some(n) = protect.filter(|&n| n > 0) {
+                        terms.push_str(&format!("+{stage}={n}"));
+                    }
+                }
+                let staged = Staged::new(terms.clone(), scorer, build(&alloc_args)?)
+                    .sinks(self.sinks.unwrap_or(0))
+                    .recent(self.recent.unwrap_or(0));
+                (Arc::new(staged), schedule)
+            }
+            Build::Allocate { .. } => {
+                return Err(RecipeError::Unknown {
+                    kind: "scorer",
+                    name: entry.name.to_owned(),
+                    known: "those of kind scorer".to_owned(),
+                });
+            }
+        };
+        let recipe = Recipe {
+            terms: (policy.clone(), terms),
+            policy,
+            default_schedule: schedule,
+            k: self.k.unwrap_or(DType::F32),
+            v: self.v.unwrap_or(DType::F32),
+            schedule: self.schedule.unwrap_or(schedule),
+            positions: self.positions,
+        };
+        recipe.check_parts()?;
+        Ok(recipe)
+    }
+
+    /// A whole policy has no stages to set.
+    fn refuse_stages(&self, entry: &Entry) -> Result<(), RecipeError> {
+        let given = [
+            ("alloc", self.alloc.is_some()),
+            ("sinks", self.sinks.is_some()),
+            ("recent", self.recent.is_some()),
+        ];
+        let Some((stage, _)) = given.into_iter().find(|(_, given)| *given) else { return Ok(()) };
+        Err(RecipeError::Conflict {
+            what: stage.to_owned(),
+            with: entry.name.to_owned(),
+            why: format!("{} is not made of stages", entry.name),
+            change: format!("drop {stage}, or name a scorer instead of {}", entry.name),
+        })
+    }
+}
+
+fn default_args(registry: &Registry, name: &str) -> Result<(Entry, Args), RecipeError> {
+    let entry = registry.find(name)?;
+    Ok((*entry, Args::defaults(entry.name, entry.args)))
+}
+
+/// The `when=` terms of a schedule.
+pub(super) fn write_schedule(f: &mut fmt::Formatter<'_>, schedule: Schedule) -> fmt::Result {
+    if schedule == Schedule::NEVER {
+        return f.write_str("+when=never");
+    }
+    if schedule.prefill {
+        f.write_str("+when=prefill")?;
+    }
+    if schedule.chunk {
+        f.write_str("+when=chunk")?;
+    }
+    if let Some(n) = schedule.every {
+        write!(f, "+when=every(n={n})")?;
+    }
+    if let Some(slack) = schedule.over {
+        write!(f, "+when=over(slack={slack})")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,273 @@
+//! Changing what is stored for one KV head: append, truncate, compact, renumber, update columns.
+//!
+//! *Helps* because copy-on-write, page lifetimes and the order of positions are handled in this one place;
+//! a fork, a policy or a rollback never has to think of them. *Hurts* when two sequences that share a page
+//! both write to it: the first to write copies that page (one, not the context).
+//!
+//! Invariants, kept by every function here and relied on by kernels: positions strictly ascend within a
+//! head; every page of a segment but the last is full; entries beyond `rows` are never read.
+
+use crate::backend::Backend;
+use crate::columns::ColumnsMut;
+use crate::device::page::{HeadRows, Page, PageLayout, Segment, Side};
+use crate::error::{DeviceError, KernelError};
+use crate::geometry::{KeyPhase, LayerShape, Rotary};
+use crate::kernel::gather::{GatherArgs, GatherTarget};
+use crate::kernel::rope::{RopeArgs, RopeTarget};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// New entries of one KV head.
+#[derive(Clone, Copy, Debug)]
+pub struct NewRows<'a> {
+    /// Their positions, ascending, all above those stored.
+    pub positions: &'a [i32],
+    /// `[n, d_k]`.
+    pub keys: &'a [f32],
+    /// `[n, d_v]`.
+    pub values: &'a [f32],
+}
+
+/// A page that this head alone owns: the page itself, or a copy put in its place.
+fn unshare<'a>(
+    backend: &dyn Backend,
+    layout: &PageLayout,
+    page: &'a mut Arc<Page>,
+) -> Result<&'a mut Page, DeviceError> {
+    if Arc::get_mut(page).is_none() {
+        *page = Arc::new(backend.copy_page(layout, page)?);
+    }
+    match Arc::get_mut(page) {
+        Some(page) => Ok(page),
+        None => unreachable!("a page that was just made, or found unshared, has one owner"),
+    }
+}
+
+/// Appends entries with zeroed columns and β = 0.
+///
+/// # Errors
+/// [`DeviceError`]; the head is then as before.
+pub fn append(
+    backend: &dyn Backend,
+    layout: &Arc<PageLayout>,
+    head: &mut HeadRows,
+    new: NewRows<'_>,
+) -> Result<(), DeviceError> {
+    let before = head.rows();
+    let result = try_append(backend, layout, head, new);
+    if result.is_err() {
+        truncate_rows(head, before);
+    }
+    result
+}
+
+fn try_append(
+    backend: &dyn Backend,
+    layout: &Arc<PageLayout>,
+    head: &mut HeadRows,
+    new: NewRows<'_>,
+) -> Result<(), DeviceError> {
+    if head.segments.is_empty() {
+        head.segments.push(Segment::new(Arc::clone(layout)));
+    }
+    let Some(segment) = head.segments.last_mut() else { unreachable!("a segment was just pushed") };
+    let (d_k, d_v, words) = (layout.d_k, layout.d_v, layout.column_words);
+    let mut done = 0;
+    while done < new.positions.len() {
+        let first = segment.rows % layout.capacity;
+        if segment.rows == segment.pages.len() * layout.capacity {
+            segment.pages.push(Arc::new(backend.allocate(layout)?));
+        }
+        let Some(last) = segment.pages.last_mut() else { unreachable!("there is a page with room") };
+        let page = unshare(backend, layout, last)?;
+        let take = (layout.capacity - first).min(new.positions.len() - done);
+        let range = first..first + take;
+        page.positions[range.clone()].copy_from_slice(&new.positions[done..done + take]);
+        // A truncation may have left an older entry's data here.
+        page.columns[first * words..(first + take) * words].fill(0);
+        if let Some(bias) = &mut page.bias {
+            bias[range].fill(0.0);
+        }
+        backend.write_rows(
+            layout,
+            page,
+            first,
+            &new.keys[done * d_k..(done + take) * d_k],
+            &new.values[done * d_v..(done + take) * d_v],
+        )?;
+        segment.rows += take;
+        done += take;
+    }
+    Ok(())
+}
+
+/// Keeps the first `rows` entries and frees whole pages behind them.
+pub fn truncate_rows(head: &mut HeadRows, rows: usize) {
+    let mut left = rows;
+    for segment in &mut head.segments {
+        segment.rows = segment.rows.min(left);
+        left -= segment.rows;
+        segment.pages.truncate(segment.rows.div_ceil(segment.layout.capacity));
+    }
+    while head.segments.len() > 1 && head.segments.last().is_some_and(|s| s.rows == 0) {
+        head.segments.pop();
+    }
+}
+
+/// Entries with a position below `position`: they are the first ones, because positions ascend.
+pub fn rows_below(head: &HeadRows, position: i32) -> usize {
+    let mut rows = 0;
+    for page in head.pages() {
+        let below = page.positions().partition_point(|&p| p < position);
+        rows += below;
+        if below < page.rows {
+            break;
+        }
+    }
+    rows
+}
+
+/// Keeps the given ascending slots, moves them together and frees the pages left over.
+///
+/// Pages before the first dropped slot are kept as they are, so that what is shared stays shared.
+///
+/// # Errors
+/// [`KernelError`]; the head is then as before.
+pub fn compact(
+    backend: &dyn Backend,
+    layout: &Arc<PageLayout>,
+    head: &mut HeadRows,
+    keep: &[u32],
+) -> Result<(), KernelError> {
+    if keep.len() == head.rows() {
+        return Ok(());
+    }
+    let untouched = keep.iter().enumerate().take_while(|&(i, &slot)| i == slot as usize).count();
+    // With one segment the leading pages that lose nothing can stay.
+    let whole = if head.segments.len() == 1 { untouched / layout.capacity } else { 0 };
+    let moved = &keep[whole * layout.capacity..];
+    let mut pages = Vec::with_capacity(moved.len().div_ceil(layout.capacity));
+    for _ in 0..moved.len().div_ceil(layout.capacity) {
+        pages.push(backend.allocate(layout)?);
+    }
+    backend.gather(&mut GatherArgs {
+        head,
+        slots: moved,
+        target: GatherTarget::Pages { layout, pages: &mut pages },
+    })?;
+    let mut segment = Segment::new(Arc::clone(layout));
+    if let Some(first) = head.segments.first() {
+        segment.pages.extend_from_slice(&first.pages[..whole]);
+    }
+    segment.pages.extend(pages.into_iter().map(Arc::new));
+    segment.rows = keep.len();
+    head.segments = vec![segment];
+    Ok(())
+}
+
+/// Gives every entry a new position and turns its key by the difference.
+///
+/// `new_position` must be ascending over the head's positions.
+///
+/// # Errors
+/// [`KernelError`]. Pages already done are then renumbered and the others not, so the caller must drop the
+/// sequence; only a lost device can cause it.
+pub fn renumber(
+    backend: &dyn Backend,
+    shape: &LayerShape,
+    head: &mut HeadRows,
+    new_position: impl Fn(usize, i32) -> i32,
+) -> Result<(), KernelError> {
+    let rotary = shape.rotary.as_ref().filter(|_| shape.key_phase == KeyPhase::PostRope);
+    let mut angles = AngleCache::default();
+    let mut slot = 0;
+    for segment in &mut head.segments {
+        let (layout, total) = (Arc::clone(&segment.layout), segment.rows);
+        for (index, page) in segment.pages.iter_mut().enumerate() {
+            let rows = (total - index * layout.capacity).min(layout.capacity);
+            let deltas: Vec<i32> = page.positions[..rows]
+                .iter()
+                .enumerate()
+                .map(|(i, &p)| new_position(slot + i, p) - p)
+                .collect();
+            slot += rows;
+            if deltas.iter().all(|&d| d == 0) {
+                continue;
+            }
+            let page = unshare(backend, &layout, page)?;
+            page.positions.iter_mut().zip(&deltas).for_each(|(p, d)| *p += d);
+            if let Some(rotary) = rotary {
+                let table = angles.table(rotary, &deltas);
+                backend.rope(&mut RopeArgs {
+                    layout: rotary.layout,
+                    dims: rotary.dims,
+                    table: &table,
+                    target: RopeTarget::Keys { layout: &layout, page, rows },
+                })?;
+            }
+            backend.sync_metadata(&layout, page, 0..rows)?;
+        }
+    }
+    Ok(())
+}
+
+/// Angles by distance: a compaction moves thousands of keys by a handful of distances.
+#[derive(Debug, Default)]
+struct AngleCache(BTreeMap<i32, Vec<f32>>);
+
+impl AngleCache {
+    fn table(&mut self, rotary: &Rotary, deltas: &[i32]) -> Vec<f32> {
+        let mut table = Vec::with_capacity(deltas.len() * rotary.dims);
+        for &delta in deltas {
+            table.extend_from_slice(
+                self.0.entry(delta).or_insert_with(|| rotary.table(std::iter::once(delta))),
+            );
+        }
+        table
+    }
+}
+
+/// Calls `update` with the writable columns of every page: page's positions, slot of its first entry, columns.
+///
+/// # Errors
+/// [`DeviceError::OutOfMemory`] if a shared page cannot be copied.
+pub fn update_columns(
+    backend: &dyn Backend,
+    head: &mut HeadRows,
+    mut update: impl FnMut(&[i32], usize, &mut ColumnsMut<'_>),
+) -> Result<(), DeviceError> {
+    let mut first = 0;
+    for segment in &mut head.segments {
+        let (layout, total) = (Arc::clone(&segment.layout), segment.rows);
+        for (index, page) in segment.pages.iter_mut().enumerate() {
+            let rows = (total - index * layout.capacity).min(layout.capacity);
+            let page = unshare(backend, &layout, page)?;
+            let words = layout.column_words;
+            update(
+                &page.positions[..rows],
+                first,
+                &mut ColumnsMut::new(&mut page.columns[..rows * words], words),
+            );
+            first += rows;
+        }
+    }
+    Ok(())
+}
+
+/// Host memory of a page outside its block: positions, β, columns, and the page's own fields.
+pub fn metadata_bytes(page: &Page) -> usize {
+    size_of::<Page>()
+        + page.positions.len() * size_of::<i32>()
+        + page.bias.as_ref().map_or(0, |b| b.len() * size_of::<f32>())
+        + page.columns.len() * size_of::<u32>()
+}
+
+/// Bytes the attend kernel reads of a head for one query: keys, values, positions, β.
+pub fn bytes_read(head: &HeadRows) -> usize {
+    head.pages()
+        .map(|p| {
+            let row = p.layout.row_bytes(Side::Key) + p.layout.row_bytes(Side::Value) + size_of::<i32>();
+            p.rows * (row + if p.page.bias.is_some() { size_of::<f32>() } else { 0 })
+        })
+        .sum()
+}
