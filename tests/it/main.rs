@@ -2,8 +2,10 @@
 
 #![allow(clippy::unwrap_used, missing_docs, unreachable_pub, reason = "tests")]
 
-mod conformance;
 mod cache;
+mod conformance;
+#[cfg(feature = "gpu")]
+mod gpu;
 mod hostile;
 mod state_machine;
 mod support;
