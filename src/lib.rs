@@ -18,3 +18,5 @@ pub use backend::{Backend, Cpu, Reference};
 pub use cache::{KvCache, SequenceId, Step};
 pub use error::Error;
 pub use recipe::{Budget, Recipe};
+#[cfg(feature = "gpu")]
+pub use wgpu;
