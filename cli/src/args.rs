@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use kvsieve::backend::{Backend, Cpu, Reference};
+use kvsieve::cache::RecipeSource;
 use kvsieve::geometry::ModelShape;
 use kvsieve::{Budget, KvCache};
 use std::sync::Arc;
@@ -38,18 +39,21 @@ impl BackendName {
 
 #[cfg(feature = "gpu")]
 fn gpu() -> Result<Arc<dyn Backend>> {
-    Ok(Arc::new(kvsieve::backend::Gpu::new()?))
+    Ok(Arc::new(kvsieve::backend::Gpu::request()?))
 }
 
 #[cfg(not(feature = "gpu"))]
 fn gpu() -> Result<Arc<dyn Backend>> {
-    Err(Error::usage("this program was built without the gpu backend", "build it with `--features gpu`, or use --backend cpu"))
+    Err(Error::usage(
+        "this program was built without the gpu backend",
+        "build it with `--features gpu`, or use --backend cpu",
+    ))
 }
 
 /// A cache for one recipe. A recipe that drops nothing takes no budget.
 pub(crate) fn cache(
     shape: ModelShape,
-    recipe: &str,
+    recipe: impl Into<RecipeSource>,
     budget: Option<Budget>,
     backend: &Arc<dyn Backend>,
 ) -> Result<KvCache> {

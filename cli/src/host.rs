@@ -6,7 +6,7 @@ use kvsieve_candle::{Gguf, Model, SpecialTokens, Tokenizer, Weights};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Tokens fed at once during prefill: large enough for the matrix products, small enough for their buffers.
+/// Tokens fed at once during prefill unless said otherwise: large enough for the matrix products, small enough for their buffers.
 pub(crate) const CHUNK: usize = 512;
 
 /// The name of the small model that `scripts/fetch-model.sh` fetches.

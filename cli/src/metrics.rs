@@ -65,7 +65,10 @@ mod tests {
         let want = 0.5 * (0.5f64 / 0.9).ln() + 0.5 * (0.5f64 / 0.1).ln();
         assert!((kl(&p, &q) - want).abs() < 1e-6);
         assert_eq!(kl(&p, &p), 0.0);
-        assert_eq!(kl(&[0.0, f32::NEG_INFINITY], &[(0.5f32).ln(), (0.5f32).ln()]), f64::from((0.5f32).ln()).abs());
+        assert_eq!(
+            kl(&[0.0, f32::NEG_INFINITY], &[(0.5f32).ln(), (0.5f32).ln()]),
+            f64::from((0.5f32).ln()).abs()
+        );
     }
 
     #[test]

@@ -34,7 +34,8 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     };
     if args.json {
         let list: Vec<_> = chosen.iter().map(|entry| describe(entry)).collect();
-        let text = serde_json::to_string_pretty(&list).map_err(|e| Error::usage(e.to_string(), "report this"))?;
+        let text =
+            serde_json::to_string_pretty(&list).map_err(|e| Error::usage(e.to_string(), "report this"))?;
         println!("{text}");
         return Ok(());
     }

@@ -57,6 +57,9 @@ pub(crate) struct Args {
     /// Run the full cache too, and compare with it.
     #[arg(long)]
     compare: bool,
+    /// Feed the prompt in steps of N tokens. Recipes that bound memory compress between them.
+    #[arg(long, value_name = "N", default_value_t = CHUNK)]
+    chunk_tokens: usize,
     /// Longest answer, in tokens.
     #[arg(long, default_value_t = 64)]
     answer_tokens: usize,
@@ -120,7 +123,8 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         outcomes.push(one(args, &host, &prompt, variant, &backend, compared)?);
     }
     if args.json {
-        let text = serde_json::to_string(&outcomes).map_err(|e| Error::usage(e.to_string(), "report this"))?;
+        let text =
+            serde_json::to_string(&outcomes).map_err(|e| Error::usage(e.to_string(), "report this"))?;
         println!("{text}");
     } else {
         print(&outcomes, args.compare);
@@ -175,11 +179,12 @@ fn one(
     backend: &Arc<dyn Backend>,
     compared: Option<&mut Option<Full>>,
 ) -> Result<Outcome> {
-    let mut cache = args::cache(host.model.shape()?, &variant.recipe, variant.budget, backend)?;
+    let mut cache = args::cache(host.model.shape()?, &variant.recipe[..], variant.budget, backend)?;
     let sequence = cache.create_sequence();
     let bar = host::bar(prompt.document.len(), &format!("{} {}", variant.recipe, variant.budget_text()));
     let progress = &mut |done: usize| bar.set_position(done as u64);
-    let mut forward = host.model.prefill(&mut cache, sequence, &prompt.document, CHUNK, progress)?;
+    let mut forward =
+        host.model.prefill(&mut cache, sequence, &prompt.document, args.chunk_tokens, progress)?;
     bar.finish_and_clear();
     let prefill = forward.timings;
     let stored = cache.stats(sequence)?.total();
@@ -241,7 +246,13 @@ fn answer(
 }
 
 /// Feeds the full cache's answer through a compressed cache, on a fork: mean KL and share of equal top-1.
-fn follow(host: &Host, cache: &mut KvCache, sequence: SequenceId, first: &[f32], full: &Full) -> Result<(f64, f64)> {
+fn follow(
+    host: &Host,
+    cache: &mut KvCache,
+    sequence: SequenceId,
+    first: &[f32],
+    full: &Full,
+) -> Result<(f64, f64)> {
     let fork = cache.fork(sequence)?;
     let (mut divergence, mut same) = (Mean::default(), Mean::default());
     let mut row = first.to_vec();
@@ -260,7 +271,18 @@ fn print(outcomes: &[Outcome], compare: bool) {
     for outcome in outcomes {
         println!("[{} {}]\n{}\n", outcome.recipe, outcome.budget, outcome.answer);
     }
-    let heading = ["recipe", "budget", "kept", "KV memory", "process", "prefill", "decode", "attention", "KL", "same top-1"];
+    let heading = [
+        "recipe",
+        "budget",
+        "kept",
+        "KV memory",
+        "process",
+        "prefill",
+        "decode",
+        "attention",
+        "KL",
+        "same top-1",
+    ];
     let mut table = Table::new(2, &heading[..if compare { 10 } else { 8 }]);
     for (index, o) in outcomes.iter().enumerate() {
         let mut cells = vec![
@@ -282,7 +304,11 @@ fn print(outcomes: &[Outcome], compare: bool) {
     }
     table.print();
     if compare {
-        println!("\nKL and same top-1 compare the predictions along the full cache's answer with the full cache's own;");
-        println!("KL 0 and 100 % mean that nothing was lost on this answer. `kvsieve run --help` explains the columns.");
+        println!(
+            "\nKL and same top-1 compare the predictions along the full cache's answer with the full cache's own;"
+        );
+        println!(
+            "KL 0 and 100 % mean that nothing was lost on this answer. `kvsieve run --help` explains the columns."
+        );
     }
 }

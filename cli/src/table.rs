@@ -20,7 +20,12 @@ impl Table {
     pub(crate) fn print(&self) {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let width = |column: usize| {
-            self.rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+            self.rows
+                .iter()
+                .filter_map(|row| row.get(column))
+                .map(|cell| cell.chars().count())
+                .max()
+                .unwrap_or(0)
         };
         let widths: Vec<usize> = (0..columns).map(width).collect();
         for (index, row) in self.rows.iter().enumerate() {
@@ -80,7 +85,10 @@ mod tests {
         table.row(vec!["a".into(), "100".into()]);
         assert_eq!(table.line(&table.rows[0], &[4, 3]), "name    n");
         assert_eq!(table.line(&table.rows[1], &[4, 3]), "a     100");
-        assert_eq!([bytes(0), bytes(1023), bytes(1536), bytes(5 << 20)], ["0 B", "1023 B", "1.5 KiB", "5.0 MiB"]);
+        assert_eq!(
+            [bytes(0), bytes(1023), bytes(1536), bytes(5 << 20)],
+            ["0 B", "1023 B", "1.5 KiB", "5.0 MiB"]
+        );
         assert_eq!([number(None, 1), number(Some(f64::NAN), 1), number(Some(1.25), 1)], ["-", "-", "1.2"]);
         assert_eq!(percent(Some(0.5)), "50.0 %");
     }

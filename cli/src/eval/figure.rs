@@ -37,14 +37,20 @@ pub(super) fn check(path: &Path, font: Option<&Path>) -> Result<()> {
     match path.extension().and_then(|e| e.to_str()) {
         Some("svg") => Ok(()),
         Some("png") => load_font(path, font),
-        _ => Err(Error::usage(format!("{} is neither .svg nor .png", path.display()), "name the figure *.svg or *.png")),
+        _ => Err(Error::usage(
+            format!("{} is neither .svg nor .png", path.display()),
+            "name the figure *.svg or *.png",
+        )),
     }
 }
 
 pub(super) fn draw(path: &Path, rows: &[Row], title: &str) -> Result<()> {
     let lines = lines(rows);
     if lines.is_empty() {
-        return Err(Error::usage("there is nothing to draw", "give a recipe that compresses, with a --budget"));
+        return Err(Error::usage(
+            "there is nothing to draw",
+            "give a recipe that compresses, with a --budget",
+        ));
     }
     let problem = |problem: String| Error::Figure { path: path.to_owned(), problem };
     if path.extension().is_some_and(|e| e == "svg") {
@@ -70,7 +76,11 @@ fn lines(rows: &[Row]) -> Vec<Line> {
     lines
 }
 
-fn chart<B: DrawingBackend>(root: DrawingArea<B, Shift>, lines: &[Line], title: &str) -> std::result::Result<(), String> {
+fn chart<B: DrawingBackend>(
+    root: DrawingArea<B, Shift>,
+    lines: &[Line],
+    title: &str,
+) -> std::result::Result<(), String> {
     let all = || lines.iter().flat_map(|(_, points)| points);
     let most = all().map(|p| p.0).fold(0.0, f64::max) * 1.1;
     let (low, high) = all().fold((f64::MAX, 0.0f64), |(low, high), p| (low.min(p.1), high.max(p.1)));
@@ -114,9 +124,15 @@ fn load_font(path: &Path, font: Option<&Path>) -> Result<()> {
     let places = given.into_iter().chain(FONTS.iter().map(PathBuf::from));
     let bytes = places.into_iter().find_map(|path| std::fs::read(path).ok());
     let bytes = bytes.ok_or_else(|| {
-        Error::usage("a .png needs a typeface and none was found", "name one with --font FILE.ttf, or draw an .svg")
+        Error::usage(
+            "a .png needs a typeface and none was found",
+            "name one with --font FILE.ttf, or draw an .svg",
+        )
     })?;
     // Registered for the life of the program, once.
     plotters::style::register_font("sans-serif", FontStyle::Normal, Box::leak(bytes.into_boxed_slice()))
-        .map_err(|_| Error::Figure { path: path.to_owned(), problem: "the typeface cannot be read; name another with --font".to_owned() })
+        .map_err(|_| Error::Figure {
+            path: path.to_owned(),
+            problem: "the typeface cannot be read; name another with --font".to_owned(),
+        })
 }

@@ -10,7 +10,7 @@ mod span;
 
 use crate::args::{self, BackendName, Variant};
 use crate::error::{Error, Result};
-use crate::host::{self, CHUNK, Host, ModelArgs};
+use crate::host::{self, Host, ModelArgs};
 use crate::table::{Table, bytes, number, percent};
 use kvsieve::backend::Backend;
 use kvsieve::policy::schedule::Schedule;
@@ -78,6 +78,9 @@ pub(crate) struct Args {
     /// Where prompts start in the text, in tokens (span-copy).
     #[arg(long, value_delimiter = ',', default_value = "20000,60000")]
     offset: Vec<usize>,
+    /// Feed prompts in steps of N tokens; whole by default, so that every recipe chooses with the whole prompt in sight.
+    #[arg(long, value_name = "N")]
+    chunk_tokens: Option<usize>,
     /// Where the cache runs; the model itself always runs on the CPU.
     #[arg(long, value_enum, default_value = "cpu")]
     backend: BackendName,
@@ -146,14 +149,16 @@ struct Job<'a> {
     host: &'a Host,
     variants: &'a [Variant],
     backend: Arc<dyn Backend>,
+    chunk: usize,
 }
 
 impl Job<'_> {
     /// A cache after a prompt, compressed as the recipe says.
     fn prefilled(&self, variant: &Variant, prompt: &[u32]) -> Result<(KvCache, SequenceId, Measured)> {
-        let mut cache = args::cache(self.host.model.shape()?, &variant.recipe, variant.budget, &self.backend)?;
+        let mut cache =
+            args::cache(self.host.model.shape()?, &variant.recipe[..], variant.budget, &self.backend)?;
         let sequence = cache.create_sequence();
-        self.host.model.prefill(&mut cache, sequence, prompt, CHUNK, &mut |_| ())?;
+        self.host.model.prefill(&mut cache, sequence, prompt, self.chunk, &mut |_| ())?;
         let stored = cache.stats(sequence)?.total();
         let heads: usize = cache.shape().iter().map(|layer| layer.kv_heads).sum();
         let measured = Measured {
@@ -187,30 +192,40 @@ impl Job<'_> {
 pub(crate) fn main(args: &Args) -> Result<()> {
     if let Some(path) = &args.figure {
         if args.task != Task::Text {
-            return Err(Error::usage("--figure draws KL, which only the task text measures", "use --task text"));
+            return Err(Error::usage(
+                "--figure draws KL, which only the task text measures",
+                "use --task text",
+            ));
         }
         figure::check(path, args.font.as_deref())?;
     }
     if let Some(depth) = args.depth.iter().find(|depth| !(0.0..=1.0).contains(*depth)) {
-        return Err(Error::usage(format!("--depth {depth}"), "depths go from 0 (start of the prompt) to 1 (its end)"));
+        return Err(Error::usage(
+            format!("--depth {depth}"),
+            "depths go from 0 (start of the prompt) to 1 (its end)",
+        ));
     }
     let prompt = match (args.task, &args.prompt_tokens[..]) {
         (Task::Text, [one]) => *one,
-        (Task::Text, _) => return Err(Error::usage("the task text takes one prompt length", "give one --prompt-tokens")),
+        (Task::Text, _) => {
+            return Err(Error::usage("the task text takes one prompt length", "give one --prompt-tokens"));
+        }
         (_, many) => many.iter().max().copied().unwrap_or(0),
     };
     let host = Host::load(&args.model)?;
     let context = host.model.config().context;
     let most = prompt + args.score_tokens.max(128);
     if most > context {
-        let what = format!("prompt and scored tokens reach {most} positions, the model's context is {context}");
+        let what =
+            format!("prompt and scored tokens reach {most} positions, the model's context is {context}");
         return Err(Error::usage(what, "lower --prompt-tokens or --score-tokens"));
     }
     let backend = args.backend.open()?;
     let recipes = args::split_recipes(&args.recipe);
     let variants = args::variants(&host.model.shape()?, &recipes, &args.budget, &*backend)?;
     let text = host.encode(&host::text(args.text.as_deref())?)?;
-    let job = Job { host: &host, variants: &variants, backend };
+    let job =
+        Job { host: &host, variants: &variants, backend, chunk: args.chunk_tokens.unwrap_or(usize::MAX) };
     let rows = match args.task {
         Task::Text => {
             let protocol = running::Protocol { prompt, scored: args.score_tokens, samples: args.samples };
@@ -225,12 +240,18 @@ pub(crate) fn main(args: &Args) -> Result<()> {
             span::run(&job, &protocol, &text)?
         }
         Task::Needle => {
-            let protocol = needle::Protocol { prompts: args.prompt_tokens.clone(), depths: args.depth.clone() };
+            let protocol =
+                needle::Protocol { prompts: args.prompt_tokens.clone(), depths: args.depth.clone() };
             needle::run(&job, &protocol, &text)?
         }
     };
     if let Some(path) = &args.figure {
-        let title = format!("{}: {} samples of {} tokens after {prompt}", host.model.config().name, args.samples, args.score_tokens);
+        let title = format!(
+            "{}: {} samples of {} tokens after {prompt}",
+            host.model.config().name,
+            args.samples,
+            args.score_tokens
+        );
         figure::draw(path, &rows, &title)?;
     }
     if args.json {

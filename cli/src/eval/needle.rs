@@ -30,7 +30,8 @@ pub(super) fn run(job: &Job<'_>, protocol: &Protocol, text: &[u32]) -> Result<Ve
         return Err(Error::usage(what, "give a longer --text, or lower --prompt-tokens"));
     }
     let variants = with_full(job.variants);
-    let bar = host::bar(variants.len() * protocol.prompts.len() * protocol.depths.len() * NEEDLES.len(), "needles");
+    let bar =
+        host::bar(variants.len() * protocol.prompts.len() * protocol.depths.len() * NEEDLES.len(), "needles");
     let mut rows = Vec::new();
     for variant in &variants {
         for &prompt in &protocol.prompts {
@@ -39,7 +40,8 @@ pub(super) fn run(job: &Job<'_>, protocol: &Protocol, text: &[u32]) -> Result<Ve
                 let mut cost = super::Measured::default();
                 for (place, number) in NEEDLES {
                     let (before, after) = wrap(job, place)?;
-                    let needle = job.host.encode(&format!("\nThe access number of {place} is {number}.\n"))?;
+                    let needle =
+                        job.host.encode(&format!("\nThe access number of {place} is {number}.\n"))?;
                     let taken = prompt.saturating_sub(before.len() + needle.len());
                     let at = (taken as f64 * depth) as usize;
                     let tokens = [&before[..], &text[..at], &needle, &text[at..taken]].concat();

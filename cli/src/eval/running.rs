@@ -40,7 +40,10 @@ pub(super) fn run(job: &Job<'_>, protocol: Protocol, text: &[u32]) -> Result<Vec
     // The last fed token predicts one more, which must be there to be compared.
     let window = prompt - bos.len().min(prompt) + scored + 1;
     if samples == 0 || scored == 0 || prompt <= bos.len() {
-        return Err(Error::usage("nothing to score", "give --samples, --score-tokens and --prompt-tokens above 1"));
+        return Err(Error::usage(
+            "nothing to score",
+            "give --samples, --score-tokens and --prompt-tokens above 1",
+        ));
     }
     if text.len() < window {
         let what = format!("the text has {} tokens, one sample needs {window}", text.len());

@@ -29,8 +29,12 @@ pub(super) fn run(job: &Job<'_>, protocol: &Protocol, text: &[u32]) -> Result<Ve
     for &prompt in &protocol.prompts {
         let last = protocol.offsets.iter().max().copied().unwrap_or(0);
         if prompt < SPAN || text.len() < last + prompt + SPAN {
-            let what = format!("a prompt of {prompt} tokens at offset {last} of a text of {} tokens", text.len());
-            return Err(Error::usage(what, format!("prompts need {SPAN} tokens or more, and text up to their end and {SPAN} beyond")));
+            let what =
+                format!("a prompt of {prompt} tokens at offset {last} of a text of {} tokens", text.len());
+            return Err(Error::usage(
+                what,
+                format!("prompts need {SPAN} tokens or more, and text up to their end and {SPAN} beyond"),
+            ));
         }
     }
     let (variants, depths) = (with_full(job.variants), &protocol.depths);
@@ -43,7 +47,8 @@ pub(super) fn run(job: &Job<'_>, protocol: &Protocol, text: &[u32]) -> Result<Ve
                 let (mut cache, sequence, measured) = job.prefilled(variant, &tokens)?;
                 // `None` is the passage that the prompt does not contain: what follows it.
                 for depth in depths.iter().copied().map(Some).chain([None]) {
-                    let start = offset + depth.map_or(prompt, |depth| ((prompt - SPAN) as f64 * depth) as usize);
+                    let start =
+                        offset + depth.map_or(prompt, |depth| ((prompt - SPAN) as f64 * depth) as usize);
                     let span = &text[start..start + SPAN];
                     let fork = cache.fork(sequence)?;
                     let (mut nll, mut top) = (Mean::default(), Mean::default());
@@ -63,7 +68,12 @@ pub(super) fn run(job: &Job<'_>, protocol: &Protocol, text: &[u32]) -> Result<Ve
                         depth,
                         nll: nll.get(),
                         accuracy: top.get(),
-                        ..Row::new(if depth.is_some() { "span-copy" } else { "fresh" }, variant, prompt, measured)
+                        ..Row::new(
+                            if depth.is_some() { "span-copy" } else { "fresh" },
+                            variant,
+                            prompt,
+                            measured,
+                        )
                     });
                 }
                 bar.inc(1);

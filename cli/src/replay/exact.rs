@@ -31,7 +31,8 @@ impl Exact {
             let keys = k[kv * n * dim..(kv + 1) * n * dim].chunks_exact(dim);
             let values = layer.v[kv * n * dim..(kv + 1) * n * dim].chunks_exact(dim);
             let seen = trace.prompt + step + 1;
-            let logits: Vec<f64> = keys.take(seen).map(|key| f64::from(trace.scale) * dot(query, key)).collect();
+            let logits: Vec<f64> =
+                keys.take(seen).map(|key| f64::from(trace.scale) * dot(query, key)).collect();
             let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let total: f64 = logits.iter().map(|x| (x - top).exp()).sum();
             let mut sum = vec![0.0f64; dim];
@@ -60,7 +61,8 @@ impl Exact {
     pub(super) fn error(&self, head: usize, step: usize, got: &[f32]) -> f64 {
         let dim = got.len();
         let want = &self.out[(head * self.decode + step) * dim..][..dim];
-        let difference: f64 = got.iter().zip(want).map(|(g, w)| (f64::from(*g) - f64::from(*w)).powi(2)).sum();
+        let difference: f64 =
+            got.iter().zip(want).map(|(g, w)| (f64::from(*g) - f64::from(*w)).powi(2)).sum();
         let norm: f64 = want.iter().map(|w| f64::from(*w).powi(2)).sum();
         (difference / norm).sqrt()
     }

@@ -8,11 +8,14 @@ use crate::args::{self, BackendName};
 use crate::error::Result;
 use crate::metrics::Mean;
 use exact::Exact;
-use kvsieve::recipe::PositionMode;
+use kvsieve::backend::Backend;
+use kvsieve::policy::schedule::Schedule;
+use kvsieve::recipe::{PositionMode, Recipe};
 use kvsieve::view::{TensorView, TensorViewMut};
 use kvsieve::{Budget, KvCache, SequenceId};
 use report::{LayerReport, Numbers, Outcome, Report, Tensors};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 use trace::{Recorded, Trace};
 
@@ -29,7 +32,7 @@ Trace (safetensors): metadata `layers` (JSON list), `q_heads`, `kv_heads`, `head
   layers.l.q_pre [Hq,n,d]   layers.l.k_pre [H,n,d]   layers.l.v [H,n,d]     n = prompt_len + decode_len
 
 Output (safetensors), for each layer l:
-  layers.l.scores [H,prompt_len]      before compression, where the recipe scores (NaN: already gone by then)
+  layers.l.scores [H,prompt_len]      at the end of the prompt, before compression, where the recipe scores
   layers.l.kept.positions, layers.l.kept.offsets [H+1]     what stayed of the prompt
   layers.l.out [Hq,decode_len,d]      attention output of the remaining tokens
 
@@ -66,8 +69,9 @@ pub(crate) struct Args {
 pub(crate) fn main(args: &Args) -> Result<()> {
     let trace = Trace::read(&args.trace, args.layers.as_deref())?;
     let backend = args.backend.open()?;
-    let mut cache = args::cache(trace.shape()?, &args.recipe, args.budget, &backend)?;
-    let outcome = Replay::new(&trace, &mut cache).run()?;
+    let mut cache = args::cache(trace.shape()?, &args.recipe[..], args.budget, &backend)?;
+    let untouched = Untouched::of(&trace, args, &backend)?;
+    let outcome = Replay::new(&trace, &mut cache).run(untouched)?;
     outcome.tensors.write(&args.out, &trace)?;
     let report = Report {
         recipe: args.recipe.clone(),
@@ -78,6 +82,31 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         layers: outcome.layers,
     };
     if args.json { report.print_json() } else { report.print_table() }
+}
+
+/// What a recipe sees at the end of the prompt, before it drops anything.
+///
+/// Taken from a cache of its own that never compresses: a recipe that bounds memory during the prompt has dropped
+/// entries by the time one can ask.
+struct Untouched {
+    /// Per layer `[H, prompt]`; `None` if the recipe has no scores.
+    scores: Vec<Option<Vec<f32>>>,
+    /// Positions that the plan keeps. Renumbered caches no longer tell which tokens theirs are.
+    planned: Vec<Vec<Vec<i32>>>,
+}
+
+impl Untouched {
+    fn of(trace: &Trace, args: &Args, backend: &Arc<dyn Backend>) -> Result<Self> {
+        let mut recipe = Recipe::parse(&args.recipe)?;
+        recipe.schedule = Schedule::NEVER;
+        let mut cache = args::cache(trace.shape()?, recipe, args.budget, backend)?;
+        let mut replay = Replay::new(trace, &mut cache);
+        replay.prefill()?;
+        let planned = planned(replay.stored()?, &replay.cache.plan(replay.sequence)?);
+        let score = |layer| Ok(replay.cache.scores(replay.sequence, layer)?.map(|scores| scores.values));
+        let scores = (0..trace.layers.len()).map(score).collect::<Result<_>>()?;
+        Ok(Self { scores, planned })
+    }
 }
 
 /// A trace on its way through a cache.
@@ -93,18 +122,12 @@ impl<'a> Replay<'a> {
         Self { trace, cache, sequence }
     }
 
-    fn run(mut self) -> Result<Outcome> {
+    fn run(mut self, untouched: Untouched) -> Result<Outcome> {
         let trace = self.trace;
         self.prefill()?;
-        let scores = (0..trace.layers.len()).map(|l| self.scores(l)).collect::<Result<Vec<_>>>()?;
-        let renumbered = self.cache.recipe().positions == PositionMode::Renumber;
-        // Slots keep their order, so the plan says which tokens stay even if positions are renumbered.
-        let planned = if renumbered { Some(planned(self.stored()?, &self.cache.plan(self.sequence)?)) } else { None };
         self.cache.end_prefill(self.sequence)?;
-        let kept = match planned {
-            Some(kept) => kept,
-            None => self.stored()?,
-        };
+        let renumbered = self.cache.recipe().positions == PositionMode::Renumber;
+        let kept = if renumbered { untouched.planned } else { self.stored()? };
         let stats = self.cache.stats(self.sequence)?;
         let decoded = self.decode(&kept, renumbered)?;
         let layers = trace
@@ -128,7 +151,11 @@ impl<'a> Replay<'a> {
             })
             .collect();
         let out = decoded.layers.into_iter().map(|layer| layer.out).collect();
-        Ok(Outcome { layers, seconds: decoded.seconds.get(), tensors: Tensors { scores, kept, out } })
+        Ok(Outcome {
+            layers,
+            seconds: decoded.seconds.get(),
+            tensors: Tensors { scores: untouched.scores, kept, out },
+        })
     }
 
     /// Feeds the prompt as one step.
@@ -149,22 +176,6 @@ impl<'a> Replay<'a> {
         Ok(step.commit(n)?)
     }
 
-    /// `[H, prompt]` scores of what is stored, NaN for prompt tokens that are gone; `None` if the recipe has none.
-    fn scores(&self, layer: usize) -> Result<Option<Vec<f32>>> {
-        let Some(scores) = self.cache.scores(self.sequence, layer)? else { return Ok(None) };
-        let n = self.trace.prompt;
-        let mut out = vec![f32::NAN; self.trace.kv_heads * n];
-        for head in 0..self.trace.kv_heads {
-            let positions = self.cache.positions(self.sequence, layer, head)?;
-            for (position, score) in positions.iter().zip(scores.head(head)) {
-                if let Some(slot) = usize::try_from(position.0).ok().filter(|p| *p < n) {
-                    out[head * n + slot] = *score;
-                }
-            }
-        }
-        Ok(Some(out))
-    }
-
     /// Positions stored: per layer, per KV head.
     fn stored(&self) -> Result<Vec<Vec<Vec<i32>>>> {
         let head = |layer, head| -> Result<Vec<i32>> {
@@ -181,7 +192,9 @@ impl<'a> Replay<'a> {
         let exact: Vec<Exact> = trace.layers.iter().map(|layer| Exact::of(trace, layer)).collect();
         let width = trace.query_heads * trace.decode * trace.dim;
         let mut decoded = Decoded::default();
-        decoded.layers.resize_with(trace.layers.len(), || DecodedLayer { out: vec![0.0; width], ..Default::default() });
+        decoded
+            .layers
+            .resize_with(trace.layers.len(), || DecodedLayer { out: vec![0.0; width], ..Default::default() });
         for index in 0..trace.decode {
             let token = trace.prompt + index;
             let read = if renumbered { self.appended(kept, index)? } else { Some(self.stored()?) };
@@ -211,8 +224,10 @@ impl<'a> Replay<'a> {
                 }
                 if let Some(read) = &read {
                     // The token itself is stored before it is attended.
-                    let with_self: Vec<Vec<i32>> =
-                        read[layer].iter().map(|p| p.iter().copied().chain([token as i32]).collect()).collect();
+                    let with_self: Vec<Vec<i32>> = read[layer]
+                        .iter()
+                        .map(|p| p.iter().copied().chain([token as i32]).collect())
+                        .collect();
                     target.recall.add(exact[layer].recall(index, &with_self));
                 }
             }
@@ -263,7 +278,10 @@ fn tensors(trace: &Trace, layer: &Recorded, from: usize, count: usize, position:
 }
 
 /// What plans leave of stored positions.
-fn planned(mut stored: Vec<Vec<Vec<i32>>>, plans: &[(usize, kvsieve::plan::LayerPlan)]) -> Vec<Vec<Vec<i32>>> {
+fn planned(
+    mut stored: Vec<Vec<Vec<i32>>>,
+    plans: &[(usize, kvsieve::plan::LayerPlan)],
+) -> Vec<Vec<Vec<i32>>> {
     for (layer, plan) in plans {
         for (head, plan) in stored[*layer].iter_mut().zip(&plan.heads) {
             *head = plan.keep.iter().map(|&slot| head[slot as usize]).collect();

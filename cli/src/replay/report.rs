@@ -57,7 +57,16 @@ impl Report {
     pub(super) fn print_table(&self) -> Result<()> {
         let budget = self.budget.as_deref().unwrap_or("none");
         println!("recipe {}, budget {budget}, backend {}\n", self.effective_recipe, self.backend);
-        let heading = ["layer", "output error", "mass recall", "entries", "logical", "resident", "read/step", "time/step"];
+        let heading = [
+            "layer",
+            "output error",
+            "mass recall",
+            "entries",
+            "logical",
+            "resident",
+            "read/step",
+            "time/step",
+        ];
         let mut table = Table::new(1, &heading);
         for layer in &self.layers {
             table.row(layer.numbers.cells(layer.layer.to_string()));
@@ -118,7 +127,9 @@ impl Tensors {
         let problem = |e: safetensors::SafeTensorError| Error::usage(e.to_string(), "report this");
         let views = tensors
             .iter()
-            .map(|(name, dtype, shape, data)| Ok((name, TensorView::new(*dtype, shape.clone(), data).map_err(problem)?)))
+            .map(|(name, dtype, shape, data)| {
+                Ok((name, TensorView::new(*dtype, shape.clone(), data).map_err(problem)?))
+            })
             .collect::<Result<Vec<_>>>()?;
         write(path, &safetensors::serialize(views, None).map_err(problem)?)
     }

@@ -41,7 +41,8 @@ impl Trace {
     }
 
     fn parse(bytes: &[u8], chosen: Option<&[usize]>) -> std::result::Result<Self, String> {
-        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| format!("not a safetensors file: {e}"))?;
+        let (_, header) =
+            SafeTensors::read_metadata(bytes).map_err(|e| format!("not a safetensors file: {e}"))?;
         let tensors = SafeTensors::deserialize(bytes).map_err(|e| format!("not a safetensors file: {e}"))?;
         let metadata = Metadata(header.metadata().as_ref());
         let recorded: Vec<usize> = metadata.parse_with("layers", |text| serde_json::from_str(text).ok())?;
@@ -75,7 +76,8 @@ impl Trace {
                 let tensor = |name: &str, heads: usize| {
                     floats(&tensors, &format!("layers.{layer}.{name}"), &[heads, tokens, dim])
                 };
-                let (q, k, v) = (tensor("q_pre", query_heads)?, tensor("k_pre", kv_heads)?, tensor("v", kv_heads)?);
+                let (q, k, v) =
+                    (tensor("q_pre", query_heads)?, tensor("k_pre", kv_heads)?, tensor("v", kv_heads)?);
                 Ok(Recorded { layer, q, k, v })
             })
             .collect::<std::result::Result<_, String>>()?;
@@ -85,7 +87,8 @@ impl Trace {
 
     /// A model of just these layers.
     pub(super) fn shape(&self) -> Result<ModelShape> {
-        let mut layer = LayerShape::new(self.query_heads, self.kv_heads, self.dim).with_rotary(self.rotary.clone());
+        let mut layer =
+            LayerShape::new(self.query_heads, self.kv_heads, self.dim).with_rotary(self.rotary.clone());
         layer.scale = self.scale;
         Ok(ModelShape::uniform(self.layers.len(), layer)?)
     }
@@ -103,7 +106,8 @@ impl Trace {
         for head in rows.chunks_exact(n * dim) {
             let start = out.len();
             out.extend_from_slice(&head[from * dim..(from + count) * dim]);
-            for (row, angles) in out[start..].chunks_exact_mut(dim).zip(table.chunks_exact(self.rotary.dims)) {
+            for (row, angles) in out[start..].chunks_exact_mut(dim).zip(table.chunks_exact(self.rotary.dims))
+            {
                 rotate(row, angles, self.rotary.layout);
             }
         }
@@ -135,7 +139,8 @@ struct Metadata<'a>(Option<&'a HashMap<String, String>>);
 
 impl Metadata<'_> {
     fn parse_with<T>(&self, key: &str, parse: impl Fn(&str) -> Option<T>) -> std::result::Result<T, String> {
-        let text = self.0.and_then(|map| map.get(key)).ok_or_else(|| format!("the metadata has no `{key}`"))?;
+        let text =
+            self.0.and_then(|map| map.get(key)).ok_or_else(|| format!("the metadata has no `{key}`"))?;
         parse(text).ok_or_else(|| format!("the metadata has `{key}` = {text:?}, which cannot be read"))
     }
 
@@ -151,9 +156,7 @@ fn floats(tensors: &SafeTensors<'_>, name: &str, shape: &[usize]) -> std::result
     }
     let data = tensor.data();
     match tensor.dtype() {
-        Dtype::F32 => {
-            Ok(data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
-        }
+        Dtype::F32 => Ok(data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()),
         Dtype::F16 => Ok(data.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect()),
         other => Err(format!("tensor `{name}` is {other:?}; f32 and f16 are read")),
     }
