@@ -39,14 +39,7 @@ impl Backend for Cpu {
         self.memory.copy_page(layout, page)
     }
 
-    fn write_rows(
-        &self,
-        layout: &PageLayout,
-        page: &mut Page,
-        first: usize,
-        keys: &[f32],
-        values: &[f32],
-    ) -> Result<(), DeviceError> {
+    fn write_rows(&self, layout: &PageLayout, page: &mut Page, first: usize, keys: &[f32], values: &[f32]) -> Result<(), DeviceError> {
         host::write_rows(layout, page, first, keys, values);
         Ok(())
     }
@@ -55,12 +48,7 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn attend(
-        &self,
-        params: &AttentionParams<'_>,
-        lanes: &mut [AttendLane<'_>],
-        _: &mut Workspace,
-    ) -> Result<(), KernelError> {
+    fn attend(&self, params: &AttentionParams<'_>, lanes: &mut [AttendLane<'_>], _: &mut Workspace) -> Result<(), KernelError> {
         kernel::attend::reference::run(params, lanes)
     }
 
@@ -68,19 +56,11 @@ impl Backend for Cpu {
         kernel::merge_partials::reference::run(args)
     }
 
-    fn attention_mass(
-        &self,
-        params: &AttentionParams<'_>,
-        args: &mut MassArgs<'_>,
-    ) -> Result<(), KernelError> {
+    fn attention_mass(&self, params: &AttentionParams<'_>, args: &mut MassArgs<'_>) -> Result<(), KernelError> {
         kernel::attention_mass::reference::run(params, args)
     }
 
-    fn window_scores(
-        &self,
-        params: &AttentionParams<'_>,
-        args: &mut WindowArgs<'_>,
-    ) -> Result<(), KernelError> {
+    fn window_scores(&self, params: &AttentionParams<'_>, args: &mut WindowArgs<'_>) -> Result<(), KernelError> {
         kernel::window_scores::reference::run(params, args)
     }
 

@@ -81,12 +81,7 @@ impl<'a> AttentionParams<'a> {
 ///
 /// # Errors
 /// [`KernelError::Length`] if they differ.
-pub fn expect_len(
-    kernel: &'static str,
-    buffer: &'static str,
-    got: usize,
-    want: usize,
-) -> Result<(), KernelError> {
+pub fn expect_len(kernel: &'static str, buffer: &'static str, got: usize, want: usize) -> Result<(), KernelError> {
     if got == want { Ok(()) } else { Err(KernelError::Length { kernel, buffer, got, want }) }
 }
 
