@@ -5,7 +5,7 @@
 //! planned. *Hurts* the step that triggers it by one scoring pass and one copy of what is kept.
 
 use super::KvCache;
-use super::sequence::{Sequence, SequenceId};
+use super::sequence::{QueryLog, Sequence, SequenceId};
 use super::step::Lane;
 use crate::device::HeadRows;
 use crate::error::{Error, PolicyError};
@@ -163,7 +163,7 @@ impl KvCache {
         }
         self.sequence_mut(id)?.prefill_open = false;
         if !self.records(self.sequence(id)?) {
-            self.sequence_mut(id)?.queries.iter_mut().for_each(|log| log.retain(|_| false));
+            self.sequence_mut(id)?.queries.iter_mut().for_each(QueryLog::clear);
         }
         Ok(())
     }
@@ -362,7 +362,7 @@ impl KvCache {
 pub(super) fn rotate_log(
     backend: &dyn crate::backend::Backend,
     shape: &LayerShape,
-    log: &mut super::sequence::QueryLog,
+    log: &mut QueryLog,
     shift: impl Fn(i32) -> i32,
 ) -> Result<(), Error> {
     let (positions, rows) = log.parts_mut();

@@ -307,9 +307,13 @@ impl Step<'_> {
         resize(&mut scratch.out, self.tokens * hq * d_v);
         scratch.lse.resize(self.tokens * hq, 0.0);
         let pending = &mut scratch.pending[layer];
-        pending.mass.resize(if want_mass { scratch.lanes.iter().map(rows_of).sum() } else { 0 }, 0.0);
+        let mass_len: usize = if want_mass { scratch.lanes.iter().map(rows_of).sum() } else { 0 };
+        if pending.mass.capacity() < mass_len {
+            // Room for a page more per KV head, so that decode steps do not grow it one token at a time.
+            pending.mass.reserve_exact(mass_len + scratch.lanes.len() * hq * cache.layouts[owner].capacity);
+        }
+        pending.mass.resize(mass_len, 0.0);
         pending.mass_starts.clear();
-        let mass_len = pending.mass.len();
         let (mut out_rest, mut lse_rest, mut mass_rest) =
             (&mut scratch.out[..self.tokens * hq * d_v], scratch.lse.as_mut_slice(), pending.mass.as_mut_slice());
         for group in scratch.lanes.chunks(LANE_GROUP) {
