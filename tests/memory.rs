@@ -24,8 +24,16 @@ fn rss() -> usize {
     pages * 4096
 }
 
-fn prefill(cache: &mut KvCache, id: SequenceId, tokens: usize, chunk: usize, mut after: impl FnMut(&KvCache)) {
-    let noise = |len: usize, seed: usize| -> Vec<f32> { (0..len).map(|i| support::noise((i * 31 + seed) as u64)).collect() };
+fn prefill(
+    cache: &mut KvCache,
+    id: SequenceId,
+    tokens: usize,
+    chunk: usize,
+    mut after: impl FnMut(&KvCache),
+) {
+    let noise = |len: usize, seed: usize| -> Vec<f32> {
+        (0..len).map(|i| support::noise((i * 31 + seed) as u64)).collect()
+    };
     let (q, k, v) = (noise(chunk * HQ * D, 1), noise(chunk * H * D, 2), noise(chunk * H * D, 3));
     let mut out = vec![0.0; chunk * HQ * D];
     let mut done = 0;
@@ -61,7 +69,8 @@ fn memory_goes_back_and_the_peak_is_bounded() {
         let full_bytes = full.memory().resident;
         drop(full);
 
-        let mut cache = KvCache::builder(shape()).recipe(recipe).budget("25%".parse().unwrap()).build().unwrap();
+        let mut cache =
+            KvCache::builder(shape()).recipe(recipe).budget("25%".parse().unwrap()).build().unwrap();
         let id = cache.create_sequence();
         prefill(&mut cache, id, 4000, 500, |_| ());
         let (resident_before, rss_before) = (cache.memory().resident, rss());
@@ -81,7 +90,8 @@ fn memory_goes_back_and_the_peak_is_bounded() {
         cache.config().entry_bytes.iter().map(|b| b * H).sum::<usize>()
     };
     for recipe in ["streaming+when=chunk", "snapkv+when=chunk", "h2o+when=chunk"] {
-        let mut cache = KvCache::builder(shape()).recipe(recipe).budget(Budget::Tokens(budget)).build().unwrap();
+        let mut cache =
+            KvCache::builder(shape()).recipe(recipe).budget(Budget::Tokens(budget)).build().unwrap();
         let id = cache.create_sequence();
         prefill(&mut cache, id, 8000, chunk, |cache| {
             assert!(cache.stored(id, 0).unwrap().iter().all(|r| r.0 <= budget));

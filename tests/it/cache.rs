@@ -113,7 +113,10 @@ fn relativity_every_recipe_chunking_and_backend() {
 fn budgets_hold_in_prefill_and_decode() {
     let shape = small_model(3, 4, 2, 8);
     for backend in backends() {
-        for recipe in RECIPES.iter().filter(|r| r.contains("when=chunk") || r.starts_with("h2o") || r.starts_with("tova")) {
+        for recipe in RECIPES
+            .iter()
+            .filter(|r| r.contains("when=chunk") || r.starts_with("h2o") || r.starts_with("tova"))
+        {
             let mut cache = build(&shape, recipe, 16, &backend);
             let id = cache.create_sequence();
             for chunk in (0..60u64).collect::<Vec<_>>().chunks(12) {
@@ -125,7 +128,12 @@ fn budgets_hold_in_prefill_and_decode() {
                 if recipe.contains("pyramid") {
                     continue; // layers differ by design; the sum is checked below
                 }
-                assert!(layer.entries <= per_layer, "{recipe}: layer {} keeps {}", layer.layer, layer.entries);
+                assert!(
+                    layer.entries <= per_layer,
+                    "{recipe}: layer {} keeps {}",
+                    layer.layer,
+                    layer.entries
+                );
             }
             assert!(cache.stats(id).unwrap().total().entries <= 3 * per_layer, "{recipe}");
         }
@@ -157,14 +165,21 @@ fn fingerprints_survive_interior_evictions() {
                         last = e.position;
                         let token = (0..70u64)
                             .find(|&t| {
-                                row(Kind::Value, t, layer, head, 8).iter().zip(&e.value).all(|(a, b)| (a - b).abs() < 8e-3)
+                                row(Kind::Value, t, layer, head, 8)
+                                    .iter()
+                                    .zip(&e.value)
+                                    .all(|(a, b)| (a - b).abs() < 8e-3)
                             })
                             .unwrap_or_else(|| panic!("{recipe}: a value that no token had"));
                         let mut key = e.key.clone();
                         rotate(shape.layer(layer).rotary.as_ref().unwrap(), &mut key, -e.position);
                         let want = row(Kind::Key, token, layer, head, 8);
                         let worst = key.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                        assert!(worst < loose, "{recipe} on {}: token {token} off by {worst}", backend.name());
+                        assert!(
+                            worst < loose,
+                            "{recipe} on {}: token {token} off by {worst}",
+                            backend.name()
+                        );
                         if !recipe.contains("renumber") {
                             assert_eq!(e.position, token as i32, "{recipe}: positions are kept");
                         }
@@ -359,7 +374,14 @@ fn batches_equal_single_sequences() {
                         for (lane, &(_, n)) in batch.iter().enumerate() {
                             for i in 0..n {
                                 for h in 0..heads {
-                                    rows.extend(placed(kind, &l, content(lane, i), layer, h, starts[lane] + i as i32));
+                                    rows.extend(placed(
+                                        kind,
+                                        &l,
+                                        content(lane, i),
+                                        layer,
+                                        h,
+                                        starts[lane] + i as i32,
+                                    ));
                                 }
                             }
                         }
@@ -384,7 +406,8 @@ fn batches_equal_single_sequences() {
                 let id = single.create_sequence();
                 for round in 0..3u64 {
                     let n = 1 + (lane + round as usize) % 5;
-                    let tokens: Vec<u64> = (0..n).map(|i| 1000 * lane as u64 + 10 * round + i as u64).collect();
+                    let tokens: Vec<u64> =
+                        (0..n).map(|i| 1000 * lane as u64 + 10 * round + i as u64).collect();
                     feed(&mut single, id, &tokens, n);
                 }
                 assert_eq!(snapshot(&cache, ids[lane]), snapshot(&single, id), "{recipe}: lane {lane}");
@@ -406,15 +429,21 @@ fn partial_attention_from_the_hosts_threads() {
             let want = feed(&mut whole, a, &[40, 41, 42], 3);
             let l = shape.layer(0);
             let build = |kind, heads: usize| -> Vec<f32> {
-                (40..43u64).flat_map(|t| (0..heads).flat_map(move |h| placed(kind, l, t, 0, h, t as i32))).collect()
+                (40..43u64)
+                    .flat_map(|t| (0..heads).flat_map(move |h| placed(kind, l, t, 0, h, t as i32)))
+                    .collect()
             };
             let start = parts.next_position(b).unwrap().0;
             assert_eq!(start, 40);
             let (q, k, v) = (build(Kind::Query, 6), build(Kind::Key, 2), build(Kind::Value, 2));
             let q = TensorView::token_major(&q[..], 3, 6, 8).unwrap();
             let mut step = parts.begin(b, 3).unwrap();
-            step.append(0, TensorView::token_major(&k[..], 3, 2, 8).unwrap(), TensorView::token_major(&v[..], 3, 2, 8).unwrap())
-                .unwrap();
+            step.append(
+                0,
+                TensorView::token_major(&k[..], 3, 2, 8).unwrap(),
+                TensorView::token_major(&v[..], 3, 2, 8).unwrap(),
+            )
+            .unwrap();
             let nth = 3;
             let (mut outs, mut lses) = (vec![f32::NAN; nth * 6 * 3 * 8], vec![f32::NAN; nth * 6 * 3]);
             let shared = &step;
@@ -427,7 +456,15 @@ fn partial_attention_from_the_hosts_threads() {
                 }
             });
             let mut out = vec![f32::NAN; 3 * 6 * 8];
-            step.merge_partials(0, q, nth, &outs, &lses, TensorViewMut::token_major(&mut out[..], 3, 6, 8).unwrap()).unwrap();
+            step.merge_partials(
+                0,
+                q,
+                nth,
+                &outs,
+                &lses,
+                TensorViewMut::token_major(&mut out[..], 3, 6, 8).unwrap(),
+            )
+            .unwrap();
             step.commit(3).unwrap();
             for (x, y) in out.iter().zip(&want[0]) {
                 assert!((x - y).abs() < 1e-5, "{x} against {y}");
@@ -466,7 +503,10 @@ fn truncate_and_remove() {
             let result = cache.remove(id, Position(range.start)..Position(range.end), RemoveMode::Keep);
             assert_eq!(result.is_err(), bad, "{range:?}");
         }
-        assert!(matches!(cache.truncate(id, Position(27)), Err(Error::Cache(CacheError::PositionRange { .. }))));
+        assert!(matches!(
+            cache.truncate(id, Position(27)),
+            Err(Error::Cache(CacheError::PositionRange { .. }))
+        ));
     }
 }
 
@@ -484,7 +524,10 @@ fn truncating_past_a_compaction_is_an_error() {
     cache.truncate(id, Position(28)).unwrap();
     let before = snapshot(&cache, id);
     let error = cache.truncate(id, Position(27)).unwrap_err();
-    assert!(matches!(error, Error::Cache(CacheError::PastCompaction { compacted: Position(28), .. })), "{error}");
+    assert!(
+        matches!(error, Error::Cache(CacheError::PastCompaction { compacted: Position(28), .. })),
+        "{error}"
+    );
     assert_eq!(snapshot(&cache, id), before);
 }
 
@@ -515,14 +558,24 @@ fn configuration_errors_name_the_option() {
     let shape = small_model(2, 4, 2, 8);
     let budget_missing = KvCache::builder(shape.clone()).recipe("snapkv").build().unwrap_err();
     assert!(matches!(&budget_missing, Error::Recipe(RecipeError::Budget { .. })), "{budget_missing}");
-    let too_small = KvCache::builder(shape.clone()).recipe("snapkv(window=64)").budget(Budget::Tokens(32)).build().unwrap_err();
+    let too_small = KvCache::builder(shape.clone())
+        .recipe("snapkv(window=64)")
+        .budget(Budget::Tokens(32))
+        .build()
+        .unwrap_err();
     assert!(too_small.to_string().contains("64"), "{too_small}");
-    let ragged =
-        KvCache::builder(shape).recipe("adakv+positions=renumber").budget(Budget::Tokens(256)).build().unwrap_err();
+    let ragged = KvCache::builder(shape)
+        .recipe("adakv+positions=renumber")
+        .budget(Budget::Tokens(256))
+        .build()
+        .unwrap_err();
     assert!(ragged.to_string().contains("alloc=uniform"), "{ragged}");
     let no_rotary = ModelShape::uniform(1, LayerShape::new(2, 1, 4)).unwrap();
-    let error =
-        KvCache::builder(no_rotary).recipe("streaming+positions=renumber").budget(Budget::Tokens(64)).build().unwrap_err();
+    let error = KvCache::builder(no_rotary)
+        .recipe("streaming+positions=renumber")
+        .budget(Budget::Tokens(64))
+        .build()
+        .unwrap_err();
     assert!(error.to_string().contains("rotary"), "{error}");
 }
 

@@ -14,7 +14,16 @@ fn cache() -> (KvCache, kvsieve::SequenceId) {
 }
 
 /// Runs one fused call with the given tensors and returns its error.
-fn attend(cache: &mut KvCache, id: kvsieve::SequenceId, q: &[f32], k: &[f32], v: &[f32], heads: (usize, usize), dim: usize, n: usize) -> Error {
+fn attend(
+    cache: &mut KvCache,
+    id: kvsieve::SequenceId,
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    heads: (usize, usize),
+    dim: usize,
+    n: usize,
+) -> Error {
     let mut out = vec![0.0; n * heads.0 * dim];
     let mut step = cache.begin(id, 2).unwrap();
     step.attend(
@@ -33,7 +42,16 @@ fn tensors_of_the_wrong_extents_or_values_store_nothing() {
     let good = |len: usize| vec![0.5f32; len];
     let stored = cache.stored(id, 0).unwrap();
     for (heads, dim, n) in [((4, 2), 8, 3), ((4, 1), 8, 2), ((2, 2), 8, 2), ((4, 2), 7, 2)] {
-        let error = attend(&mut cache, id, &good(n * heads.0 * dim), &good(n * heads.1 * dim), &good(n * heads.1 * dim), heads, dim, n);
+        let error = attend(
+            &mut cache,
+            id,
+            &good(n * heads.0 * dim),
+            &good(n * heads.1 * dim),
+            &good(n * heads.1 * dim),
+            heads,
+            dim,
+            n,
+        );
         assert!(matches!(error, Error::Cache(CacheError::Extents { layer: 0, .. })), "{error}");
         assert!(error.to_string().contains("cache was built for"), "{error}");
     }
@@ -47,7 +65,8 @@ fn tensors_of_the_wrong_extents_or_values_store_nothing() {
                 _ => v[16 + 8 + 3] = bad,
             }
             let error = attend(&mut cache, id, &q, &k, &v, (4, 2), 8, 2);
-            let Error::Cache(CacheError::NonFinite { tensor: t, token: 1, head: 1, dim: 3, .. }) = error else {
+            let Error::Cache(CacheError::NonFinite { tensor: t, token: 1, head: 1, dim: 3, .. }) = error
+            else {
                 panic!("{tensor} {bad}: {error}")
             };
             assert_eq!(t, tensor);
@@ -65,25 +84,44 @@ fn tensors_of_the_wrong_extents_or_values_store_nothing() {
 fn calls_out_of_order_are_refused() {
     let (mut cache, id) = cache();
     assert!(cache.begin(id, 0).is_err());
-    assert!(matches!(cache.begin_batch(&[(id, 1), (id, 1)]).unwrap_err(), Error::Cache(CacheError::DuplicateSequence(_))));
-    assert!(matches!(cache.begin(id, usize::MAX).unwrap_err(), Error::Cache(CacheError::PositionOverflow { .. })));
+    assert!(matches!(
+        cache.begin_batch(&[(id, 1), (id, 1)]).unwrap_err(),
+        Error::Cache(CacheError::DuplicateSequence(_))
+    ));
+    assert!(matches!(
+        cache.begin(id, usize::MAX).unwrap_err(),
+        Error::Cache(CacheError::PositionOverflow { .. })
+    ));
     let k = [0.5f32; 16];
     let mut out = [0.0f32; 32];
     let q = [0.5f32; 32];
-    let view = |d: &'static str| TensorView::token_major(if d == "q" { &q[..] } else { &k[..] }, 1, if d == "q" { 4 } else { 2 }, 8).unwrap();
+    let view = |d: &'static str| {
+        TensorView::token_major(if d == "q" { &q[..] } else { &k[..] }, 1, if d == "q" { 4 } else { 2 }, 8)
+            .unwrap()
+    };
     {
         let mut step = cache.begin(id, 1).unwrap();
-        let early = step.attend_stored(0, view("q"), TensorViewMut::token_major(&mut out[..], 1, 4, 8).unwrap());
+        let early =
+            step.attend_stored(0, view("q"), TensorViewMut::token_major(&mut out[..], 1, 4, 8).unwrap());
         assert!(matches!(early.unwrap_err(), Error::Cache(CacheError::Order { .. })));
         step.append(0, view("k"), view("k")).unwrap();
-        assert!(matches!(step.append(0, view("k"), view("k")).unwrap_err(), Error::Cache(CacheError::Order { .. })));
-        assert!(matches!(step.append(9, view("k"), view("k")).unwrap_err(), Error::Cache(CacheError::NoLayer { layer: 9, layers: 2 })));
+        assert!(matches!(
+            step.append(0, view("k"), view("k")).unwrap_err(),
+            Error::Cache(CacheError::Order { .. })
+        ));
+        assert!(matches!(
+            step.append(9, view("k"), view("k")).unwrap_err(),
+            Error::Cache(CacheError::NoLayer { layer: 9, layers: 2 })
+        ));
         let error = step.commit(1).unwrap_err();
         assert!(matches!(error, Error::Cache(CacheError::Incomplete { missing: 1, .. })), "{error}");
     }
     assert_eq!(cache.stored(id, 0).unwrap()[0].0, 3, "the failed commit rolled back");
     let step = cache.begin(id, 1).unwrap();
-    assert!(matches!(step.commit(2).unwrap_err(), Error::Cache(CacheError::TooManyAccepted { .. } | CacheError::Incomplete { .. })));
+    assert!(matches!(
+        step.commit(2).unwrap_err(),
+        Error::Cache(CacheError::TooManyAccepted { .. } | CacheError::Incomplete { .. })
+    ));
 }
 
 #[test]
@@ -98,7 +136,10 @@ fn long_steps_of_scored_recipes_cannot_be_accepted_in_part() {
     let shape = cache.shape().clone();
     let mut step = cache.begin(id, 80).unwrap();
     feed_layer(&mut step, &shape, 0, &tokens, 0);
-    assert!(matches!(step.commit(70).unwrap_err(), Error::Cache(CacheError::PartialCommit { limit: 64, .. })));
+    assert!(matches!(
+        step.commit(70).unwrap_err(),
+        Error::Cache(CacheError::PartialCommit { limit: 64, .. })
+    ));
     assert_eq!(cache.stored(id, 0).unwrap()[0].0, 0);
 }
 
@@ -125,8 +166,16 @@ fn shapes_are_checked() {
     bad(|l| l.rotary = Some(Rotary::new(7, 1e4, RotaryLayout::Interleaved)));
     bad(|l| l.rotary = Some(Rotary::new(16, 1e4, RotaryLayout::Interleaved)));
     bad(|l| l.rotary = Some(Rotary::new(8, 0.0, RotaryLayout::Interleaved)));
-    bad(|l| l.rotary = Some(Rotary::new(8, 1e4, RotaryLayout::HalfSplit).with_scaling(RotaryScaling::Factors(vec![1.0; 3]))));
-    bad(|l| l.rotary = Some(Rotary::new(8, 1e4, RotaryLayout::HalfSplit).with_scaling(RotaryScaling::Linear { factor: 0.0 })));
+    bad(|l| {
+        l.rotary = Some(
+            Rotary::new(8, 1e4, RotaryLayout::HalfSplit).with_scaling(RotaryScaling::Factors(vec![1.0; 3])),
+        )
+    });
+    bad(|l| {
+        l.rotary = Some(
+            Rotary::new(8, 1e4, RotaryLayout::HalfSplit).with_scaling(RotaryScaling::Linear { factor: 0.0 }),
+        )
+    });
     assert!(ModelShape::new(vec![]).is_err());
 }
 
@@ -141,7 +190,10 @@ fn views_never_reach_outside_their_slice() {
         Strides { token: 12, head: 4, dim: 2 },
         Strides { token: usize::MAX, head: 4, dim: 1 },
     ] {
-        assert!(matches!(TensorView::new(&data[..], dims, strides).unwrap_err(), ViewError::OutOfBounds { .. }));
+        assert!(matches!(
+            TensorView::new(&data[..], dims, strides).unwrap_err(),
+            ViewError::OutOfBounds { .. }
+        ));
     }
     let mut out = [0.0f32; 24];
     let overlapping = TensorViewMut::new(&mut out[..], dims, Strides { token: 0, head: 4, dim: 1 });

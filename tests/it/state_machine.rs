@@ -52,7 +52,10 @@ fn check(cache: &KvCache, shape: &ModelShape, model: &BTreeMap<SequenceId, Naive
                 for (e, &(position, token)) in got.iter().zip(&naive.entries) {
                     let key = placed(Kind::Key, shape.layer(layer), token, layer, head, position);
                     let value = placed(Kind::Value, shape.layer(layer), token, layer, head, position);
-                    assert!(e.key.iter().zip(&key).all(|(a, b)| (a - b).abs() < 1e-4), "token {token} at {position}");
+                    assert!(
+                        e.key.iter().zip(&key).all(|(a, b)| (a - b).abs() < 1e-4),
+                        "token {token} at {position}"
+                    );
                     assert_eq!(e.value, value);
                 }
             }

@@ -54,7 +54,14 @@ pub fn stored(dtype: DType, x: f32) -> f32 {
 }
 
 /// A host's row at a position: rotated if the layer says so.
-pub fn placed(kind: Kind, shape: &LayerShape, token: u64, layer: usize, head: usize, position: i32) -> Vec<f32> {
+pub fn placed(
+    kind: Kind,
+    shape: &LayerShape,
+    token: u64,
+    layer: usize,
+    head: usize,
+    position: i32,
+) -> Vec<f32> {
     let dim = if kind == Kind::Value { shape.d_v } else { shape.d_k };
     let mut r = row(kind, token, layer, head, dim);
     if kind != Kind::Value
@@ -82,7 +89,13 @@ pub fn feed(cache: &mut KvCache, id: SequenceId, tokens: &[u64], accept: usize) 
 }
 
 /// One layer of [`feed`].
-pub fn feed_layer(step: &mut kvsieve::Step<'_>, shape: &ModelShape, layer: usize, tokens: &[u64], start: i32) -> Vec<f32> {
+pub fn feed_layer(
+    step: &mut kvsieve::Step<'_>,
+    shape: &ModelShape,
+    layer: usize,
+    tokens: &[u64],
+    start: i32,
+) -> Vec<f32> {
     let l = shape.layer(layer);
     let build = |kind, heads: usize| -> Vec<f32> {
         tokens
@@ -91,7 +104,8 @@ pub fn feed_layer(step: &mut kvsieve::Step<'_>, shape: &ModelShape, layer: usize
             .flat_map(|(i, &t)| (0..heads).flat_map(move |h| placed(kind, l, t, layer, h, start + i as i32)))
             .collect()
     };
-    let (q, k, v) = (build(Kind::Query, l.query_heads), build(Kind::Key, l.kv_heads), build(Kind::Value, l.kv_heads));
+    let (q, k, v) =
+        (build(Kind::Query, l.query_heads), build(Kind::Key, l.kv_heads), build(Kind::Value, l.kv_heads));
     let n = tokens.len();
     let mut out = vec![f32::NAN; n * l.query_heads * l.d_v];
     let q = TensorView::token_major(&q[..], n, l.query_heads, l.d_k).unwrap();
@@ -115,7 +129,13 @@ pub struct Entry {
 }
 
 /// Dense attention of one query over a set of entries, in `f64`.
-pub fn dense(shape: &LayerShape, query_head: usize, query: &[f32], position: i32, entries: &[Entry]) -> Vec<f64> {
+pub fn dense(
+    shape: &LayerShape,
+    query_head: usize,
+    query: &[f32],
+    position: i32,
+    entries: &[Entry],
+) -> Vec<f64> {
     let mut logits = Vec::new();
     for e in entries {
         let seen = e.position <= position
@@ -153,7 +173,8 @@ pub fn distance(a: &[f32], b: &[f64]) -> f64 {
 pub fn entries(cache: &KvCache, id: SequenceId, layer: usize, head: usize) -> Vec<Entry> {
     let positions = cache.positions(id, layer, head).unwrap();
     let l = cache.shape().layer(layer).clone();
-    let (mut keys, mut values) = (vec![f32::NAN; positions.len() * l.d_k], vec![f32::NAN; positions.len() * l.d_v]);
+    let (mut keys, mut values) =
+        (vec![f32::NAN; positions.len() * l.d_k], vec![f32::NAN; positions.len() * l.d_v]);
     cache.gather(id, layer, head, &mut keys, &mut values).unwrap();
     positions
         .iter()
@@ -171,11 +192,15 @@ pub fn small_model(layers: usize, hq: usize, h: usize, d: usize) -> ModelShape {
 /// Every backend that must agree; the GPU joins where the feature is on.
 pub fn backends() -> Vec<Arc<dyn Backend>> {
     #[cfg_attr(not(feature = "gpu"), allow(unused_mut, reason = "only the GPU is pushed"))]
-    let mut all: Vec<Arc<dyn Backend>> = vec![Arc::new(kvsieve::Reference::default()), Arc::new(kvsieve::Cpu::default())];
+    let mut all: Vec<Arc<dyn Backend>> =
+        vec![Arc::new(kvsieve::Reference::default()), Arc::new(kvsieve::Cpu::default())];
     #[cfg(feature = "gpu")]
     match kvsieve::backend::Gpu::request() {
         Ok(gpu) => all.push(Arc::new(gpu)),
-        Err(error) => assert!(std::env::var_os("KVSIEVE_ALLOW_NO_GPU").is_some(), "{error} (KVSIEVE_ALLOW_NO_GPU=1 excuses it)"),
+        Err(error) => assert!(
+            std::env::var_os("KVSIEVE_ALLOW_NO_GPU").is_some(),
+            "{error} (KVSIEVE_ALLOW_NO_GPU=1 excuses it)"
+        ),
     }
     all
 }
