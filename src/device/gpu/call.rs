@@ -7,12 +7,16 @@
 use super::Context;
 use crate::error::DeviceError;
 use std::sync::mpsc;
+use std::time::Duration;
 
 /// Uniforms and storage bindings start at multiples of this (the default limit of both).
 const ALIGN: usize = 256;
 
 /// What fills buffers that nothing has written yet: a NaN that no arithmetic produces.
 const POISON: u32 = 0x7fc0_dead;
+
+/// How long the news that a finished submission's results can be read may take.
+const DELIVERY: Duration = Duration::from_secs(30);
 
 /// A device buffer that lives as long as a call: intermediate or result.
 #[derive(Clone, Debug)]
@@ -199,7 +203,8 @@ impl<'a> Call<'a> {
                 let _ = send.send(result);
             });
             context.device.poll(wgpu::PollType::wait_indefinitely()).map_err(|e| lost(e.to_string()))?;
-            match receive.try_recv() {
+            // Another thread's poll may have taken our callback along and not run it yet.
+            match receive.recv_timeout(DELIVERY) {
                 Ok(Ok(())) => {}
                 Ok(Err(e)) => return Err(lost(e.to_string())),
                 Err(_) => return Err(lost("the results were never delivered".to_owned())),

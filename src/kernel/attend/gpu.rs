@@ -497,7 +497,12 @@ pub(crate) fn run(
         results.push((out, lse, mass));
     }
     let tiles = tiles(params, &all);
-    let step = (context.batch_bytes() / tile_bytes(params, tiles.len().max(1))).max(1);
+    if tiles.is_empty() {
+        // Without queries there is nothing to compute, and no mass.
+        results.iter_mut().filter_map(|(_, _, mass)| mass.as_mut()).for_each(|mass| mass.fill(0.0));
+        return Ok(());
+    }
+    let step = (context.batch_bytes() / tile_bytes(params, tiles.len())).max(1);
     // In the usual case everything is one submission, and the mass is computed where the softmax left its
     // log-sum-exp; a call larger than that gets its mass from a second pass.
     let whole = tiles.len() <= step;
