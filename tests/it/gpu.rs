@@ -3,9 +3,12 @@
 //!
 //! A machine without any adapter fails these tests unless `KVSIEVE_ALLOW_NO_GPU=1`: skipped is not passed.
 
+#![allow(clippy::print_stdout, reason = "what a test took and what it skipped belongs in its log")]
+
+use crate::support;
 use kvsieve::backend::{Backend, Gpu, Reference};
 use kvsieve::error::{DeviceError, KernelError};
-use kvsieve::geometry::LayerShape;
+use kvsieve::geometry::{LayerShape, ModelShape};
 use kvsieve::kernel::AttentionParams;
 use kvsieve::kernel::attend::{AttendLane, Share, Workspace};
 use kvsieve::kernel::gather::{GatherArgs, GatherTarget};
@@ -14,7 +17,8 @@ use kvsieve::testing::conformance::{self, Effort, KernelReport};
 use kvsieve::testing::random::Random;
 use kvsieve::view::DType;
 use kvsieve::wgpu;
-use std::sync::OnceLock;
+use kvsieve::{Budget, Cpu, KvCache};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 fn request() -> Option<Gpu> {
@@ -247,6 +251,44 @@ fn threads_may_share_a_backend() {
     });
 }
 
+/// A prompt and some decode steps through a whole cache: the outputs, and how long it took.
+fn replay(
+    backend: Arc<dyn Backend>,
+    recipe: &str,
+    layers: usize,
+    prompt: u64,
+    steps: u64,
+) -> (Vec<f32>, f64) {
+    let layer = LayerShape::new(9, 3, 64);
+    let shape = ModelShape::uniform(layers, layer).unwrap();
+    let budget = Budget::Tokens(prompt as usize / 4);
+    let mut cache =
+        KvCache::builder(shape).recipe(recipe).budget(budget).shared_backend(backend).build().unwrap();
+    let id = cache.create_sequence();
+    let prompt: Vec<u64> = (0..prompt).collect();
+    let start = Instant::now();
+    let mut outs: Vec<f32> = support::feed(&mut cache, id, &prompt, prompt.len()).concat();
+    for step in 0..steps {
+        outs.extend(support::feed(&mut cache, id, &[prompt.len() as u64 + step], 1).concat());
+    }
+    (outs, start.elapsed().as_secs_f64())
+}
+
+#[test]
+fn a_cache_that_evicts_gives_the_same_on_cpu_and_gpu() {
+    let Some(gpu) = request() else { return };
+    let gpu: Arc<dyn Backend> = Arc::new(gpu);
+    for recipe in
+        ["snapkv(window=16)", "h2o+when=chunk+when=over(slack=4)", "streaming(sinks=2)+k=f16+v=bf16"]
+    {
+        let (want, _) = replay(Arc::new(Cpu::default()), recipe, 2, 200, 6);
+        let (got, _) = replay(Arc::clone(&gpu), recipe, 2, 200, 6);
+        let worst = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst < 1e-4, "{recipe}: {worst}");
+    }
+    assert_eq!(gpu.memory().resident, 0, "pages of a dropped cache are free");
+}
+
 /// Not a benchmark, only what it takes: run with `--ignored --nocapture`.
 #[test]
 #[ignore = "prints timings"]
@@ -267,4 +309,6 @@ fn speed() {
             println!("attend {} n=4096 H=3 G=3 d=64, {tokens} queries: {ms:.2} ms", dtype.name());
         }
     }
+    let (_, seconds) = replay(Arc::new(gpu), "snapkv(window=64)", 4, 1024, 32);
+    println!("replay of 1024 tokens and 32 steps over 4 layers: {seconds:.2} s");
 }
