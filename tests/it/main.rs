@@ -3,4 +3,7 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
 
 mod conformance;
+mod peers;
+mod policies;
+mod recipes;
 mod tidy;
