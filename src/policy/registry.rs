@@ -100,7 +100,13 @@ pub struct Arg {
 
 impl Arg {
     /// A whole number in `min ..= max`.
-    pub const fn count(name: &'static str, default: usize, min: usize, max: usize, doc: &'static str) -> Self {
+    pub const fn count(
+        name: &'static str,
+        default: usize,
+        min: usize,
+        max: usize,
+        doc: &'static str,
+    ) -> Self {
         Self { name, default: Value::Count(default), accepts: Accepts::Count { min, max }, doc }
     }
 

@@ -4,7 +4,8 @@
 //! them. *Hurts* methods that choose entries jointly (diversity, chunks): those implement [`Policy`].
 
 use super::{
-    Allocator, Feed, LayerScores, LayerView, Needs, Policy, Scorer, TargetRequest, allocate::HeadRequest, select,
+    Allocator, Feed, LayerScores, LayerView, Needs, Policy, Scorer, TargetRequest, allocate::HeadRequest,
+    select,
 };
 use crate::columns::{ColumnSpec, ColumnsMut};
 use crate::error::PolicyError;
@@ -72,7 +73,10 @@ impl Staged {
         };
         let allocator = self.allocator.name();
         if counts.len() != lengths.len() {
-            return invalid(0, format!("{allocator} gave {} counts for {} KV heads", counts.len(), lengths.len()));
+            return invalid(
+                0,
+                format!("{allocator} gave {} counts for {} KV heads", counts.len(), lengths.len()),
+            );
         }
         for (head, &count) in counts.iter().enumerate() {
             if !(protected[head]..=lengths[head]).contains(&count) {

@@ -14,7 +14,8 @@ const MAX_LEN: usize = 4096;
 
 const STAGES: &[&str] = &["score", "alloc", "k", "v", "sinks", "recent", "when", "positions"];
 const EVERY: &[Arg] = &[Arg::count("n", 16, 1, usize::MAX, "tokens between compressions")];
-const OVER: &[Arg] = &[Arg::count("slack", 32, 0, usize::MAX, "entries above the target before it compresses")];
+const OVER: &[Arg] =
+    &[Arg::count("slack", 32, 0, usize::MAX, "entries above the target before it compresses")];
 const ANY_COUNT: Accepts = Accepts::Count { min: 0, max: usize::MAX };
 
 /// A piece of text and the 1-based column it starts at.
@@ -172,7 +173,8 @@ impl Draft {
                 return Ok(());
             }
             let (first, _) = &term.args[0];
-            Err(reader.error(first.column, format!("{}={name} takes no arguments; expected {accepts}", stage.text)))
+            Err(reader
+                .error(first.column, format!("{}={name} takes no arguments; expected {accepts}", stage.text)))
         };
         let refuse = |want: String| RecipeError::Argument {
             term: reader.text.trim().to_owned(),
@@ -213,7 +215,11 @@ impl Draft {
                             "prefill" => schedule.prefill = true,
                             "chunk" => schedule.chunk = true,
                             "never" => {}
-                            _ => return Err(refuse("prefill, chunk, every(n=16), over(slack=32) or never".into())),
+                            _ => {
+                                return Err(refuse(
+                                    "prefill, chunk, every(n=16), over(slack=32) or never".into(),
+                                ));
+                            }
                         }
                     }
                 }

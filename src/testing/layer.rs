@@ -82,7 +82,13 @@ impl<'a> LayerCase<'a> {
     ///
     /// # Errors
     /// What the backend says.
-    pub fn append(&mut self, head: usize, positions: &[i32], keys: &[f32], values: &[f32]) -> Result<(), Error> {
+    pub fn append(
+        &mut self,
+        head: usize,
+        positions: &[i32],
+        keys: &[f32],
+        values: &[f32],
+    ) -> Result<(), Error> {
         let new = NewRows { positions, keys, values };
         Ok(store::append(self.backend, &self.layout, &mut self.heads[head], new)?)
     }
@@ -98,7 +104,11 @@ impl<'a> LayerCase<'a> {
     ///
     /// # Errors
     /// What the backend says.
-    pub fn feed(&mut self, feed: FeedKind, observe: impl Fn(&Feed<'_>, &mut ColumnsMut<'_>)) -> Result<(), Error> {
+    pub fn feed(
+        &mut self,
+        feed: FeedKind,
+        observe: impl Fn(&Feed<'_>, &mut ColumnsMut<'_>),
+    ) -> Result<(), Error> {
         let all = self.query_positions.len();
         let calls: Vec<(usize, usize)> = match feed {
             FeedKind::None => Vec::new(),
@@ -129,8 +139,15 @@ impl<'a> LayerCase<'a> {
                 rest = tail;
                 let seen = positions.last().map_or(0, |&q| seen_by(head, q, window));
                 store::update_columns(self.backend, head, |entries, first, columns| {
-                    let feed =
-                        Feed { positions: entries, queries: positions, head_rows, weights, first, window, seen };
+                    let feed = Feed {
+                        positions: entries,
+                        queries: positions,
+                        head_rows,
+                        weights,
+                        first,
+                        window,
+                        seen,
+                    };
                     observe(&feed, columns);
                 })?;
             }
@@ -140,7 +157,8 @@ impl<'a> LayerCase<'a> {
 
     /// What a policy is shown when each KV head is to keep `target` entries.
     pub fn view(&self, target: usize) -> LayerView<'_> {
-        let last = self.heads.iter().flat_map(HeadRows::pages).flat_map(|p| p.positions().last().copied()).max();
+        let last =
+            self.heads.iter().flat_map(HeadRows::pages).flat_map(|p| p.positions().last().copied()).max();
         LayerView {
             layer: 0,
             shape: &self.shape,

@@ -58,7 +58,8 @@ impl Recording {
     /// The prompt of one layer as a policy sees it, all its queries recorded.
     fn layer<'a>(&self, backend: &'a dyn Backend, layer: usize, scorer: &dyn Scorer) -> LayerCase<'a> {
         let (hq, h, d) = (self.number("q_heads"), self.number("kv_heads"), self.number("head_dim"));
-        let (prompt, all) = (self.number("prompt_len"), self.number("prompt_len") + self.number("decode_len"));
+        let (prompt, all) =
+            (self.number("prompt_len"), self.number("prompt_len") + self.number("decode_len"));
         let rotary = Rotary::new(d, self.meta["rope_theta"].parse().unwrap(), RotaryLayout::HalfSplit);
         let mut shape = LayerShape::new(hq, h, d).with_rotary(rotary.clone());
         shape.scale = self.meta["scale"].parse().unwrap();
@@ -71,7 +72,8 @@ impl Recording {
             case.append(head, &positions, &keys[rows.clone()], &values[rows]).unwrap();
         }
         let queries = Self::floats(&self.trace, &format!("layers.{layer}.q_pre"));
-        let mut queries: Vec<f32> = queries.chunks_exact(all * d).flat_map(|head| head[..prompt * d].to_vec()).collect();
+        let mut queries: Vec<f32> =
+            queries.chunks_exact(all * d).flat_map(|head| head[..prompt * d].to_vec()).collect();
         backend
             .rope(&mut RopeArgs {
                 layout: rotary.layout,
@@ -109,7 +111,10 @@ fn compare(what: &str, ours: &LayerScores, peer: &[f32], sentinels: usize) {
         let (a, b) = (&ours.head(head)[..n - sentinels], &peer[head * n..(head + 1) * n - sentinels]);
         let largest = b.iter().fold(0.0f32, |m, x| m.max(x.abs()));
         for (slot, (a, b)) in a.iter().zip(b).enumerate() {
-            assert!((a - b).abs() <= tolerance(*b, largest), "{what}, head {head}, slot {slot}: {a}, the peer has {b}");
+            assert!(
+                (a - b).abs() <= tolerance(*b, largest),
+                "{what}, head {head}, slot {slot}: {a}, the peer has {b}"
+            );
         }
     }
 }
@@ -125,7 +130,10 @@ fn compare_kept(what: &str, plan: &kvsieve::plan::LayerPlan, peer: &[f32], n: us
         assert_eq!(plan.keep.len(), n, "{what}, head {head}");
         for &slot in &order[..n] {
             let tie = (scores[slot] - last).abs() <= 2.0 * tolerance(last, last.abs());
-            assert!(plan.keep.contains(&(slot as u32)) || tie, "{what}, head {head}: slot {slot} was dropped");
+            assert!(
+                plan.keep.contains(&(slot as u32)) || tie,
+                "{what}, head {head}: slot {slot} was dropped"
+            );
         }
     }
 }

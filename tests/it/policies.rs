@@ -24,14 +24,25 @@ fn every_entry_has_a_page_that_names_its_arguments() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(entry.page());
         let page = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         assert!(page.starts_with(&format!("# {}\n", entry.name)), "{}: title", entry.page());
-        for heading in ["## Mechanism", "## Needs", "## Memory", "## Helps, hurts", "## Evidence", "## Source"] {
+        for heading in
+            ["## Mechanism", "## Needs", "## Memory", "## Helps, hurts", "## Evidence", "## Source"]
+        {
             assert!(page.contains(heading), "{} has no section {heading}", entry.page());
         }
         let marker = format!("<!-- evidence:{} -->", entry.name);
         assert!(page.contains(&marker) && page.contains("<!-- /evidence -->"), "{}: {marker}", entry.page());
         for arg in entry.args {
-            assert!(page.contains(&format!("`{}", arg.name)), "{} does not explain {}", entry.page(), arg.name);
+            assert!(
+                page.contains(&format!("`{}", arg.name)),
+                "{} does not explain {}",
+                entry.page(),
+                arg.name
+            );
         }
+    }
+    let index = std::fs::read_to_string(docs().join("README.md")).unwrap();
+    for entry in &registry {
+        assert!(index.contains(&format!("[{0}]({0}.md)", entry.name)), "README.md does not list {}", entry.name);
     }
     for file in std::fs::read_dir(docs()).unwrap() {
         let name = file.unwrap().file_name().into_string().unwrap();
@@ -44,10 +55,19 @@ fn every_entry_has_a_page_that_names_its_arguments() {
 fn every_entry_describes_itself() {
     let registry = Registry::builtin();
     for (i, entry) in registry.iter().enumerate() {
-        assert!(!entry.summary.is_empty() && !entry.source.is_empty() && !entry.needs.is_empty(), "{}", entry.name);
+        assert!(
+            !entry.summary.is_empty() && !entry.source.is_empty() && !entry.needs.is_empty(),
+            "{}",
+            entry.name
+        );
         assert!(registry.iter().skip(i + 1).all(|e| e.name != entry.name), "{} twice", entry.name);
         for arg in entry.args {
-            assert!(arg.accepts.parse(&arg.default.to_string()) == Some(arg.default), "{} {}", entry.name, arg.name);
+            assert!(
+                arg.accepts.parse(&arg.default.to_string()) == Some(arg.default),
+                "{} {}",
+                entry.name,
+                arg.name
+            );
             assert!(!arg.doc.is_empty(), "{} {}", entry.name, arg.name);
         }
         let recipe = Recipe::parse(entry.name).unwrap();
@@ -62,7 +82,8 @@ fn recipes() -> Vec<String> {
         registry.iter().filter(move |e| which(&e.build)).map(|e| e.name).collect::<Vec<_>>()
     };
     let allocators = names(|b| matches!(b, Build::Allocate { .. }));
-    let mut recipes: Vec<String> = names(|b| matches!(b, Build::Whole { .. })).iter().map(ToString::to_string).collect();
+    let mut recipes: Vec<String> =
+        names(|b| matches!(b, Build::Whole { .. })).iter().map(ToString::to_string).collect();
     for scorer in names(|b| matches!(b, Build::Score { .. })) {
         recipes.extend(allocators.iter().map(|a| format!("{scorer}+alloc={a}")));
     }
@@ -73,7 +94,12 @@ fn recipes() -> Vec<String> {
 }
 
 /// Ragged heads with gaps in their positions, as after earlier evictions, and queries of the last tokens.
-fn ragged<'a>(backend: &'a dyn Backend, policy: &dyn Policy, seed: u64, lengths: [usize; 2]) -> LayerCase<'a> {
+fn ragged<'a>(
+    backend: &'a dyn Backend,
+    policy: &dyn Policy,
+    seed: u64,
+    lengths: [usize; 2],
+) -> LayerCase<'a> {
     let mut random = Random::new(seed);
     let mut case = LayerCase::new(backend, LayerShape::new(4, 2, 4), policy.columns());
     let next = 80;

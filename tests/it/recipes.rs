@@ -1,11 +1,11 @@
 //! The text form of recipes and budgets: canonical, helpful when wrong, unharmed by hostile input.
 
 use kvsieve::error::RecipeError;
+use kvsieve::policy::Scorer;
 use kvsieve::policy::registry::{Accepts, Arg, Args, Build, Entry, Registry};
 use kvsieve::policy::schedule::Schedule;
 use kvsieve::policy::score::knorm::Knorm;
 use kvsieve::policy::whole::full::Full;
-use kvsieve::policy::Scorer;
 use kvsieve::recipe::{Budget, PositionMode, Recipe};
 use kvsieve::view::DType;
 use proptest::prelude::*;
@@ -62,8 +62,14 @@ fn presets_compress_when_their_papers_do() {
 #[test]
 fn errors_say_where_and_what() {
     fails("", r#"recipe "", column 1: expected a policy, an allocator or a stage, found the end"#);
-    fails("snapkv+", r#"recipe "snapkv+", column 8: expected a policy, an allocator or a stage, found the end"#);
-    fails("snapkv(window", r#"recipe "snapkv(window", column 14: expected '=' and a value for window, found the end"#);
+    fails(
+        "snapkv+",
+        r#"recipe "snapkv+", column 8: expected a policy, an allocator or a stage, found the end"#,
+    );
+    fails(
+        "snapkv(window",
+        r#"recipe "snapkv(window", column 14: expected '=' and a value for window, found the end"#,
+    );
     fails("snapkv(window=3;)", r#"recipe "snapkv(window=3;)", column 16: expected ',' or ')', found ';'"#);
     fails("snapkv((", r#"recipe "snapkv((", column 8: expected an argument's name, found '('"#);
     fails("snapkv h2o", r#"recipe "snapkv h2o", column 8: expected '+' or the end, found 'h'"#);
@@ -72,7 +78,10 @@ fn errors_say_where_and_what() {
         "snapkv(window=3, window=4)",
         r#"recipe "snapkv(window=3, window=4)", column 18: window was already given at column 8"#,
     );
-    fails("k=f16", r#"recipe "k=f16", column 1: expected a policy among the terms, for example full or snapkv"#);
+    fails(
+        "k=f16",
+        r#"recipe "k=f16", column 1: expected a policy among the terms, for example full or snapkv"#,
+    );
     fails("snapkv+sinks", r#"recipe "snapkv+sinks", column 8: sinks is a stage: expected sinks=…"#);
     fails(
         "snapkv+k=f16(x=1)",
@@ -82,10 +91,7 @@ fn errors_say_where_and_what() {
         "snappy",
         r#"there is no policy or allocator named "snappy"; known: full, snapkv, h2o, scissorhands, tova, streaming, knorm, random, uniform, pyramid, adakv"#,
     );
-    fails(
-        "alloc=snapkv",
-        r#"there is no allocator named "snapkv"; known: uniform, pyramid, adakv"#,
-    );
+    fails("alloc=snapkv", r#"there is no allocator named "snapkv"; known: uniform, pyramid, adakv"#);
     fails(
         "snapkv+speed=9",
         r#"there is no stage named "speed"; known: score, alloc, k, v, sinks, recent, when, positions"#,
@@ -125,7 +131,8 @@ fn conflicts_name_the_option_to_change() {
 fn recipes_in_code() {
     let recipe = Recipe::new(Arc::new(Full)).k(DType::F16).v(DType::Bf16);
     assert_eq!(recipe.to_string(), "full+k=f16+v=bf16");
-    let recipe = recipe.positions(PositionMode::Renumber).schedule(Schedule { chunk: true, ..Schedule::NEVER });
+    let recipe =
+        recipe.positions(PositionMode::Renumber).schedule(Schedule { chunk: true, ..Schedule::NEVER });
     assert_eq!(recipe.to_string(), "full+k=f16+v=bf16+when=chunk+positions=renumber");
     let parsed: Recipe = "snapkv+sinks=4".parse().unwrap();
     assert_eq!((parsed.policy.name(), parsed.policy.protected()), ("snapkv+sinks=4", (4, 64)));
@@ -176,7 +183,9 @@ fn argument(arg: Arg) -> BoxedStrategy<String> {
     match arg.accepts {
         Accepts::Count { min, max } => (min..=max).prop_map(move |n| format!("{}={n}", arg.name)).boxed(),
         Accepts::Real { min, max } => (min..=max).prop_map(move |x| format!("{}={x}", arg.name)).boxed(),
-        Accepts::Word(words) => prop::sample::select(words).prop_map(move |w| format!("{}={w}", arg.name)).boxed(),
+        Accepts::Word(words) => {
+            prop::sample::select(words).prop_map(move |w| format!("{}={w}", arg.name)).boxed()
+        }
     }
 }
 
@@ -277,7 +286,24 @@ fn budgets() {
         assert_eq!(text.parse::<Budget>().unwrap(), budget, "{text}");
         assert_eq!(budget.to_string(), print, "{text}");
     }
-    for bad in ["", "0", "-5", "%", "0%", "101%", "NaN%", "1e9", "64 Mib", "12 parsecs", "1.5", "99999999GiB", "..%", "٣%", "0B", "0.5B"] {
+    for bad in [
+        "",
+        "0",
+        "-5",
+        "%",
+        "0%",
+        "101%",
+        "NaN%",
+        "1e9",
+        "64 Mib",
+        "12 parsecs",
+        "1.5",
+        "99999999GiB",
+        "..%",
+        "٣%",
+        "0B",
+        "0.5B",
+    ] {
         let error = bad.parse::<Budget>().unwrap_err();
         assert!(matches!(&error, RecipeError::Budget { .. }), "{error:?}");
         assert!(error.to_string().contains("64MiB"), "{bad}: {error}");

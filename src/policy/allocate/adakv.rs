@@ -31,7 +31,11 @@ pub const ENTRY: Entry = Entry {
         Arg::word("rule", &["floor", "mix"], "floor: a sure share, the rest by competition; mix: affine mix"),
         Arg::real("safeguard", 0.2, 0.0, 1.0, "floor: share of the target that each head is sure of"),
         Arg::real("alpha", 0.2, 0.0, 1.0, "mix: weight of the uniform share"),
-        Arg::word("normalise", &["no", "yes"], "mix: weigh a head by the mass share of its best entries first"),
+        Arg::word(
+            "normalise",
+            &["no", "yes"],
+            "mix: weigh a head by the mass share of its best entries first",
+        ),
     ],
     build: Build::Allocate { build },
 };
@@ -122,9 +126,11 @@ fn mix_counts(request: &HeadRequest<'_>, alpha: f64, normalise: bool) -> Result<
     let won: Vec<usize> = won.iter().zip(&protected).map(|(&all, &p)| all - p).collect();
 
     let floor = floor_share(alpha, base) as f64;
-    let mut kept: Vec<usize> = won.iter().zip(&room).map(|(&c, &room)| {
-        ((c as f64 * (1.0 - alpha) + floor).round_ties_even() as usize).min(room)
-    }).collect();
+    let mut kept: Vec<usize> = won
+        .iter()
+        .zip(&room)
+        .map(|(&c, &room)| ((c as f64 * (1.0 - alpha) + floor).round_ties_even() as usize).min(room))
+        .collect();
     let share: Vec<f64> = won.iter().map(|&c| c as f64 * (1.0 - alpha) + alpha * base as f64).collect();
     let missing = |kept: &[usize], h: usize| share[h] - kept[h] as f64;
     loop {
@@ -132,9 +138,15 @@ fn mix_counts(request: &HeadRequest<'_>, alpha: f64, normalise: bool) -> Result<
         let heads = 0..kept.len();
         // Of equal claims the lower head's is served: `max_by` would return the last, so it runs backwards.
         let next = if sum < pool {
-            heads.rev().filter(|&h| kept[h] < room[h]).max_by(|&a, &b| missing(&kept, a).total_cmp(&missing(&kept, b)))
+            heads
+                .rev()
+                .filter(|&h| kept[h] < room[h])
+                .max_by(|&a, &b| missing(&kept, a).total_cmp(&missing(&kept, b)))
         } else if sum > pool {
-            heads.rev().filter(|&h| kept[h] > 0).min_by(|&a, &b| missing(&kept, a).total_cmp(&missing(&kept, b)))
+            heads
+                .rev()
+                .filter(|&h| kept[h] > 0)
+                .min_by(|&a, &b| missing(&kept, a).total_cmp(&missing(&kept, b)))
         } else {
             None
         };
@@ -176,7 +188,11 @@ fn weigh_heads(
 }
 
 /// A mask of each head's `counts` best entries, protected ones first.
-fn best_of_heads(request: &HeadRequest<'_>, values: &[f32], counts: &[usize]) -> Result<Vec<u8>, PolicyError> {
+fn best_of_heads(
+    request: &HeadRequest<'_>,
+    values: &[f32],
+    counts: &[usize],
+) -> Result<Vec<u8>, PolicyError> {
     let lengths = &request.scores.lengths;
     let mut out = vec![0; counts.iter().sum()];
     request.backend.top_k(&mut TopKArgs {
@@ -237,8 +253,12 @@ mod tests {
     fn counts(rule: Rule, target: usize, heads: &[&[f32]], protect: Option<&[u8]>) -> Vec<usize> {
         let scores = LayerScores { lengths: heads.iter().map(|h| h.len()).collect(), values: heads.concat() };
         let none = vec![0; scores.values.len()];
-        let request =
-            HeadRequest { target, scores: &scores, protect: protect.unwrap_or(&none), backend: &Reference::default() };
+        let request = HeadRequest {
+            target,
+            scores: &scores,
+            protect: protect.unwrap_or(&none),
+            backend: &Reference::default(),
+        };
         AdaKv { rule }.head_counts(&request).unwrap()
     }
 

@@ -25,7 +25,13 @@ pub const ENTRY: Entry = Entry {
     summary: "layer budgets fall on a straight line from the first layer to the last",
     source: "Cai et al. 2024, arXiv:2406.02069",
     needs: "nothing of its own",
-    args: &[Arg::count("beta", 20, 1, 1_000_000, "the last layer keeps 1/beta of the mean, the first 2 − 1/beta")],
+    args: &[Arg::count(
+        "beta",
+        20,
+        1,
+        1_000_000,
+        "the last layer keeps 1/beta of the mean, the first 2 − 1/beta",
+    )],
     build: Build::Allocate { build },
 };
 
@@ -88,7 +94,8 @@ mod tests {
 
     fn targets(cap: usize, window: usize, beta: usize, layers: usize, rows: usize) -> Vec<usize> {
         let indices: Vec<usize> = (0..layers).collect();
-        let request = TargetRequest { layers: &indices, rows: &vec![rows; layers], target: cap, recent: window };
+        let request =
+            TargetRequest { layers: &indices, rows: &vec![rows; layers], target: cap, recent: window };
         Pyramid { beta }.layer_targets(&request).iter().map(|t| t - window).collect()
     }
 

@@ -96,8 +96,9 @@ impl Scorer for H2o {
     fn score(&self, view: &LayerView<'_>) -> Result<LayerScores, PolicyError> {
         let mut values = score::column(ENTRY.name, view, "mass")?;
         if self.visibility {
-            let visits =
-                view.column_words("visits").ok_or_else(|| score::missing_column(ENTRY.name, view, "visits"))?;
+            let visits = view
+                .column_words("visits")
+                .ok_or_else(|| score::missing_column(ENTRY.name, view, "visits"))?;
             for (value, visits) in values.iter_mut().zip(visits) {
                 *value /= visits.max(1) as f32;
             }

@@ -38,7 +38,9 @@ fn mix(mut x: u64) -> u64 {
 
 impl Scorer for Random {
     fn score(&self, view: &LayerView<'_>) -> Result<LayerScores, PolicyError> {
-        let place = |words: [u64; 3]| words.iter().fold(self.seed, |h, &w| mix(h.wrapping_add(0x9e37_79b9_7f4a_7c15) ^ w));
+        let place = |words: [u64; 3]| {
+            words.iter().fold(self.seed, |h, &w| mix(h.wrapping_add(0x9e37_79b9_7f4a_7c15) ^ w))
+        };
         Ok(score::by_position(view, |head, position| {
             let bits = place([view.layer as u64, head as u64, u64::from(position as u32)]);
             // 24 bits: what an f32 in 0..1 holds exactly.

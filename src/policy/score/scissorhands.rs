@@ -27,7 +27,11 @@ pub const ENTRY: Entry = Entry {
     args: &[
         Arg::count("history", 400, 1, MAX_HISTORY, "query rows remembered, one bit per entry each"),
         Arg::count("recent", 10, 0, usize::MAX, "last entries protected"),
-        Arg::word("agg", GroupAggregate::WORDS, "how the query heads of a KV head are joined before the comparison"),
+        Arg::word(
+            "agg",
+            GroupAggregate::WORDS,
+            "how the query heads of a KV head are joined before the comparison",
+        ),
     ],
     build: Build::Score { schedule: score::BOUNDED, build },
 };
@@ -109,10 +113,14 @@ impl Scorer for Scissorhands {
         let spare = 24 - (self.history.ilog2() + 1).min(23);
         let bits = slots.min(spare);
         let step = 1.0 / (1u64 << bits) as f32;
-        let mut counts = words.chunks_exact(self.words()).map(|w| w.iter().map(|w| w.count_ones()).sum::<u32>());
+        let mut counts =
+            words.chunks_exact(self.words()).map(|w| w.iter().map(|w| w.count_ones()).sum::<u32>());
         let values = lengths.iter().flat_map(|&len| {
             let counts: Vec<u32> = counts.by_ref().take(len).collect();
-            counts.into_iter().enumerate().map(move |(slot, low)| (slot >> (slots - bits)) as f32 * step - low as f32)
+            counts
+                .into_iter()
+                .enumerate()
+                .map(move |(slot, low)| (slot >> (slots - bits)) as f32 * step - low as f32)
         });
         let values = values.collect();
         Ok(LayerScores { lengths, values })
@@ -141,7 +149,9 @@ mod tests {
     fn counts_rows_below_the_mean_and_forgets() {
         let backend = Reference::default();
         // Means: 1/2, 1/3, 1/4. Low: row 1 {1}, row 2 {0}, row 3 {0, 1}. Entries 2 and 3 are never low.
-        for (history, want) in [(400, [-2.0, -2.0, 0.0, 0.0]), (2, [-2.0, -1.0, 0.0, 0.0]), (1, [-1.0, -1.0, 0.0, 0.0])] {
+        for (history, want) in
+            [(400, [-2.0, -2.0, 0.0, 0.0]), (2, [-2.0, -1.0, 0.0, 0.0]), (1, [-1.0, -1.0, 0.0, 0.0])]
+        {
             let (scorer, case) = fed(history, &backend);
             let got = scorer.score(&case.view(3)).unwrap().values;
             let age = [0.0, 0.25, 0.5, 0.75];

@@ -43,7 +43,12 @@ fn build(args: &Args) -> Result<Arc<dyn Scorer>, RecipeError> {
         return Err(args.error("kernel", kernel, "odd, so that it has a middle"));
     }
     let pool = if args.word("pool")? == "max" { PoolKind::Max } else { PoolKind::Average };
-    Ok(Arc::new(SnapKv { window: args.count("window")?, kernel, pool, agg: GroupAggregate::from_args(args)? }))
+    Ok(Arc::new(SnapKv {
+        window: args.count("window")?,
+        kernel,
+        pool,
+        agg: GroupAggregate::from_args(args)?,
+    }))
 }
 
 /// See the [module](self).
@@ -126,7 +131,12 @@ impl Scorer for SnapKv {
 }
 
 impl SnapKv {
-    fn pooled(&self, view: &LayerView<'_>, candidates: &[usize], rows: Vec<f32>) -> Result<Vec<f32>, PolicyError> {
+    fn pooled(
+        &self,
+        view: &LayerView<'_>,
+        candidates: &[usize],
+        rows: Vec<f32>,
+    ) -> Result<Vec<f32>, PolicyError> {
         if self.kernel == 1 {
             return Ok(rows);
         }
@@ -196,7 +206,8 @@ mod tests {
     fn protected_sinks_survive_average_pooling() {
         let backend = Reference::default();
         let case = case(&backend);
-        let policy = Staged::new("snapkv", Arc::new(snapkv(3, PoolKind::Average)), Arc::new(Uniform)).sinks(1);
+        let policy =
+            Staged::new("snapkv", Arc::new(snapkv(3, PoolKind::Average)), Arc::new(Uniform)).sinks(1);
         assert_eq!(policy.plan(&case.view(4)).unwrap().heads[0].keep, [0, 1, 6, 7]);
     }
 

@@ -69,6 +69,9 @@ mod tests {
         for (target, want) in [(5, vec![0, 1, 7, 8, 9]), (2, vec![0, 1]), (1, vec![0]), (0, vec![])] {
             assert_eq!(policy.plan(&case.view(target)).unwrap().heads[0].keep, want, "target {target}");
         }
-        assert_eq!(Streaming { sinks: 2 }.score(&case.view(3)).unwrap().values, [1., 1., 0., 0., 0., 0., 0., 0., 0., 1.]);
+        assert_eq!(
+            Streaming { sinks: 2 }.score(&case.view(3)).unwrap().values,
+            [1., 1., 0., 0., 0., 0., 0., 0., 0., 1.]
+        );
     }
 }

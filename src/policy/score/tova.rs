@@ -118,7 +118,10 @@ mod tests {
         crate::store::compact(&backend, &layout, &mut case.heads[0], &[0, 2, 3]).unwrap();
         let scores = Tova::default().score(&case.view(2)).unwrap();
         // Head 0 now spreads over what it still holds: .4/.7, .2/.7, .1/.7.
-        close(scores.head(1), &[(0.4 / 0.7 + 0.1) / 2.0, 0.6, (0.2 / 0.7 + 0.2) / 2.0, (0.1 / 0.7 + 0.1) / 2.0]);
+        close(
+            scores.head(1),
+            &[(0.4 / 0.7 + 0.1) / 2.0, 0.6, (0.2 / 0.7 + 0.2) / 2.0, (0.1 / 0.7 + 0.1) / 2.0],
+        );
         close(scores.head(0), &[scores.head(1)[0], scores.head(1)[2], scores.head(1)[3]]);
     }
 }
