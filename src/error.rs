@@ -44,7 +44,9 @@ pub enum ViewError {
         len: usize,
     },
     /// A zero stride would write one element several times.
-    #[error("an output view of {dims:?} with {strides:?} writes the same element twice: give every extent above 1 a stride above 0")]
+    #[error(
+        "an output view of {dims:?} with {strides:?} writes the same element twice: give every extent above 1 a stride above 0"
+    )]
     Overlapping {
         /// Extents of the view.
         dims: Dims,
@@ -58,7 +60,9 @@ pub enum ViewError {
 #[non_exhaustive]
 pub enum DeviceError {
     /// The system gave no memory.
-    #[error("could not get {bytes} bytes of {memory} memory: {reason}; lower the budget, or store k and v in a smaller type")]
+    #[error(
+        "could not get {bytes} bytes of {memory} memory: {reason}; lower the budget, or store k and v in a smaller type"
+    )]
     OutOfMemory {
         /// Bytes asked for.
         bytes: usize,
@@ -68,7 +72,9 @@ pub enum DeviceError {
         reason: String,
     },
     /// No usable adapter.
-    #[error("no GPU adapter: {reason}; install a Vulkan driver (Debian: mesa-vulkan-drivers for a software one) or use the cpu backend")]
+    #[error(
+        "no GPU adapter: {reason}; install a Vulkan driver (Debian: mesa-vulkan-drivers for a software one) or use the cpu backend"
+    )]
     NoAdapter {
         /// What wgpu said.
         reason: String,
@@ -278,7 +284,9 @@ pub enum CacheError {
         want: Dims,
     },
     /// NaN or infinity in a tensor.
-    #[error("layer {layer}: {tensor} has {value} at token {token}, head {head}, dimension {dim}; nothing was stored")]
+    #[error(
+        "layer {layer}: {tensor} has {value} at token {token}, head {head}, dimension {dim}; nothing was stored"
+    )]
     NonFinite {
         /// Layer.
         layer: usize,
@@ -294,7 +302,9 @@ pub enum CacheError {
         dim: usize,
     },
     /// A finite value that the storage type cannot hold.
-    #[error("layer {layer}: {tensor} has {value} at token {token}, head {head}, dimension {dim}: too large for {dtype:?}; nothing was stored, use {tensor}=bf16 or {tensor}=f32")]
+    #[error(
+        "layer {layer}: {tensor} has {value} at token {token}, head {head}, dimension {dim}: too large for {dtype:?}; nothing was stored, use {tensor}=bf16 or {tensor}=f32"
+    )]
     Range {
         /// Layer.
         layer: usize,
@@ -338,7 +348,9 @@ pub enum CacheError {
         begun: usize,
     },
     /// A long step of a mass-fed policy was accepted in part.
-    #[error("commit of {accepted} of {begun} tokens: this recipe sums attention mass and can take back at most {limit} tokens a step; begin speculative steps with at most {limit} tokens")]
+    #[error(
+        "commit of {accepted} of {begun} tokens: this recipe sums attention mass and can take back at most {limit} tokens a step; begin speculative steps with at most {limit} tokens"
+    )]
     PartialCommit {
         /// Accepted.
         accepted: usize,
@@ -348,7 +360,9 @@ pub enum CacheError {
         limit: usize,
     },
     /// Truncation past a compaction: what stood there before is gone.
-    #[error("truncate to position {to:?}: the cache was compacted at position {compacted:?}, entries below it are gone; keep a fork from before, or truncate to {compacted:?} or later")]
+    #[error(
+        "truncate to position {to:?}: the cache was compacted at position {compacted:?}, entries below it are gone; keep a fork from before, or truncate to {compacted:?} or later"
+    )]
     PastCompaction {
         /// The target.
         to: Position,

@@ -305,7 +305,11 @@ impl LayerShape {
                 );
             }
             if rotary.inverse_frequencies().iter().any(|f| !f.is_finite()) {
-                return invalid("rotary scaling", format!("{:?}", rotary.scaling), "finite frequencies".into());
+                return invalid(
+                    "rotary scaling",
+                    format!("{:?}", rotary.scaling),
+                    "finite frequencies".into(),
+                );
             }
         }
         Ok(())

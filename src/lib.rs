@@ -14,7 +14,11 @@ pub mod store;
 pub mod testing;
 pub mod view;
 
+#[cfg(feature = "gpu")]
+pub use backend::Gpu;
 pub use backend::{Backend, Cpu, Reference};
 pub use cache::{KvCache, SequenceId, Step};
 pub use error::Error;
 pub use recipe::{Budget, Recipe};
+#[cfg(feature = "gpu")]
+pub use wgpu;

@@ -60,7 +60,12 @@ impl LayerPlan {
     ///
     /// # Errors
     /// [`PolicyError::InvalidPlan`] says which rule is broken where.
-    pub fn validate(&self, policy: &str, layer: usize, rows: impl ExactSizeIterator<Item = usize>) -> Result<(), PolicyError> {
+    pub fn validate(
+        &self,
+        policy: &str,
+        layer: usize,
+        rows: impl ExactSizeIterator<Item = usize>,
+    ) -> Result<(), PolicyError> {
         let invalid = |head: usize, problem: String| {
             Err(PolicyError::InvalidPlan { policy: policy.to_owned(), layer, head, problem })
         };

@@ -6,8 +6,8 @@
 //! element by element, once, on the way into the store.
 
 use crate::error::ViewError;
-use half::{bf16, f16};
 use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 
 /// Element type of a tensor or of stored rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -147,7 +147,12 @@ impl<'a> TensorView<'a> {
     ///
     /// # Errors
     /// As [`TensorView::new`].
-    pub fn token_major(data: impl Into<Elements<'a>>, tokens: usize, heads: usize, dim: usize) -> Result<Self, ViewError> {
+    pub fn token_major(
+        data: impl Into<Elements<'a>>,
+        tokens: usize,
+        heads: usize,
+        dim: usize,
+    ) -> Result<Self, ViewError> {
         let dims = Dims { tokens, heads, dim };
         Self::new(data, dims, Strides::token_major(dims))
     }
@@ -156,7 +161,12 @@ impl<'a> TensorView<'a> {
     ///
     /// # Errors
     /// As [`TensorView::new`].
-    pub fn head_major(data: impl Into<Elements<'a>>, tokens: usize, heads: usize, dim: usize) -> Result<Self, ViewError> {
+    pub fn head_major(
+        data: impl Into<Elements<'a>>,
+        tokens: usize,
+        heads: usize,
+        dim: usize,
+    ) -> Result<Self, ViewError> {
         let dims = Dims { tokens, heads, dim };
         Self::new(data, dims, Strides::head_major(dims))
     }
@@ -271,7 +281,12 @@ impl<'a> TensorViewMut<'a> {
     ///
     /// # Errors
     /// As [`TensorViewMut::new`].
-    pub fn token_major(data: impl Into<ElementsMut<'a>>, tokens: usize, heads: usize, dim: usize) -> Result<Self, ViewError> {
+    pub fn token_major(
+        data: impl Into<ElementsMut<'a>>,
+        tokens: usize,
+        heads: usize,
+        dim: usize,
+    ) -> Result<Self, ViewError> {
         let dims = Dims { tokens, heads, dim };
         Self::new(data, dims, Strides::token_major(dims))
     }
@@ -280,7 +295,12 @@ impl<'a> TensorViewMut<'a> {
     ///
     /// # Errors
     /// As [`TensorViewMut::new`].
-    pub fn head_major(data: impl Into<ElementsMut<'a>>, tokens: usize, heads: usize, dim: usize) -> Result<Self, ViewError> {
+    pub fn head_major(
+        data: impl Into<ElementsMut<'a>>,
+        tokens: usize,
+        heads: usize,
+        dim: usize,
+    ) -> Result<Self, ViewError> {
         let dims = Dims { tokens, heads, dim };
         Self::new(data, dims, Strides::head_major(dims))
     }

@@ -13,10 +13,9 @@ mod gpu;
 mod host;
 mod reference;
 
-
+pub use cpu::Cpu;
 #[cfg(feature = "gpu")]
 pub use gpu::Gpu;
-pub use cpu::Cpu;
 pub use reference::Reference;
 
 use crate::device::memory::MemoryUsage;
@@ -69,19 +68,36 @@ pub trait Backend: Debug + Send + Sync {
     ///
     /// # Errors
     /// A lost device.
-    fn write_rows(&self, layout: &PageLayout, page: &mut Page, first: usize, keys: &[f32], values: &[f32]) -> Result<(), DeviceError>;
+    fn write_rows(
+        &self,
+        layout: &PageLayout,
+        page: &mut Page,
+        first: usize,
+        keys: &[f32],
+        values: &[f32],
+    ) -> Result<(), DeviceError>;
 
     /// Updates the mirror after positions or β of `rows` changed on the host; nothing where there is none.
     ///
     /// # Errors
     /// A lost device.
-    fn sync_metadata(&self, layout: &PageLayout, page: &mut Page, rows: Range<usize>) -> Result<(), DeviceError>;
+    fn sync_metadata(
+        &self,
+        layout: &PageLayout,
+        page: &mut Page,
+        rows: Range<usize>,
+    ) -> Result<(), DeviceError>;
 
     /// [`crate::kernel::attend`] for several sequences in one parallel region.
     ///
     /// # Errors
     /// [`KernelError`]; outputs are then unspecified.
-    fn attend(&self, params: &AttentionParams<'_>, lanes: &mut [AttendLane<'_>], workspace: &mut Workspace) -> Result<(), KernelError>;
+    fn attend(
+        &self,
+        params: &AttentionParams<'_>,
+        lanes: &mut [AttendLane<'_>],
+        workspace: &mut Workspace,
+    ) -> Result<(), KernelError>;
 
     /// [`crate::kernel::merge_partials`].
     ///
@@ -93,13 +109,21 @@ pub trait Backend: Debug + Send + Sync {
     ///
     /// # Errors
     /// [`KernelError`].
-    fn attention_mass(&self, params: &AttentionParams<'_>, args: &mut MassArgs<'_>) -> Result<(), KernelError>;
+    fn attention_mass(
+        &self,
+        params: &AttentionParams<'_>,
+        args: &mut MassArgs<'_>,
+    ) -> Result<(), KernelError>;
 
     /// [`crate::kernel::window_scores`].
     ///
     /// # Errors
     /// [`KernelError`].
-    fn window_scores(&self, params: &AttentionParams<'_>, args: &mut WindowArgs<'_>) -> Result<(), KernelError>;
+    fn window_scores(
+        &self,
+        params: &AttentionParams<'_>,
+        args: &mut WindowArgs<'_>,
+    ) -> Result<(), KernelError>;
 
     /// [`crate::kernel::row_norms`].
     ///

@@ -39,7 +39,14 @@ impl Backend for Reference {
         self.memory.copy_page(layout, page)
     }
 
-    fn write_rows(&self, layout: &PageLayout, page: &mut Page, first: usize, keys: &[f32], values: &[f32]) -> Result<(), DeviceError> {
+    fn write_rows(
+        &self,
+        layout: &PageLayout,
+        page: &mut Page,
+        first: usize,
+        keys: &[f32],
+        values: &[f32],
+    ) -> Result<(), DeviceError> {
         host::write_rows(layout, page, first, keys, values);
         Ok(())
     }
@@ -48,7 +55,12 @@ impl Backend for Reference {
         Ok(())
     }
 
-    fn attend(&self, params: &AttentionParams<'_>, lanes: &mut [AttendLane<'_>], _: &mut Workspace) -> Result<(), KernelError> {
+    fn attend(
+        &self,
+        params: &AttentionParams<'_>,
+        lanes: &mut [AttendLane<'_>],
+        _: &mut Workspace,
+    ) -> Result<(), KernelError> {
         kernel::attend::reference::run(params, lanes)
     }
 
@@ -56,11 +68,19 @@ impl Backend for Reference {
         kernel::merge_partials::reference::run(args)
     }
 
-    fn attention_mass(&self, params: &AttentionParams<'_>, args: &mut MassArgs<'_>) -> Result<(), KernelError> {
+    fn attention_mass(
+        &self,
+        params: &AttentionParams<'_>,
+        args: &mut MassArgs<'_>,
+    ) -> Result<(), KernelError> {
         kernel::attention_mass::reference::run(params, args)
     }
 
-    fn window_scores(&self, params: &AttentionParams<'_>, args: &mut WindowArgs<'_>) -> Result<(), KernelError> {
+    fn window_scores(
+        &self,
+        params: &AttentionParams<'_>,
+        args: &mut WindowArgs<'_>,
+    ) -> Result<(), KernelError> {
         kernel::window_scores::reference::run(params, args)
     }
 

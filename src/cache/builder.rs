@@ -135,7 +135,14 @@ impl CacheBuilder {
             .shape
             .iter()
             .map(|layer| {
-                Arc::new(PageLayout::new(layer, self.page_entries, recipe.k, recipe.v, backend.mirrored(), columns.words()))
+                Arc::new(PageLayout::new(
+                    layer,
+                    self.page_entries,
+                    recipe.k,
+                    recipe.v,
+                    backend.mirrored(),
+                    columns.words(),
+                ))
             })
             .collect();
         Ok(KvCache {
@@ -158,7 +165,12 @@ impl KvCache {
     ///
     /// # Errors
     /// [`RecipeError`] names what does not go together and the option to change.
-    pub fn check(shape: &ModelShape, recipe: &Recipe, budget: Option<Budget>, _backend: &dyn Backend) -> Result<(), RecipeError> {
+    pub fn check(
+        shape: &ModelShape,
+        recipe: &Recipe,
+        budget: Option<Budget>,
+        _backend: &dyn Backend,
+    ) -> Result<(), RecipeError> {
         let policy = &recipe.policy;
         policy.check(shape)?;
         if policy.compresses() {
@@ -191,7 +203,10 @@ fn check_budget(recipe: &Recipe, budget: Option<Budget>) -> Result<(), RecipeErr
         Budget::Tokens(tokens) if tokens < sinks + recent || tokens == 0 => Err(RecipeError::Budget {
             budget: budget.to_string(),
             problem: format!("{name} protects {sinks} sinks and {recent} recent entries"),
-            change: format!("give at least {} tokens, or lower sinks= and recent= (or window=)", (sinks + recent).max(1)),
+            change: format!(
+                "give at least {} tokens, or lower sinks= and recent= (or window=)",
+                (sinks + recent).max(1)
+            ),
         }),
         _ => Ok(()),
     }

@@ -5,7 +5,7 @@
 //! planned. *Hurts* the step that triggers it by one scoring pass and one copy of what is kept.
 
 use super::KvCache;
-use super::sequence::{Sequence, SequenceId};
+use super::sequence::{QueryLog, Sequence, SequenceId};
 use super::step::Lane;
 use crate::device::HeadRows;
 use crate::error::{Error, PolicyError};
@@ -103,7 +103,8 @@ impl KvCache {
                 let queries = head_major(&pending.queries[log.start * hq * d_k..log.end * hq * d_k], hq, d_k);
                 let lse = head_major(&pending.lse[log.start * hq..log.end * hq], hq, 1);
                 let mut mass = vec![0.0; total];
-                let mut args = MassArgs { heads, queries: &queries, positions: &positions, lse: &lse, mass: &mut mass };
+                let mut args =
+                    MassArgs { heads, queries: &queries, positions: &positions, lse: &lse, mass: &mut mass };
                 backend.attention_mass(&params, &mut args)?;
                 observe(backend, policy, shape, heads, &mass, &positions)?;
             }
@@ -141,7 +142,8 @@ impl KvCache {
         let (log, first) = self.accepted_log(lane_index, accepted);
         let shape = self.shape.layer(layer);
         let row = shape.query_heads * shape.d_k;
-        let positions: Vec<i32> = (first as i32..(first + log.len()) as i32).map(|i| lane.start + i).collect();
+        let positions: Vec<i32> =
+            (first as i32..(first + log.len()) as i32).map(|i| lane.start + i).collect();
         let rows = &self.scratch.pending[layer].queries[log.start * row..log.end * row];
         let keep = self.needs.queries;
         if let Some(sequence) = self.sequences.get_mut(&lane.id) {
@@ -163,7 +165,7 @@ impl KvCache {
         }
         self.sequence_mut(id)?.prefill_open = false;
         if !self.records(self.sequence(id)?) {
-            self.sequence_mut(id)?.queries.iter_mut().for_each(|log| log.retain(|_| false));
+            self.sequence_mut(id)?.queries.iter_mut().for_each(QueryLog::clear);
         }
         Ok(())
     }
@@ -244,7 +246,8 @@ impl KvCache {
             return layers.into_iter().zip(rows).collect();
         };
         let (_, recent) = self.recipe.policy.protected();
-        let targets = self.recipe.policy.layer_targets(&TargetRequest { layers: &layers, rows: &rows, target, recent });
+        let targets =
+            self.recipe.policy.layer_targets(&TargetRequest { layers: &layers, rows: &rows, target, recent });
         layers.into_iter().zip(targets).collect()
     }
 
@@ -263,7 +266,13 @@ impl KvCache {
         })
     }
 
-    fn view<'a>(&'a self, sequence: &'a Sequence, layer: usize, target: usize, queries: QueryWindow<'a>) -> LayerView<'a> {
+    fn view<'a>(
+        &'a self,
+        sequence: &'a Sequence,
+        layer: usize,
+        target: usize,
+        queries: QueryWindow<'a>,
+    ) -> LayerView<'a> {
         LayerView {
             layer,
             shape: self.shape.layer(layer),
@@ -317,7 +326,9 @@ impl KvCache {
     pub fn scores(&self, id: SequenceId, layer: usize) -> Result<Option<LayerScores>, Error> {
         self.heads(id, layer)?;
         let sequence = self.sequence(id)?;
-        let Some(&(_, target)) = self.targets(sequence).iter().find(|(l, _)| *l == layer) else { return Ok(None) };
+        let Some(&(_, target)) = self.targets(sequence).iter().find(|(l, _)| *l == layer) else {
+            return Ok(None);
+        };
         let (rows, positions) = sequence.queries[layer].head_major(self.shape.layer(layer).query_heads);
         let view = self.view(sequence, layer, target, QueryWindow { rows: &rows, positions: &positions });
         Ok(self.recipe.policy.scores(&view)?)
@@ -362,11 +373,12 @@ impl KvCache {
 pub(super) fn rotate_log(
     backend: &dyn crate::backend::Backend,
     shape: &LayerShape,
-    log: &mut super::sequence::QueryLog,
+    log: &mut QueryLog,
     shift: impl Fn(i32) -> i32,
 ) -> Result<(), Error> {
     let (positions, rows) = log.parts_mut();
-    if let Some(rotary) = shape.rotary.as_ref().filter(|_| shape.key_phase == crate::geometry::KeyPhase::PostRope)
+    if let Some(rotary) =
+        shape.rotary.as_ref().filter(|_| shape.key_phase == crate::geometry::KeyPhase::PostRope)
         && !rows.is_empty()
     {
         let deltas = positions.iter().flat_map(|&p| std::iter::repeat_n(shift(p), shape.query_heads));

@@ -160,7 +160,8 @@ impl KvCache {
     /// [`CacheError::NoSequence`], [`CacheError::NoLayer`]; [`CacheError::Length`] for a head that is not.
     pub fn positions(&self, id: SequenceId, layer: usize, head: usize) -> Result<Vec<Position>, CacheError> {
         let heads = self.heads(id, layer)?;
-        let rows = heads.get(head).ok_or(CacheError::Length { buffer: "KV head", got: head, want: heads.len() })?;
+        let rows =
+            heads.get(head).ok_or(CacheError::Length { buffer: "KV head", got: head, want: heads.len() })?;
         Ok(rows.pages().flat_map(|p| p.positions().iter().map(|&p| Position(p))).collect())
     }
 
@@ -272,7 +273,10 @@ impl KvCache {
     fn records(&self, sequence: &Sequence) -> bool {
         let schedule = self.recipe.schedule;
         self.scores_tokens()
-            && (sequence.prefill_open || schedule.chunk || schedule.every.is_some() || schedule.over.is_some())
+            && (sequence.prefill_open
+                || schedule.chunk
+                || schedule.every.is_some()
+                || schedule.over.is_some())
     }
 
     /// Frees the buffers that steps reuse; the next step allocates them again.

@@ -107,7 +107,9 @@ impl KvCache {
             });
             let plan = LayerPlan { heads: heads.collect() };
             let (backend, layout) = (&*self.backend, &self.layouts[layer]);
-            let Some(sequence) = self.sequences.get_mut(&id.0) else { return Err(CacheError::NoSequence(id.0).into()) };
+            let Some(sequence) = self.sequences.get_mut(&id.0) else {
+                return Err(CacheError::NoSequence(id.0).into());
+            };
             for (head, plan) in sequence.layers[layer].iter_mut().zip(&plan.heads) {
                 store::compact(backend, layout, head, &plan.keep)?;
                 if mode == RemoveMode::Renumber {
@@ -117,7 +119,9 @@ impl KvCache {
             }
         }
         let (backend, shape) = (&*self.backend, &self.shape);
-        let Some(sequence) = self.sequences.get_mut(&id.0) else { return Err(CacheError::NoSequence(id.0).into()) };
+        let Some(sequence) = self.sequences.get_mut(&id.0) else {
+            return Err(CacheError::NoSequence(id.0).into());
+        };
         for (layer, log) in sequence.queries.iter_mut().enumerate() {
             log.retain(|p| p < start || p >= end);
             if mode == RemoveMode::Renumber {
@@ -127,7 +131,8 @@ impl KvCache {
         if mode == RemoveMode::Renumber {
             sequence.next -= end - start;
             if let Some(compacted) = &mut sequence.compacted {
-                *compacted = if *compacted >= end { *compacted - (end - start) } else { (*compacted).min(start) };
+                *compacted =
+                    if *compacted >= end { *compacted - (end - start) } else { (*compacted).min(start) };
             }
         }
         Ok(())
@@ -154,15 +159,29 @@ impl KvCache {
     ///
     /// # Errors
     /// [`CacheError::Length`] for a buffer or head index that does not fit; device errors.
-    pub fn gather(&self, id: SequenceId, layer: usize, head: usize, keys: &mut [f32], values: &mut [f32]) -> Result<(), Error> {
+    pub fn gather(
+        &self,
+        id: SequenceId,
+        layer: usize,
+        head: usize,
+        keys: &mut [f32],
+        values: &mut [f32],
+    ) -> Result<(), Error> {
         let heads = self.heads(id, layer)?;
-        let rows = heads.get(head).ok_or(CacheError::Length { buffer: "KV head", got: head, want: heads.len() })?;
+        let rows =
+            heads.get(head).ok_or(CacheError::Length { buffer: "KV head", got: head, want: heads.len() })?;
         let (shape, count) = (self.shape.layer(layer), rows.rows());
-        let fits = |buffer, got, want| if got == want { Ok(()) } else { Err(CacheError::Length { buffer, got, want }) };
+        let fits = |buffer, got, want| {
+            if got == want { Ok(()) } else { Err(CacheError::Length { buffer, got, want }) }
+        };
         fits("keys", keys.len(), count * shape.d_k)?;
         fits("values", values.len(), count * shape.d_v)?;
         let slots: Vec<u32> = (0..count as u32).collect();
-        self.backend.gather(&mut GatherArgs { head: rows, slots: &slots, target: GatherTarget::Dense { keys, values } })?;
+        self.backend.gather(&mut GatherArgs {
+            head: rows,
+            slots: &slots,
+            target: GatherTarget::Dense { keys, values },
+        })?;
         Ok(())
     }
 

@@ -34,6 +34,12 @@ impl QueryLog {
         self.positions.drain(..excess);
     }
 
+    /// Forgets everything and gives the memory back.
+    pub(super) fn clear(&mut self) {
+        self.rows = VecDeque::new();
+        self.positions = VecDeque::new();
+    }
+
     /// Keeps the queries whose position satisfies the condition.
     pub(super) fn retain(&mut self, keep: impl Fn(i32) -> bool) {
         let mut rows = VecDeque::with_capacity(self.rows.len());

@@ -44,14 +44,16 @@ pub struct SequenceStats {
 impl SequenceStats {
     /// Sums over the layers (`layer` is the number of layers).
     pub fn total(&self) -> LayerStats {
-        self.layers.iter().fold(LayerStats { layer: self.layers.len(), ..LayerStats::default() }, |sum, l| LayerStats {
-            layer: sum.layer,
-            entries: sum.entries + l.entries,
-            dropped: sum.dropped + l.dropped,
-            compactions: sum.compactions + l.compactions,
-            bytes_logical: sum.bytes_logical + l.bytes_logical,
-            bytes_resident: sum.bytes_resident + l.bytes_resident,
-            bytes_read_per_step: sum.bytes_read_per_step + l.bytes_read_per_step,
+        self.layers.iter().fold(LayerStats { layer: self.layers.len(), ..LayerStats::default() }, |sum, l| {
+            LayerStats {
+                layer: sum.layer,
+                entries: sum.entries + l.entries,
+                dropped: sum.dropped + l.dropped,
+                compactions: sum.compactions + l.compactions,
+                bytes_logical: sum.bytes_logical + l.bytes_logical,
+                bytes_resident: sum.bytes_resident + l.bytes_resident,
+                bytes_read_per_step: sum.bytes_read_per_step + l.bytes_read_per_step,
+            }
         })
     }
 }
@@ -84,8 +86,13 @@ impl fmt::Display for EffectiveConfig {
         writeln!(f, "backend       {}", self.backend)?;
         writeln!(f, "page          {} entries, {} bytes", self.page_entries, Compact(&self.page_bytes))?;
         writeln!(f, "entry         {} bytes", Compact(&self.entry_bytes))?;
-        let columns: Vec<String> = self.columns.iter().map(|(name, words)| format!("{name} ({} bytes)", words * 4)).collect();
-        writeln!(f, "columns       {}", if columns.is_empty() { "none".to_owned() } else { columns.join(", ") })?;
+        let columns: Vec<String> =
+            self.columns.iter().map(|(name, words)| format!("{name} ({} bytes)", words * 4)).collect();
+        writeln!(
+            f,
+            "columns       {}",
+            if columns.is_empty() { "none".to_owned() } else { columns.join(", ") }
+        )?;
         write!(f, "needs         last {} queries, feed {:?}", self.needs.queries, self.needs.feed)
     }
 }
@@ -118,7 +125,9 @@ impl KvCache {
                 dropped: counters.dropped,
                 compactions: counters.compactions,
                 bytes_logical: heads.iter().map(|h| h.rows() * self.layouts[layer].entry_bytes()).sum(),
-                bytes_resident: pages.map(|p| self.block_bytes(layer) + store::metadata_bytes(p)).sum::<usize>()
+                bytes_resident: pages
+                    .map(|p| self.block_bytes(layer) + store::metadata_bytes(p))
+                    .sum::<usize>()
                     + sequence.queries[layer].bytes(),
                 bytes_read_per_step: heads.iter().map(store::bytes_read).sum(),
             }

@@ -99,7 +99,11 @@ impl Step<'_> {
         let model = std::sync::Arc::clone(&self.cache.shape);
         let shape = model.layer(layer);
         if shape.shared_with.is_some() {
-            return Err(CacheError::Order { layer, problem: "shares another layer's cache: call attend_stored, there is nothing to append" }.into());
+            return Err(CacheError::Order {
+                layer,
+                problem: "shares another layer's cache: call attend_stored, there is nothing to append",
+            }
+            .into());
         }
         if self.cache.scratch.pending[layer].appended {
             return Err(CacheError::Order { layer, problem: "already appended in this step" }.into());
@@ -141,7 +145,12 @@ impl Step<'_> {
     ///
     /// # Errors
     /// As [`Step::attend`].
-    pub fn attend_stored(&mut self, layer: usize, q: TensorView<'_>, out: TensorViewMut<'_>) -> Result<(), Error> {
+    pub fn attend_stored(
+        &mut self,
+        layer: usize,
+        q: TensorView<'_>,
+        out: TensorViewMut<'_>,
+    ) -> Result<(), Error> {
         self.check_queries(layer, &q, Some(&out))?;
         self.check_appended(layer)?;
         self.load_queries(layer, &q)?;
@@ -160,7 +169,10 @@ impl Step<'_> {
     ///
     /// # Errors
     /// As [`Step::attend_stored`]; [`CacheError::Unsupported`] in a step of several lanes.
-    #[allow(clippy::too_many_arguments, reason = "the cooperative form is flat on purpose: it is what a C host calls")]
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "the cooperative form is flat on purpose: it is what a C host calls"
+    )]
     pub fn attend_partial(
         &self,
         layer: usize,
@@ -220,7 +232,14 @@ impl Step<'_> {
         let rows = shape.query_heads * lane.tokens;
         scratch.lse.resize(rows, 0.0);
         let merged = resize(&mut scratch.out, rows * shape.d_v);
-        cache.backend.merge_partials(&mut MergeArgs { parts, d_v: shape.d_v, outs, lses, out: merged, lse: &mut scratch.lse })?;
+        cache.backend.merge_partials(&mut MergeArgs {
+            parts,
+            d_v: shape.d_v,
+            outs,
+            lses,
+            out: merged,
+            lse: &mut scratch.lse,
+        })?;
         store_out(merged, &[lane], shape.query_heads, shape.d_v, &mut out);
         if fed == FeedKind::Mass {
             let heads = &cache.sequences[&lane.id].layers[layer];
@@ -264,11 +283,19 @@ impl Step<'_> {
         if self.cache.scratch.pending[owner].appended {
             Ok(())
         } else {
-            Err(CacheError::Order { layer, problem: "attend before append: this step's keys and values are not stored yet" })
+            Err(CacheError::Order {
+                layer,
+                problem: "attend before append: this step's keys and values are not stored yet",
+            })
         }
     }
 
-    fn check_queries(&self, layer: usize, q: &TensorView<'_>, out: Option<&TensorViewMut<'_>>) -> Result<(), CacheError> {
+    fn check_queries(
+        &self,
+        layer: usize,
+        q: &TensorView<'_>,
+        out: Option<&TensorViewMut<'_>>,
+    ) -> Result<(), CacheError> {
         self.check_layer(layer)?;
         let shape = self.cache.shape.layer(layer);
         let dims = |dim| Dims { tokens: self.tokens, heads: shape.query_heads, dim };
@@ -303,15 +330,23 @@ impl Step<'_> {
         let scratch = &mut cache.scratch;
         let (hq, d_k, d_v) = (shape.query_heads, shape.d_k, shape.d_v);
         let want_mass = fed == FeedKind::Mass;
-        let rows_of = |lane: &Lane| crate::kernel::total_rows(&cache.sequences[&lane.id].layers[owner]) * shape.group();
+        let rows_of =
+            |lane: &Lane| crate::kernel::total_rows(&cache.sequences[&lane.id].layers[owner]) * shape.group();
         resize(&mut scratch.out, self.tokens * hq * d_v);
         scratch.lse.resize(self.tokens * hq, 0.0);
         let pending = &mut scratch.pending[layer];
-        pending.mass.resize(if want_mass { scratch.lanes.iter().map(rows_of).sum() } else { 0 }, 0.0);
+        let mass_len: usize = if want_mass { scratch.lanes.iter().map(rows_of).sum() } else { 0 };
+        if pending.mass.capacity() < mass_len {
+            // Room for a page more per KV head, so that decode steps do not grow it one token at a time.
+            pending.mass.reserve_exact(mass_len + scratch.lanes.len() * hq * cache.layouts[owner].capacity);
+        }
+        pending.mass.resize(mass_len, 0.0);
         pending.mass_starts.clear();
-        let mass_len = pending.mass.len();
-        let (mut out_rest, mut lse_rest, mut mass_rest) =
-            (&mut scratch.out[..self.tokens * hq * d_v], scratch.lse.as_mut_slice(), pending.mass.as_mut_slice());
+        let (mut out_rest, mut lse_rest, mut mass_rest) = (
+            &mut scratch.out[..self.tokens * hq * d_v],
+            scratch.lse.as_mut_slice(),
+            pending.mass.as_mut_slice(),
+        );
         for group in scratch.lanes.chunks(LANE_GROUP) {
             let mut lanes: [AttendLane<'_>; LANE_GROUP] = std::array::from_fn(|_| AttendLane::default());
             for (slot, lane) in lanes.iter_mut().zip(group) {
@@ -407,7 +442,12 @@ impl Step<'_> {
             }
             let in_part = accepted > 0 && accepted < lane.tokens;
             if in_part && lane.tokens > SPECULATIVE_TOKENS && lane.records {
-                return Err(CacheError::PartialCommit { accepted, begun: lane.tokens, limit: SPECULATIVE_TOKENS }.into());
+                return Err(CacheError::PartialCommit {
+                    accepted,
+                    begun: lane.tokens,
+                    limit: SPECULATIVE_TOKENS,
+                }
+                .into());
             }
         }
         self.done = true;
@@ -417,7 +457,9 @@ impl Step<'_> {
     fn check_complete(&self) -> Result<(), CacheError> {
         let shape = &self.cache.shape;
         let pending: &[Pending] = &self.cache.scratch.pending;
-        let missing = |layer: &usize| !pending[*layer].appended || (self.cache.logs_queries(*layer) && !pending[*layer].attended);
+        let missing = |layer: &usize| {
+            !pending[*layer].appended || (self.cache.logs_queries(*layer) && !pending[*layer].attended)
+        };
         match shape.owners().find(missing) {
             Some(missing_layer) => Err(CacheError::Incomplete {
                 done: shape.owners().filter(|l| !missing(l)).count(),
@@ -452,7 +494,13 @@ fn check_dims(layer: usize, tensor: &'static str, got: Dims, want: Dims) -> Resu
 }
 
 /// Reads all tokens of a tensor, head-major.
-fn load(layer: usize, tensor: &'static str, view: &TensorView<'_>, dtype: DType, out: &mut [f32]) -> Result<(), CacheError> {
+fn load(
+    layer: usize,
+    tensor: &'static str,
+    view: &TensorView<'_>,
+    dtype: DType,
+    out: &mut [f32],
+) -> Result<(), CacheError> {
     load_tokens(layer, tensor, view, dtype, 0, view.dims().tokens, out)
 }
 

@@ -9,7 +9,10 @@
 //! The two `unsafe` operations of the store live here: turning a block's address into a slice, and telling
 //! the kernel to drop its contents.
 
-#![allow(unsafe_code, reason = "raw slab memory is handed out as disjoint blocks; every block states why it is sound")]
+#![allow(
+    unsafe_code,
+    reason = "raw slab memory is handed out as disjoint blocks; every block states why it is sound"
+)]
 
 use crate::error::DeviceError;
 use memmap2::{MmapMut, MmapOptions};

@@ -77,7 +77,14 @@ pub struct PageLayout {
 
 impl PageLayout {
     /// The layout of a layer's pages.
-    pub fn new(shape: &LayerShape, capacity: usize, k_dtype: DType, v_dtype: DType, mirrored: bool, column_words: usize) -> Self {
+    pub fn new(
+        shape: &LayerShape,
+        capacity: usize,
+        k_dtype: DType,
+        v_dtype: DType,
+        mirrored: bool,
+        column_words: usize,
+    ) -> Self {
         Self { capacity, d_k: shape.d_k, d_v: shape.d_v, k_dtype, v_dtype, mirrored, column_words }
     }
 

@@ -15,6 +15,7 @@ pub mod merge_partials;
 pub mod pool;
 pub mod rope;
 pub mod row_norms;
+pub mod simd;
 pub mod top_k;
 pub mod window_scores;
 
@@ -81,7 +82,12 @@ impl<'a> AttentionParams<'a> {
 ///
 /// # Errors
 /// [`KernelError::Length`] if they differ.
-pub fn expect_len(kernel: &'static str, buffer: &'static str, got: usize, want: usize) -> Result<(), KernelError> {
+pub fn expect_len(
+    kernel: &'static str,
+    buffer: &'static str,
+    got: usize,
+    want: usize,
+) -> Result<(), KernelError> {
     if got == want { Ok(()) } else { Err(KernelError::Length { kernel, buffer, got, want }) }
 }
 

@@ -29,7 +29,11 @@ pub struct NewRows<'a> {
 }
 
 /// A page that this head alone owns: the page itself, or a copy put in its place.
-fn unshare<'a>(backend: &dyn Backend, layout: &PageLayout, page: &'a mut Arc<Page>) -> Result<&'a mut Page, DeviceError> {
+fn unshare<'a>(
+    backend: &dyn Backend,
+    layout: &PageLayout,
+    page: &'a mut Arc<Page>,
+) -> Result<&'a mut Page, DeviceError> {
     if Arc::get_mut(page).is_none() {
         *page = Arc::new(backend.copy_page(layout, page)?);
     }
@@ -43,7 +47,12 @@ fn unshare<'a>(backend: &dyn Backend, layout: &PageLayout, page: &'a mut Arc<Pag
 ///
 /// # Errors
 /// [`DeviceError`]; the head is then as before.
-pub fn append(backend: &dyn Backend, layout: &Arc<PageLayout>, head: &mut HeadRows, new: NewRows<'_>) -> Result<(), DeviceError> {
+pub fn append(
+    backend: &dyn Backend,
+    layout: &Arc<PageLayout>,
+    head: &mut HeadRows,
+    new: NewRows<'_>,
+) -> Result<(), DeviceError> {
     let before = head.rows();
     let result = try_append(backend, layout, head, new);
     if result.is_err() {
@@ -52,7 +61,12 @@ pub fn append(backend: &dyn Backend, layout: &Arc<PageLayout>, head: &mut HeadRo
     result
 }
 
-fn try_append(backend: &dyn Backend, layout: &Arc<PageLayout>, head: &mut HeadRows, new: NewRows<'_>) -> Result<(), DeviceError> {
+fn try_append(
+    backend: &dyn Backend,
+    layout: &Arc<PageLayout>,
+    head: &mut HeadRows,
+    new: NewRows<'_>,
+) -> Result<(), DeviceError> {
     if head.segments.is_empty() {
         head.segments.push(Segment::new(Arc::clone(layout)));
     }
@@ -119,7 +133,12 @@ pub fn rows_below(head: &HeadRows, position: i32) -> usize {
 ///
 /// # Errors
 /// [`KernelError`]; the head is then as before.
-pub fn compact(backend: &dyn Backend, layout: &Arc<PageLayout>, head: &mut HeadRows, keep: &[u32]) -> Result<(), KernelError> {
+pub fn compact(
+    backend: &dyn Backend,
+    layout: &Arc<PageLayout>,
+    head: &mut HeadRows,
+    keep: &[u32],
+) -> Result<(), KernelError> {
     if keep.len() == head.rows() {
         return Ok(());
     }
@@ -131,7 +150,11 @@ pub fn compact(backend: &dyn Backend, layout: &Arc<PageLayout>, head: &mut HeadR
     for _ in 0..moved.len().div_ceil(layout.capacity) {
         pages.push(backend.allocate(layout)?);
     }
-    backend.gather(&mut GatherArgs { head, slots: moved, target: GatherTarget::Pages { layout, pages: &mut pages } })?;
+    backend.gather(&mut GatherArgs {
+        head,
+        slots: moved,
+        target: GatherTarget::Pages { layout, pages: &mut pages },
+    })?;
     let mut segment = Segment::new(Arc::clone(layout));
     if let Some(first) = head.segments.first() {
         segment.pages.extend_from_slice(&first.pages[..whole]);
@@ -162,8 +185,11 @@ pub fn renumber(
         let (layout, total) = (Arc::clone(&segment.layout), segment.rows);
         for (index, page) in segment.pages.iter_mut().enumerate() {
             let rows = (total - index * layout.capacity).min(layout.capacity);
-            let deltas: Vec<i32> =
-                page.positions[..rows].iter().enumerate().map(|(i, &p)| new_position(slot + i, p) - p).collect();
+            let deltas: Vec<i32> = page.positions[..rows]
+                .iter()
+                .enumerate()
+                .map(|(i, &p)| new_position(slot + i, p) - p)
+                .collect();
             slot += rows;
             if deltas.iter().all(|&d| d == 0) {
                 continue;
@@ -193,7 +219,9 @@ impl AngleCache {
     fn table(&mut self, rotary: &Rotary, deltas: &[i32]) -> Vec<f32> {
         let mut table = Vec::with_capacity(deltas.len() * rotary.dims);
         for &delta in deltas {
-            table.extend_from_slice(self.0.entry(delta).or_insert_with(|| rotary.table(std::iter::once(delta))));
+            table.extend_from_slice(
+                self.0.entry(delta).or_insert_with(|| rotary.table(std::iter::once(delta))),
+            );
         }
         table
     }
@@ -215,7 +243,11 @@ pub fn update_columns(
             let rows = (total - index * layout.capacity).min(layout.capacity);
             let page = unshare(backend, &layout, page)?;
             let words = layout.column_words;
-            update(&page.positions[..rows], first, &mut ColumnsMut::new(&mut page.columns[..rows * words], words));
+            update(
+                &page.positions[..rows],
+                first,
+                &mut ColumnsMut::new(&mut page.columns[..rows * words], words),
+            );
             first += rows;
         }
     }

@@ -1,16 +1,67 @@
-//! The conformance suite over the host backends.
+//! The conformance suite over the host backends: every SIMD level this machine has, several thread counts.
 
-use kvsieve::backend::{Cpu, Reference};
+use kvsieve::backend::{Backend, Cpu, Reference};
+use kvsieve::device::Pool;
+use kvsieve::kernel::simd::Level;
 use kvsieve::testing::conformance::{self, Effort};
 
-#[test]
-fn the_reference_agrees_with_itself() {
-    let report = conformance::run(&Reference::default(), Effort::Full);
+fn expect_pass(backend: &dyn Backend, effort: Effort) {
+    let report = conformance::run(backend, effort);
+    println!("{report}");
     assert!(report.passed(), "{report}");
 }
 
 #[test]
-fn cpu() {
-    let report = conformance::run(&Cpu::default(), Effort::Full);
-    assert!(report.passed(), "{report}");
+fn the_reference_agrees_with_itself() {
+    expect_pass(&Reference::default(), Effort::Full);
+}
+
+#[test]
+fn cpu_at_the_highest_level() {
+    expect_pass(&Cpu::default(), Effort::Full);
+}
+
+#[test]
+fn cpu_at_every_lower_level() {
+    for level in Level::available().filter(|&l| l < Level::detect()) {
+        let cpu = Cpu::with_pool(Pool::current()).with_level(level);
+        assert_eq!(cpu.level(), level, "a level may be lowered");
+        expect_pass(&cpu, Effort::Full);
+    }
+}
+
+#[test]
+fn cpu_on_several_thread_counts() {
+    for threads in [1, 2, 3, 8] {
+        expect_pass(&Cpu::with_threads(threads).unwrap(), Effort::Quick);
+    }
+}
+
+#[test]
+fn a_level_is_never_raised() {
+    let cpu = Cpu::default().with_level(Level::Baseline).with_level(Level::Avx512);
+    assert_eq!(cpu.level(), Level::Baseline);
+}
+
+/// A machine that has vectors must use them: were detection to fail, every test above would silently test
+/// the baseline only.
+#[test]
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn the_detected_level_is_the_one_the_system_reports() {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    let flags: Vec<&str> =
+        info.lines().find(|l| l.starts_with("flags")).unwrap().split_whitespace().collect();
+    let has = |names: &[&str]| names.iter().all(|n| flags.contains(n));
+    let expected =
+        if has(&["avx512f", "avx512bw", "avx512vl", "avx512_vbmi2", "avx512_vnni", "vaes", "gfni", "sha_ni"])
+        {
+            Level::Avx512
+        } else if has(&["avx2", "fma", "f16c", "bmi2", "movbe"]) {
+            Level::Avx2
+        } else if has(&["sse4_2", "popcnt"]) {
+            Level::Sse42
+        } else {
+            Level::Baseline
+        };
+    assert_eq!(Level::detect(), expected);
 }

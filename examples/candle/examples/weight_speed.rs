@@ -2,7 +2,8 @@
 //!
 //! GGUF files hold block-quantized weights; candle can multiply by them directly (`QMatMul`) or by a dequantized
 //! copy. The choice decides how fast prefill and decode run around the attention that kvsieve takes over, so it is
-//! measured, not assumed. Prints, for every matrix shape of the model, milliseconds for a 512-row chunk and for one row.
+//! measured, not assumed. Prints, for every matrix shape of the model, milliseconds for a 512-row chunk and for one row
+//! with candle's own operations, then tokens per second of the whole model without attention for both [`Weights`].
 //!
 //! ```text
 //! cargo run --release --example weight_speed -- ../../models/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -11,6 +12,23 @@ use std::time::Instant;
 
 use candle_core::quantized::{QMatMul, gguf_file};
 use candle_core::{DType, Device, Module, Tensor};
+use kvsieve_candle::{Attend, Logits, Model, Weights};
+
+/// An attention that costs nothing, so that only the rest is timed.
+struct Absent;
+
+impl Attend for Absent {
+    fn attend(
+        &mut self,
+        _layer: usize,
+        q: &Tensor,
+        _k: &Tensor,
+        v: &Tensor,
+    ) -> kvsieve_candle::Result<Tensor> {
+        let (tokens, heads, _) = q.dims3()?;
+        Ok(Tensor::zeros((tokens, heads * v.dim(2)?), DType::F32, &Device::Cpu)?)
+    }
+}
 
 fn median(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
@@ -30,7 +48,7 @@ fn time(repeats: usize, mut f: impl FnMut() -> candle_core::Result<Tensor>) -> c
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let path = std::env::args().nth(1).ok_or("usage: weight_speed MODEL.gguf")?;
-    let mut file = std::io::BufReader::new(std::fs::File::open(path)?);
+    let mut file = std::io::BufReader::new(std::fs::File::open(&path)?);
     let content = gguf_file::Content::read(&mut file)?;
     let device = Device::Cpu;
     println!(
@@ -56,15 +74,33 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
             let x = Tensor::randn(0f32, 1f32, (rows, k), &device)?;
             let x16 = x.to_dtype(DType::F16)?;
-            let repeats = if rows == 1 { 200 } else { 20 };
+            let repeats = if rows == 1 { 201 } else { 21 };
             println!(
                 "{name:<24} {rows:>5} {:>10.3} {:>10.3} {:>10.3} {:>10.3}",
-                time(repeats, || packed.forward(&x))?,
+                time(repeats.min(9), || packed.forward(&x))?,
                 time(repeats, || x.matmul(&full.t()?))?,
                 time(repeats, || x.matmul(&turned))?,
                 time(repeats, || x16.matmul(&half.t()?))?,
             );
         }
+    }
+    println!(
+        "\n{:<10} {:>16} {:>16}   (tokens per second without attention)",
+        "weights", "prefill, 512", "decode"
+    );
+    for weights in [Weights::F32, Weights::Quantized] {
+        let model = Model::load(&path, weights)?;
+        let tokens: Vec<u32> = (0..512).map(|i| i * 37 % 4096).collect();
+        let rate = |count: usize, repeats: usize, logits: Logits| -> kvsieve_candle::Result<f64> {
+            let mut times = Vec::with_capacity(repeats);
+            for _ in 0..repeats {
+                let forward = model.forward_with(&mut Absent, &tokens[..count], 0, logits)?;
+                times.push(forward.timings.total.as_secs_f64());
+            }
+            Ok(count as f64 / median(times))
+        };
+        let (prefill, decode) = (rate(512, 3, Logits::None)?, rate(1, 50, Logits::Last)?);
+        println!("{:<10} {prefill:>16.0} {decode:>16.0}", format!("{weights:?}"));
     }
     Ok(())
 }

@@ -98,7 +98,9 @@ mod tests {
         for newline in ["\n", "\\n"] {
             let template = format!("{{{{ '<|im_start|>system{newline}Be nice.<|im_end|>{newline}' }}}}");
             let chat = ChatMl::from_template(&template).unwrap();
-            assert!(chat.prompt(&[(Role::User, "Hi")]).starts_with("<|im_start|>system\nBe nice.<|im_end|>\n"));
+            assert!(
+                chat.prompt(&[(Role::User, "Hi")]).starts_with("<|im_start|>system\nBe nice.<|im_end|>\n")
+            );
             assert!(!chat.prompt(&[(Role::System, "Be brief."), (Role::User, "Hi")]).contains("nice"));
         }
     }

@@ -44,13 +44,16 @@ impl Config {
     /// [`Error::Unsupported`] for another architecture or an unsupported feature, [`Error::MissingKey`] and
     /// [`Error::BadKey`] for metadata that is absent or impossible.
     pub fn read(gguf: &mut Gguf) -> Result<Self> {
-        let architecture =
-            gguf.string("general.architecture")?.ok_or_else(|| Error::MissingKey { key: "general.architecture".into() })?;
+        let architecture = gguf
+            .string("general.architecture")?
+            .ok_or_else(|| Error::MissingKey { key: "general.architecture".into() })?;
         if architecture != "llama" {
             return Err(Error::Unsupported { what: format!("`general.architecture` = `{architecture}`") });
         }
         if gguf.integer("llama.expert_count")?.is_some_and(|experts| experts > 0) {
-            return Err(Error::Unsupported { what: "a mixture of experts (`llama.expert_count` > 0)".into() });
+            return Err(Error::Unsupported {
+                what: "a mixture of experts (`llama.expert_count` > 0)".into(),
+            });
         }
         let layers = positive(gguf, "llama.block_count")?;
         let embedding = positive(gguf, "llama.embedding_length")?;
@@ -139,7 +142,8 @@ fn rotary(gguf: &mut Gguf, key_dim: usize) -> Result<Rotary> {
     }
 
     // `rope.scale_linear` is the older spelling of linear scaling.
-    let factor = gguf.float("llama.rope.scaling.factor")?.or(gguf.float("llama.rope.scale_linear")?).unwrap_or(1.0);
+    let factor =
+        gguf.float("llama.rope.scaling.factor")?.or(gguf.float("llama.rope.scale_linear")?).unwrap_or(1.0);
     if factor <= 0.0 {
         return Err(Error::BadKey {
             key: "llama.rope.scaling.factor".into(),

@@ -111,9 +111,37 @@ pub enum Error {
         /// The accepted range.
         want: &'static str,
     },
+    /// A refusal or failure of the cache.
+    #[error(transparent)]
+    Cache(Box<kvsieve::Error>),
     /// A failure inside candle while computing.
     #[error("candle: {0}")]
     Candle(Box<candle_core::Error>),
+}
+
+// kvsieve has one error per family of operations; an engine rarely tells them apart.
+impl From<kvsieve::Error> for Error {
+    fn from(error: kvsieve::Error) -> Self {
+        Self::Cache(Box::new(error))
+    }
+}
+
+impl From<kvsieve::error::CacheError> for Error {
+    fn from(error: kvsieve::error::CacheError) -> Self {
+        kvsieve::Error::from(error).into()
+    }
+}
+
+impl From<kvsieve::error::ShapeError> for Error {
+    fn from(error: kvsieve::error::ShapeError) -> Self {
+        kvsieve::Error::from(error).into()
+    }
+}
+
+impl From<kvsieve::error::ViewError> for Error {
+    fn from(error: kvsieve::error::ViewError) -> Self {
+        kvsieve::Error::from(error).into()
+    }
 }
 
 impl From<candle_core::Error> for Error {

@@ -9,8 +9,8 @@ use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::quantized::QTensor;
+use candle_core::quantized::gguf_file::{Content, Value};
 
 use crate::error::{Error, Result};
 
@@ -31,8 +31,8 @@ impl Gguf {
         let path = path.as_ref().to_path_buf();
         let file = File::open(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
         let mut file = BufReader::with_capacity(1 << 20, file);
-        let content =
-            Content::read(&mut file).map_err(|source| Error::Gguf { path: path.clone(), source: Box::new(source) })?;
+        let content = Content::read(&mut file)
+            .map_err(|source| Error::Gguf { path: path.clone(), source: Box::new(source) })?;
         Ok(Self { path, content, file })
     }
 
@@ -52,7 +52,11 @@ impl Gguf {
             return Err(Error::MissingTensor { name: name.into() });
         };
         if info.shape.dims() != want {
-            return Err(Error::TensorShape { name: name.into(), got: info.shape.dims().to_vec(), want: want.to_vec() });
+            return Err(Error::TensorShape {
+                name: name.into(),
+                got: info.shape.dims().to_vec(),
+                want: want.to_vec(),
+            });
         }
         self.content
             .tensor(&mut self.file, name, &Device::Cpu)
@@ -65,7 +69,9 @@ impl Gguf {
 
     /// An unsigned integer of any width.
     pub(crate) fn integer(&self, key: &str) -> Result<Option<usize>> {
-        self.value(key).map(|value| as_integer(value).ok_or_else(|| bad(key, value, "an unsigned integer"))).transpose()
+        self.value(key)
+            .map(|value| as_integer(value).ok_or_else(|| bad(key, value, "an unsigned integer")))
+            .transpose()
     }
 
     pub(crate) fn need_integer(&self, key: &str) -> Result<usize> {

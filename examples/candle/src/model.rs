@@ -113,24 +113,16 @@ impl Model {
         let vocabulary = [config.vocabulary, width];
         let table = gguf.tensor("token_embd.weight", &vocabulary)?;
         // Small models tie the output matrix to the embedding and store it once.
-        let own_head =
-            if gguf.has_tensor("output.weight") { Some(gguf.tensor("output.weight", &vocabulary)?) } else { None };
-        let (embedding, head) = match (weights, own_head) {
-            (Weights::F32, own_head) => {
-                let table = table.dequantize(&Device::Cpu)?;
-                let head = match own_head {
-                    Some(head) => Linear::new(weights, vec![head])?,
-                    None => Linear::Dense(table.clone()),
-                };
-                (Embedding::Dense(table), head)
-            }
-            (Weights::Quantized, own_head) => {
-                let head = match own_head {
-                    Some(head) => head,
-                    None => gguf.tensor("token_embd.weight", &vocabulary)?,
-                };
-                (Embedding::Quantized(table), Linear::new(weights, vec![head])?)
-            }
+        let tied = !gguf.has_tensor("output.weight");
+        let head = gguf.tensor(if tied { "token_embd.weight" } else { "output.weight" }, &vocabulary)?;
+        let head = Linear::new(weights, vec![head])?;
+        let embedding = match weights {
+            Weights::F32 => Embedding::Dense(match (&head, tied) {
+                // One copy in memory, as in the file.
+                (Linear::Dense { weight, .. }, true) => weight.clone(),
+                _ => table.dequantize(&Device::Cpu)?,
+            }),
+            Weights::Quantized => Embedding::Quantized(table),
         };
 
         let mut layers = Vec::with_capacity(config.layers);
@@ -138,7 +130,9 @@ impl Model {
             let name = |part: &str| format!("blk.{layer}.{part}.weight");
             for bias in ["attn_q", "attn_k", "attn_v", "attn_output"] {
                 if gguf.has_tensor(&format!("blk.{layer}.{bias}.bias")) {
-                    return Err(Error::Unsupported { what: format!("a bias tensor `blk.{layer}.{bias}.bias`") });
+                    return Err(Error::Unsupported {
+                        what: format!("a bias tensor `blk.{layer}.{bias}.bias`"),
+                    });
                 }
             }
             let mut linear = |parts: &[(&str, usize)], inputs: usize| {

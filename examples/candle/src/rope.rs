@@ -148,7 +148,9 @@ impl InplaceOp1 for Rotate<'_> {
         if tokens < PARALLEL_ROWS {
             rows.chunks_exact_mut(width).zip(self.angles.table.chunks_exact(pairs)).for_each(rotate_row);
         } else {
-            rows.par_chunks_exact_mut(width).zip(self.angles.table.par_chunks_exact(pairs)).for_each(rotate_row);
+            rows.par_chunks_exact_mut(width)
+                .zip(self.angles.table.par_chunks_exact(pairs))
+                .for_each(rotate_row);
         }
         Ok(())
     }

@@ -33,7 +33,8 @@ impl Stock {
 
     /// Bytes of K and V held, all layers (the repeated copies of each step not counted).
     pub fn bytes(&self) -> usize {
-        let elements: usize = self.layers.iter().flatten().map(|(k, v)| k.elem_count() + v.elem_count()).sum();
+        let elements: usize =
+            self.layers.iter().flatten().map(|(k, v)| k.elem_count() + v.elem_count()).sum();
         elements * size_of::<f32>()
     }
 
@@ -121,7 +122,8 @@ mod tests {
                 let dot = |s: usize| -> f64 {
                     let q = &q[(t * heads + h) * dim..][..dim];
                     let k = &k[(s * kv + g) * dim..][..dim];
-                    q.iter().zip(k).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() / (dim as f64).sqrt()
+                    q.iter().zip(k).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>()
+                        / (dim as f64).sqrt()
                 };
                 let logits: Vec<f64> = (0..=t).map(dot).collect();
                 let top = logits.iter().copied().fold(f64::MIN, f64::max);

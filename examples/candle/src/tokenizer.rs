@@ -54,7 +54,11 @@ impl Tokenizer {
         let key = "tokenizer.ggml.model";
         let model = gguf.string(key)?.ok_or_else(|| Error::MissingKey { key: key.into() })?;
         if model != "gpt2" {
-            return Err(Error::UnsupportedTokenizer { key, got: model.into(), supported: "gpt2 (byte-level BPE)" });
+            return Err(Error::UnsupportedTokenizer {
+                key,
+                got: model.into(),
+                supported: "gpt2 (byte-level BPE)",
+            });
         }
         let tokens = gguf.need_strings("tokenizer.ggml.tokens")?;
         let merges = gguf.need_strings("tokenizer.ggml.merges")?;
@@ -68,7 +72,13 @@ impl Tokenizer {
         let add_bos = gguf.boolean("tokenizer.ggml.add_bos_token")?.unwrap_or(false);
         let chat_template = gguf.string("tokenizer.chat_template")?.map(str::to_owned);
         let split = gguf.string("tokenizer.ggml.pre")?.unwrap_or("gpt-2");
-        Self::new(tokens, &merges, &kinds, split).map(|base| Self { bos, eos, add_bos, chat_template, ..base })
+        Self::new(tokens, &merges, &kinds, split).map(|base| Self {
+            bos,
+            eos,
+            add_bos,
+            chat_template,
+            ..base
+        })
     }
 
     fn new(tokens: Vec<String>, merges: &[String], kinds: &[usize], split: &str) -> Result<Self> {
@@ -183,7 +193,10 @@ impl Tokenizer {
 
     /// Where the first special token starts, how long it is, and its id.
     fn next_special(&self, text: &str) -> Option<(usize, usize, u32)> {
-        let found = self.special.iter().filter_map(|(spelling, id)| Some((text.find(spelling)?, spelling.len(), *id)));
+        let found = self
+            .special
+            .iter()
+            .filter_map(|(spelling, id)| Some((text.find(spelling)?, spelling.len(), *id)));
         // The list is longest first and `min_by_key` keeps the first of equals: at one place the longest wins.
         found.min_by_key(|(at, _, _)| *at)
     }
@@ -192,7 +205,8 @@ impl Tokenizer {
         if text.is_empty() {
             return Ok(());
         }
-        let encoding = self.bpe.encode_fast(text, false).map_err(|error| Error::Tokenizer(error.to_string()))?;
+        let encoding =
+            self.bpe.encode_fast(text, false).map_err(|error| Error::Tokenizer(error.to_string()))?;
         out.extend_from_slice(encoding.get_ids());
         Ok(())
     }

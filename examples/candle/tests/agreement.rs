@@ -4,39 +4,69 @@
 
 mod support;
 
+use kvsieve::{Cpu, KvCache};
 use kvsieve_candle::{Gguf, Model, SpecialTokens, Stock, Tokenizer, Weights, argmax};
 use support::{logprob, model_path, recorded};
 
+/// Tokens per forward pass: several chunks, the last one short.
+const CHUNK: usize = 500;
+
+/// Who attends.
+#[derive(Clone, Copy, Debug)]
+enum Attention {
+    Stock,
+    Kvsieve,
+}
+
 /// Share of positions whose most likely token agrees, and mean |difference| of the next token's log-probability.
-fn agreement(weights: Weights, tokens: usize) -> Option<(f64, f64)> {
+fn agreement(weights: Weights, attention: Attention, tokens: usize) -> Option<(f64, f64)> {
     let model = Model::load(model_path()?, weights).unwrap();
     let want = recorded();
-    let mut cache = Stock::new(&model);
     let (mut same, mut difference) = (0, 0.0);
-    let mut seen = 0;
-    for chunk in want.tokens[..tokens].chunks(512) {
-        let mut pass = model.pass_stock(&mut cache, chunk).unwrap();
-        pass.for_each_row(&mut |row, logits| {
-            let position = seen + row;
-            same += usize::from(argmax(logits)? == want.top1[position]);
-            if position + 1 < tokens {
-                let got = logprob(logits, want.tokens[position + 1]);
-                difference += f64::from((got - want.target_logprob[position]).abs());
+    let mut check = |position: usize, logits: &[f32]| {
+        same += usize::from(argmax(logits)? == want.top1[position]);
+        if position + 1 < tokens {
+            let got = logprob(logits, want.tokens[position + 1]);
+            difference += f64::from((got - want.target_logprob[position]).abs());
+        }
+        Ok(())
+    };
+    let text = &want.tokens[..tokens];
+    match attention {
+        Attention::Stock => {
+            let mut cache = Stock::new(&model);
+            for (index, chunk) in text.chunks(CHUNK).enumerate() {
+                let mut pass = model.pass_stock(&mut cache, chunk).unwrap();
+                pass.for_each_row(&mut |row, logits| check(index * CHUNK + row, logits)).unwrap();
             }
-            Ok(())
-        })
-        .unwrap();
-        seen += chunk.len();
+        }
+        Attention::Kvsieve => {
+            let cache = KvCache::builder(model.shape().unwrap()).recipe("full");
+            let mut cache = cache.backend(Cpu::default()).build().unwrap();
+            let sequence = cache.create_sequence();
+            model.forward_rows(&mut cache, sequence, text, CHUNK, &mut check).unwrap();
+        }
     }
-    let result = (same as f64 / tokens as f64, difference / (tokens - 1) as f64);
-    eprintln!("{weights:?}: {:.2} % same top-1, mean |Δ log-probability| {:.5} over {tokens}", 100.0 * result.0, result.1);
-    Some(result)
+    let (same, difference) = (same as f64 / tokens as f64, difference / (tokens - 1) as f64);
+    eprintln!(
+        "{weights:?} {attention:?}: {:.2} % same top-1, mean |Δ log-probability| {difference:.5} over {tokens}",
+        100.0 * same
+    );
+    Some((same, difference))
 }
 
 /// The same weights and `f32` arithmetic on both sides: only the order of sums differs.
 #[test]
 fn dequantized_weights_agree_with_transformers() {
-    let Some((same, difference)) = agreement(Weights::F32, 1056) else { return };
+    let Some((same, difference)) = agreement(Weights::F32, Attention::Stock, 1056) else { return };
+    assert!(same >= 0.985, "{same}");
+    assert!(difference < 0.01, "{difference}");
+}
+
+/// The same through kvsieve with everything kept.
+#[test]
+fn a_full_cache_agrees_with_transformers() {
+    let Some((same, difference)) = agreement(Weights::F32, Attention::Kvsieve, 1056) else { return };
     assert!(same >= 0.985, "{same}");
     assert!(difference < 0.01, "{difference}");
 }
@@ -44,7 +74,7 @@ fn dequantized_weights_agree_with_transformers() {
 /// candle's quantized product rounds activations to 8 bits, hence the wider band; fewer tokens because it is slow.
 #[test]
 fn quantized_weights_agree_nearly() {
-    let Some((same, difference)) = agreement(Weights::Quantized, 96) else { return };
+    let Some((same, difference)) = agreement(Weights::Quantized, Attention::Stock, 96) else { return };
     assert!(same >= 0.90, "{same}");
     assert!(difference < 0.15, "{difference}");
 }

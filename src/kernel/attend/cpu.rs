@@ -1,1 +1,529 @@
-//! CPU implementation.
+//! Online-softmax attention over tiles, in vectors and threads.
+//!
+//! The `G·T` query rows of a KV head are cut into blocks and its pages into chunks; a block on a chunk is an
+//! item. An item walks the tiles of its chunk once. Per tile the keys are widened and transposed, then
+//! ```text
+//! S = Q·Kᵀ    x = cap(scale·S) + β, −∞ where not seen
+//! m' = max(m, max x)    P = exp(x − m')    l = l·exp(m − m') + Σ P    O = O·exp(m − m') + P·V
+//! ```
+//! and at the end `out = O / l`, `lse = m + ln l`. So every key and value row is read and converted once for
+//! all query heads of its group. Items of one block are merged as partial attentions are.
+//!
+//! How the work is cut depends on its shape only, never on how many threads there are or how fast they run:
+//! the same call gives the same bits on one thread and on fifty. *Helps* decode, which splits over entries,
+//! and prefill, which splits over queries. *Hurts* a single query row on wide vectors, where transposing the
+//! keys costs as much as the products.
+
+use super::{AttendLane, Workspace};
+use crate::device::HeadRows;
+use crate::error::KernelError;
+use crate::kernel::AttentionParams;
+use crate::kernel::attention_mass::cpu::{HeadMass, mass_len};
+use crate::kernel::merge_partials::cpu::merge;
+use crate::kernel::simd::gemm::{self, Matrix, PAD};
+use crate::kernel::simd::math::{exp, scale};
+use crate::kernel::simd::tile::{
+    BLOCK, QueryBlock, ScoreScratch, TILE, first_slot, padded_bias, page_count, tiles,
+};
+use crate::kernel::simd::{Exec, take};
+use fearless_simd::{Simd, SimdBase, dispatch};
+use std::ops::Range;
+
+/// Fewest entries of a chunk: below, merging and starting tasks would cost more than they spread.
+const CHUNK_MIN: usize = 1024;
+
+/// Most items a KV head is cut into by chunks. More would only add partial results to merge.
+const ITEMS_MAX: usize = 32;
+
+/// Up to this many queries the logits are kept and turned into attention mass; beyond, a second pass over the
+/// keys is cheaper than the memory.
+const KEPT_TOKENS: usize = 4;
+
+/// See [`super`].
+///
+/// # Errors
+/// [`KernelError::Length`].
+pub fn run(
+    exec: &Exec,
+    params: &AttentionParams<'_>,
+    lanes: &mut [AttendLane<'_>],
+    workspace: &mut Workspace,
+) -> Result<(), KernelError> {
+    for lane in lanes.iter() {
+        lane.validate(params)?;
+    }
+    let work = lanes.iter().map(|l| l.heads.iter().map(|h| operations(params, l, h)).sum::<usize>()).sum();
+    let tasks = exec.tasks(work);
+    let scratch = scratch_len(params);
+    let buffers = lanes.iter().map(|l| buffer_len(params, l)).sum();
+    let (buffers, scratch) = workspace.take(buffers + tasks * scratch).split_at_mut(buffers);
+    let context = Context { exec, params };
+    exec.run(tasks, || over_lanes(&context, lanes, buffers, Lent { scratch, tasks }));
+    Ok(())
+}
+
+struct Context<'a> {
+    exec: &'a Exec,
+    params: &'a AttentionParams<'a>,
+}
+
+/// How many tasks a part of the work may use, and scratch for as many.
+struct Lent<'a> {
+    scratch: &'a mut [f32],
+    tasks: usize,
+}
+
+/// Two parts of the work, of these weights: in parallel if there is scratch for two tasks, else in turn.
+fn both(
+    lent: Lent<'_>,
+    weights: (usize, usize),
+    left: impl FnOnce(Lent<'_>) + Send,
+    right: impl FnOnce(Lent<'_>) + Send,
+) {
+    let Lent { scratch, tasks } = lent;
+    if tasks < 2 {
+        left(Lent { scratch: &mut *scratch, tasks });
+        right(Lent { scratch, tasks });
+        return;
+    }
+    let share = tasks * weights.0 / (weights.0 + weights.1).max(1);
+    let share = share.clamp(1, tasks - 1);
+    let unit = scratch.len() / tasks;
+    let (a, b) = scratch.split_at_mut(share * unit);
+    let (a, b) = (Lent { scratch: a, tasks: share }, Lent { scratch: b, tasks: tasks - share });
+    rayon::join(|| left(a), || right(b));
+}
+
+/// Multiplications and additions of a head, halved where causality hides half.
+fn operations(params: &AttentionParams<'_>, lane: &AttendLane<'_>, head: &HeadRows) -> usize {
+    head.rows() * params.group * lane.positions.len() * (params.d_k + params.d_v)
+}
+
+/// How one KV head's work is cut.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    /// `G·T`.
+    rows: usize,
+    /// Rows per block, but for the last.
+    block: usize,
+    blocks: usize,
+    chunks: usize,
+    first_page: usize,
+    pages: usize,
+}
+
+impl Cut {
+    fn new(params: &AttentionParams<'_>, lane: &AttendLane<'_>, head: &HeadRows) -> Self {
+        let rows = params.group * lane.positions.len();
+        // Blocks of equal size rather than full ones and a rest.
+        let block = rows.div_ceil(rows.div_ceil(BLOCK).max(1)).next_multiple_of(4).clamp(4, BLOCK);
+        let blocks = rows.div_ceil(block);
+        let pages = lane.share.range(page_count(head));
+        let entries = first_slot(head, pages.end) - first_slot(head, pages.start);
+        let most = (ITEMS_MAX / blocks.max(1)).max(1);
+        let chunks = (entries / CHUNK_MIN).clamp(1, most).min(pages.len().max(1));
+        Self { rows, block, blocks, chunks, first_page: pages.start, pages: pages.len() }
+    }
+
+    fn items(&self) -> usize {
+        self.blocks * self.chunks
+    }
+
+    /// Row of the partial results at which item `i` starts.
+    fn row(&self, i: usize) -> usize {
+        i / self.blocks.max(1) * self.rows + i % self.blocks.max(1) * self.block
+    }
+
+    fn block_rows(&self, i: usize) -> Range<usize> {
+        let first = i % self.blocks * self.block;
+        first..(first + self.block).min(self.rows)
+    }
+
+    fn chunk_pages(&self, i: usize) -> Range<usize> {
+        let c = i / self.blocks;
+        let page = |c| self.first_page + self.pages * c / self.chunks;
+        page(c)..page(c + 1)
+    }
+
+    /// Floats of partial results: `[chunks, rows, d_v]` and `[chunks, rows]`.
+    fn partial(&self, d_v: usize) -> usize {
+        if self.chunks == 1 { 0 } else { self.chunks * self.rows * (d_v + 1) }
+    }
+}
+
+/// Whether logits are kept for the mass: only then is a block one item per chunk.
+fn keeps(params: &AttentionParams<'_>, lane: &AttendLane<'_>) -> bool {
+    lane.mass.is_some() && lane.positions.len() <= KEPT_TOKENS && params.group * lane.positions.len() <= BLOCK
+}
+
+fn head_buffer_len(params: &AttentionParams<'_>, lane: &AttendLane<'_>, head: &HeadRows) -> usize {
+    let cut = Cut::new(params, lane, head);
+    cut.partial(params.d_v) + if keeps(params, lane) { cut.rows * head.rows() } else { 0 }
+}
+
+fn buffer_len(params: &AttentionParams<'_>, lane: &AttendLane<'_>) -> usize {
+    lane.heads.iter().map(|h| head_buffer_len(params, lane, h)).sum()
+}
+
+fn over_lanes(context: &Context<'_>, lanes: &mut [AttendLane<'_>], buffers: &mut [f32], lent: Lent<'_>) {
+    let params = context.params;
+    if lanes.len() > 1 {
+        let weight = |lanes: &[AttendLane<'_>]| {
+            lanes.iter().map(|l| l.heads.iter().map(|h| operations(params, l, h)).sum::<usize>()).sum()
+        };
+        let (left, right) = lanes.split_at_mut(lanes.len() / 2);
+        let (a, b) = buffers.split_at_mut(left.iter().map(|l| buffer_len(params, l)).sum());
+        let weights = (weight(left), weight(right));
+        both(
+            lent,
+            weights,
+            |lent| over_lanes(context, left, a, lent),
+            |lent| over_lanes(context, right, b, lent),
+        );
+    } else if let Some(lane) = lanes.first_mut()
+        && !lane.positions.is_empty()
+    {
+        over_heads(context, lane_view(lane), 0, buffers, lent);
+    } else if let Some(lane) = lanes.first_mut()
+        && let Some(mass) = &mut lane.mass
+    {
+        mass.fill(0.0);
+    }
+}
+
+/// The same lane behind a shorter borrow, so that it can be cut.
+fn lane_view<'a>(lane: &'a mut AttendLane<'_>) -> AttendLane<'a> {
+    AttendLane {
+        heads: lane.heads,
+        queries: lane.queries,
+        positions: lane.positions,
+        share: lane.share,
+        out: lane.out,
+        lse: lane.lse,
+        mass: lane.mass.as_deref_mut(),
+    }
+}
+
+/// `lane` covers the heads from `first_head`.
+fn over_heads(
+    context: &Context<'_>,
+    mut lane: AttendLane<'_>,
+    first_head: usize,
+    mut buffers: &mut [f32],
+    lent: Lent<'_>,
+) {
+    let params = context.params;
+    if lane.heads.len() < 2 {
+        if let Some(head) = lane.heads.first() {
+            one_head(context, lane, head, first_head, buffers, lent);
+        }
+        return;
+    }
+    let at = lane.heads.len() / 2;
+    let (heads, rest) = lane.heads.split_at(at);
+    let entries: usize = heads.iter().map(HeadRows::rows).sum();
+    let rows = at * params.group * lane.positions.len();
+    let weight = |heads: &[HeadRows]| heads.iter().map(|h| operations(params, &lane, h) + 1).sum::<usize>();
+    let weights = (weight(heads), weight(rest));
+    let left_buffers = take(&mut buffers, heads.iter().map(|h| head_buffer_len(params, &lane, h)).sum());
+    let left = AttendLane {
+        heads,
+        queries: &lane.queries[..rows * params.d_k],
+        positions: lane.positions,
+        share: lane.share,
+        out: take(&mut lane.out, rows * params.d_v),
+        lse: take(&mut lane.lse, rows),
+        mass: lane.mass.as_mut().map(|m| take(m, params.group * entries)),
+    };
+    let right = AttendLane { heads: rest, queries: &lane.queries[rows * params.d_k..], ..lane };
+    both(
+        lent,
+        weights,
+        |lent| over_heads(context, left, first_head, left_buffers, lent),
+        |lent| over_heads(context, right, first_head + at, buffers, lent),
+    );
+}
+
+fn one_head(
+    context: &Context<'_>,
+    lane: AttendLane<'_>,
+    head: &HeadRows,
+    index: usize,
+    buffers: &mut [f32],
+    lent: Lent<'_>,
+) {
+    let params = context.params;
+    let cut = Cut::new(params, &lane, head);
+    let sinks = params.sink_logits.map(|s| &s[index * params.group..(index + 1) * params.group]);
+    let sinks = sinks.filter(|_| lane.share.index == 0);
+    let (partial, kept) = buffers.split_at_mut(cut.partial(params.d_v));
+    let keep = keeps(params, &lane);
+    let (outs, lses) =
+        partial.split_at_mut(if cut.chunks == 1 { 0 } else { cut.chunks * cut.rows * params.d_v });
+    let (out, lse) =
+        if cut.chunks == 1 { (&mut *lane.out, &mut *lane.lse) } else { (&mut *outs, &mut *lses) };
+    let (queries, positions) = (lane.queries, lane.positions);
+    let items = Items {
+        context,
+        cut,
+        head,
+        sinks,
+        queries,
+        positions,
+        range: 0..cut.items(),
+        out,
+        lse,
+        kept: keep.then_some(&mut *kept),
+    };
+    items.spread(Lent { scratch: &mut *lent.scratch, tasks: lent.tasks });
+    if cut.chunks > 1 {
+        dispatch!(context.exec.token(), simd => merge(simd, cut.chunks, cut.rows, 0, (outs, lses), (lane.out, lane.lse), params.d_v));
+    }
+    let Some(mass) = lane.mass else { return };
+    if keep {
+        let tokens = positions.len();
+        dispatch!(context.exec.token(), simd => mass_of_kept(simd, &cut, head, tokens, kept, lane.lse, mass));
+    } else {
+        let work = HeadMass {
+            exec: context.exec,
+            params,
+            head,
+            queries,
+            positions,
+            lse: lane.lse,
+            mass,
+            first: 0,
+            end: params.group,
+        };
+        work.over(lent.scratch, lent.tasks);
+    }
+}
+
+/// Items `range` of one head. Outputs cover the rows of these items only.
+struct Items<'a> {
+    context: &'a Context<'a>,
+    cut: Cut,
+    head: &'a HeadRows,
+    sinks: Option<&'a [f32]>,
+    queries: &'a [f32],
+    positions: &'a [i32],
+    range: Range<usize>,
+    out: &'a mut [f32],
+    lse: &'a mut [f32],
+    /// Logits, `[rows, entries]` for each chunk in turn.
+    kept: Option<&'a mut [f32]>,
+}
+
+impl Items<'_> {
+    fn spread(mut self, lent: Lent<'_>) {
+        let d_v = self.context.params.d_v;
+        if lent.tasks < 2 || self.range.len() < 2 {
+            dispatch!(self.context.exec.token(), simd => self.work(simd, lent.scratch));
+            return;
+        }
+        let middle = self.range.start + self.range.len() / 2;
+        let rows = self.cut.row(middle) - self.cut.row(self.range.start);
+        let kept = self.kept_entries(self.range.start..middle) * self.cut.rows;
+        let left = Items {
+            range: self.range.start..middle,
+            out: take(&mut self.out, rows * d_v),
+            lse: take(&mut self.lse, rows),
+            kept: self.kept.as_mut().map(|k| take(k, kept)),
+            ..self
+        };
+        let right = Items { range: middle..self.range.end, ..self };
+        let weights = (left.range.len(), right.range.len());
+        both(lent, weights, |lent| left.spread(lent), |lent| right.spread(lent));
+    }
+
+    /// Entries of the chunks of these items, which are one block each.
+    fn kept_entries(&self, items: Range<usize>) -> usize {
+        if self.kept.is_none() {
+            return 0;
+        }
+        let slot = |page| first_slot(self.head, page);
+        slot(self.cut.chunk_pages(items.end - 1).end) - slot(self.cut.chunk_pages(items.start).start)
+    }
+
+    #[inline(always)]
+    fn work<S: Simd>(mut self, simd: S, scratch: &mut [f32]) {
+        let d_v = self.context.params.d_v;
+        for i in self.range.clone() {
+            let rows = self.cut.block_rows(i);
+            let kept_len = self.kept_entries(i..i + 1) * self.cut.rows;
+            let item = Item {
+                params: self.context.params,
+                head: self.head,
+                pages: self.cut.chunk_pages(i),
+                block: QueryBlock::new(self.queries, self.context.params.d_k, self.positions, rows.clone()),
+                // The sink joins the first chunk only.
+                sinks: self
+                    .sinks
+                    .filter(|_| i < self.cut.blocks)
+                    .map(|s| (s, rows.start, self.positions.len())),
+                out: take(&mut self.out, rows.len() * d_v),
+                lse: take(&mut self.lse, rows.len()),
+                kept: self.kept.as_mut().map(|k| take(k, kept_len)),
+            };
+            simd.vectorize(
+                #[inline(always)]
+                || item.run(simd, Scratch::cut(scratch, self.context.params)),
+            );
+        }
+    }
+}
+
+/// Scratch of one task.
+struct Scratch<'a> {
+    score: ScoreScratch<'a>,
+    /// Widened values, `[TILE, d_v padded]`.
+    values: &'a mut [f32],
+    /// Running outputs, `[BLOCK, d_v padded]`.
+    sums: &'a mut [f32],
+}
+
+fn scratch_len(params: &AttentionParams<'_>) -> usize {
+    let attend = ScoreScratch::len(params.d_k) + (TILE + BLOCK) * params.d_v.next_multiple_of(PAD);
+    attend.max(mass_len(params)).next_multiple_of(PAD)
+}
+
+impl<'a> Scratch<'a> {
+    fn cut(mut memory: &'a mut [f32], params: &AttentionParams<'_>) -> Self {
+        let padded = params.d_v.next_multiple_of(PAD);
+        Self {
+            score: ScoreScratch::cut(&mut memory, params.d_k),
+            values: take(&mut memory, TILE * padded),
+            sums: take(&mut memory, BLOCK * padded),
+        }
+    }
+}
+
+/// A block of query rows on the pages of a chunk.
+struct Item<'a> {
+    params: &'a AttentionParams<'a>,
+    head: &'a HeadRows,
+    pages: Range<usize>,
+    block: QueryBlock<'a>,
+    /// Sink logits of the group, first row of the block, tokens.
+    sinks: Option<(&'a [f32], usize, usize)>,
+    out: &'a mut [f32],
+    lse: &'a mut [f32],
+    kept: Option<&'a mut [f32]>,
+}
+
+impl Item<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S, scratch: Scratch<'_>) {
+        let (params, rows) = (self.params, self.block.rows);
+        let (d_v, padded) = (params.d_v, params.d_v.next_multiple_of(PAD));
+        let Scratch { score, values, sums } = scratch;
+        sums[..rows * padded].fill(0.0);
+        let mut most = [f32::NEG_INFINITY; BLOCK];
+        let mut total = [0.0f32; BLOCK];
+        if let Some((sinks, first, tokens)) = self.sinks {
+            for (r, (m, l)) in most.iter_mut().zip(&mut total).take(rows).enumerate() {
+                *m = sinks[(first + r) / tokens];
+                *l = if *m == f32::NEG_INFINITY { 0.0 } else { 1.0 };
+            }
+        }
+        let start = first_slot(self.head, self.pages.start);
+        let entries = first_slot(self.head, self.pages.end) - start;
+        if let Some(kept) = &mut self.kept {
+            kept.fill(f32::NEG_INFINITY);
+        }
+        for tile in tiles(self.head, self.pages.clone()) {
+            if !tile.meets(params, &self.block) {
+                continue;
+            }
+            tile.transpose_keys(simd, score.keys, score.rows);
+            self.block.dots(simd, params.d_k, score.keys, &tile, score.scores);
+            let bias = padded_bias(&tile);
+            for r in 0..rows {
+                let x = &mut score.scores[r * TILE..(r + 1) * TILE];
+                let top = self.block.logits(simd, params, &tile, r, bias.as_ref(), x);
+                if let Some(kept) = &mut self.kept {
+                    kept[r * entries + tile.slot() - start..][..tile.len].copy_from_slice(&x[..tile.len]);
+                }
+                let x = &mut x[..tile.len.next_multiple_of(S::f32s::LEN)];
+                if top == f32::NEG_INFINITY {
+                    x.fill(0.0);
+                    continue;
+                }
+                if top > most[r] {
+                    let factor = (most[r] - top).exp();
+                    total[r] *= factor;
+                    scale(simd, &mut sums[r * padded..(r + 1) * padded], factor);
+                    most[r] = top;
+                }
+                total[r] += weights(simd, x, most[r]);
+            }
+            let p = Matrix { data: score.scores, stride: TILE };
+            let v = tile.values(simd, values);
+            gemm::multiply(simd, p, v, sums, padded, (rows, tile.len, d_v), true);
+        }
+        for (r, (out, lse)) in self.out.chunks_exact_mut(d_v).zip(self.lse).enumerate() {
+            if total[r] > 0.0 {
+                out.copy_from_slice(&sums[r * padded..][..d_v]);
+                scale(simd, out, 1.0 / total[r]);
+                *lse = most[r] + total[r].ln();
+            } else {
+                out.fill(0.0);
+                *lse = f32::NEG_INFINITY;
+            }
+        }
+    }
+}
+
+/// `x = exp(x − most)`; gives the sum.
+#[inline(always)]
+fn weights<S: Simd>(simd: S, x: &mut [f32], most: f32) -> f32 {
+    let most = S::f32s::splat(simd, most);
+    let mut sum = S::f32s::splat(simd, 0.0);
+    for chunk in x.chunks_exact_mut(S::f32s::LEN) {
+        let p = exp(simd, S::f32s::from_slice(simd, chunk) - most);
+        sum += p;
+        p.store_slice(chunk);
+    }
+    sum.reduce_sum()
+}
+
+/// Mass from kept logits: `[rows, entries]` per chunk into `[G, entries of the head]`.
+#[inline(always)]
+fn mass_of_kept<S: Simd>(
+    simd: S,
+    cut: &Cut,
+    head: &HeadRows,
+    tokens: usize,
+    kept: &mut [f32],
+    lse: &[f32],
+    mass: &mut [f32],
+) {
+    mass.fill(0.0);
+    let total = head.rows();
+    let mut kept = kept;
+    for chunk in 0..cut.chunks {
+        let pages = cut.chunk_pages(chunk * cut.blocks);
+        let start = first_slot(head, pages.start);
+        let entries = first_slot(head, pages.end) - start;
+        for (row, x) in take(&mut kept, cut.rows * entries).chunks_exact_mut(entries.max(1)).enumerate() {
+            if lse[row] == f32::NEG_INFINITY {
+                continue;
+            }
+            let target = &mut mass[row / tokens * total + start..][..entries];
+            add_weights(simd, target, x, lse[row]);
+        }
+    }
+}
+
+/// `target += exp(x − lse)`.
+#[inline(always)]
+pub(in crate::kernel) fn add_weights<S: Simd>(simd: S, target: &mut [f32], x: &[f32], lse: f32) {
+    let (mut targets, mut xs) = (target.chunks_exact_mut(S::f32s::LEN), x.chunks_exact(S::f32s::LEN));
+    let offset = S::f32s::splat(simd, lse);
+    for (t, x) in (&mut targets).zip(&mut xs) {
+        (exp(simd, S::f32s::from_slice(simd, x) - offset) + S::f32s::from_slice(simd, t)).store_slice(t);
+    }
+    for (t, x) in targets.into_remainder().iter_mut().zip(xs.remainder()) {
+        *t += (x - lse).exp();
+    }
+}

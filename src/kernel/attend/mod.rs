@@ -100,7 +100,12 @@ impl AttendLane<'_> {
         expect_len(NAME, "lse", self.lse.len(), rows)?;
         if self.share.index >= self.share.of {
             let (got, want) = (self.share.index, self.share.of);
-            return Err(KernelError::Length { kernel: NAME, buffer: "share.index (below share.of)", got, want });
+            return Err(KernelError::Length {
+                kernel: NAME,
+                buffer: "share.index (below share.of)",
+                got,
+                want,
+            });
         }
         if let Some(mass) = &self.mass {
             expect_len(NAME, "mass", mass.len(), params.group * total_rows(self.heads))?;

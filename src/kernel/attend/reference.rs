@@ -6,7 +6,12 @@ use crate::error::KernelError;
 use crate::kernel::AttentionParams;
 
 /// Logits of one query on every entry of a head, `None` where it does not see the entry.
-pub(in crate::kernel) fn logits(params: &AttentionParams<'_>, head: &HeadRows, query: &[f32], position: i32) -> Vec<Option<f32>> {
+pub(in crate::kernel) fn logits(
+    params: &AttentionParams<'_>,
+    head: &HeadRows,
+    query: &[f32],
+    position: i32,
+) -> Vec<Option<f32>> {
     let mut key = vec![0.0; params.d_k];
     let mut logits = Vec::with_capacity(head.rows());
     for p in head.pages() {
@@ -47,8 +52,11 @@ pub fn run(params: &AttentionParams<'_>, lanes: &mut [AttendLane<'_>]) -> Result
             let pages = head.pages().count();
             let share = lane.share.range(pages);
             // Entries of the pages in this share.
-            let in_share: Vec<bool> =
-                head.pages().enumerate().flat_map(|(i, p)| std::iter::repeat_n(share.contains(&i), p.rows)).collect();
+            let in_share: Vec<bool> = head
+                .pages()
+                .enumerate()
+                .flat_map(|(i, p)| std::iter::repeat_n(share.contains(&i), p.rows))
+                .collect();
             for g in 0..params.group {
                 for (i, &position) in lane.positions.iter().enumerate() {
                     let row = (h * params.group + g) * tokens + i;
@@ -59,7 +67,8 @@ pub fn run(params: &AttentionParams<'_>, lanes: &mut [AttendLane<'_>]) -> Result
                             *x = None;
                         }
                     });
-                    let sink = params.sink_logits.filter(|_| lane.share.index == 0).map(|s| s[h * params.group + g]);
+                    let sink =
+                        params.sink_logits.filter(|_| lane.share.index == 0).map(|s| s[h * params.group + g]);
                     let lse = log_sum_exp(x.iter().flatten().copied().chain(sink));
                     lane.lse[row] = lse;
                     let out = &mut lane.out[row * params.d_v..(row + 1) * params.d_v];

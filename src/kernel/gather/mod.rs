@@ -10,8 +10,8 @@ pub mod gpu;
 pub mod reference;
 
 use super::expect_len;
-use crate::device::page::{Page, PageLayout};
 use crate::device::HeadRows;
+use crate::device::page::{Page, PageLayout};
 use crate::error::KernelError;
 
 /// Name in errors, benchmarks and shaders.
@@ -58,7 +58,12 @@ impl GatherArgs<'_> {
         if let Some(&last) = self.slots.last()
             && last as usize >= rows
         {
-            return Err(KernelError::Length { kernel: NAME, buffer: "slots (last)", got: last as usize, want: rows });
+            return Err(KernelError::Length {
+                kernel: NAME,
+                buffer: "slots (last)",
+                got: last as usize,
+                want: rows,
+            });
         }
         match &self.target {
             GatherTarget::Pages { layout, pages } => {

@@ -11,7 +11,8 @@ pub fn run(args: &mut MergeArgs<'_>) -> Result<(), KernelError> {
     args.validate()?;
     let (rows, d_v) = (args.lse.len(), args.d_v);
     for row in 0..rows {
-        let lse = super::super::attend::reference::log_sum_exp((0..args.parts).map(|p| args.lses[p * rows + row]));
+        let lse =
+            super::super::attend::reference::log_sum_exp((0..args.parts).map(|p| args.lses[p * rows + row]));
         args.lse[row] = lse;
         let out = &mut args.out[row * d_v..(row + 1) * d_v];
         out.fill(0.0);

@@ -19,7 +19,8 @@ pub fn run(params: &AttentionParams<'_>, args: &mut WindowArgs<'_>) -> Result<()
         for g in 0..params.group {
             for (i, &position) in args.positions.iter().enumerate() {
                 let row = (h * params.group + g) * window + i;
-                let x = logits(params, head, &args.queries[row * params.d_k..(row + 1) * params.d_k], position);
+                let x =
+                    logits(params, head, &args.queries[row * params.d_k..(row + 1) * params.d_k], position);
                 let sink = params.sink_logits.map(|s| s[h * params.group + g]);
                 let lse = log_sum_exp(x.iter().flatten().copied().chain(sink));
                 if lse == f32::NEG_INFINITY {

@@ -83,8 +83,9 @@ pub(super) fn layering(files: &[File]) -> Vec<String> {
     problems
 }
 
+/// Tests, and the case generators of kernels, which are compiled for tests alone and stand on `testing`.
 fn is_test(file: &File) -> bool {
-    file.path.ends_with("/tests.rs") || file.path.contains("/tests/")
+    file.path.ends_with("/cases.rs") || file.path.ends_with("/tests.rs") || file.path.contains("/tests/")
 }
 
 /// Every module says what it is; modules that hold others also say when they help and when they hurt.

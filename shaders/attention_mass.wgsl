@@ -1,0 +1,46 @@
+// Attention mass of every stored entry, summed over the queries of each query head. One thread owns one
+// entry and walks all query rows of its KV head, so no two threads add to one sum.
+
+#import element
+#import group
+#import logit
+#import weights
+
+override K_TYPE: u32 = 0u;
+
+@group(0) @binding(0) var<uniform> params: AttentionParams;
+@group(0) @binding(1) var<storage, read> slab: array<u32>;
+@group(0) @binding(2) var<storage, read> chunks: array<Chunk>;
+@group(0) @binding(3) var<storage, read> positions: array<vec4<i32>>;
+@group(0) @binding(4) var<storage, read> queries: array<vec4<f32>>;
+@group(0) @binding(5) var<storage, read> lses: array<vec4<f32>>;
+@group(0) @binding(6) var<storage, read_write> mass: array<f32>;
+
+@compute @workgroup_size(64)
+fn main(
+    @builtin(workgroup_id) id: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) t: u32,
+) {
+    let index = group_index(id, groups);
+    if index >= params.count {
+        return;
+    }
+    let chunk = chunks[params.first + index];
+    if t >= chunk.rows {
+        return;
+    }
+    for (var g = 0u; g < params.group; g++) {
+        mass[chunk.target_at + g * chunk.stride + t] = 0.0;
+    }
+    for (var tile = chunk.tile_begin; tile < chunk.tile_end; tile++) {
+        let w = weights_of(tile, chunk.page, chunk.begin + t);
+        for (var r = 0u; r < 8u; r++) {
+            let row = (tile - chunk.tile) * 8u + r;
+            if row < params.group * params.tokens {
+                let at = chunk.target_at + (row % params.group) * chunk.stride + t;
+                mass[at] += weight_at(w, r);
+            }
+        }
+    }
+}

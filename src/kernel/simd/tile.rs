@@ -1,0 +1,335 @@
+//! Tiles of keys and the logits of a block of queries on them: what attend, attention mass and window scores
+//! share.
+//!
+//! A tile is up to [`TILE`] consecutive entries of one page. Its keys are widened and transposed once, into
+//! scratch that stays in the first cache levels, and then serve every query row of a block: the `G` heads of
+//! a group and, in a prefill, many queries. Positions ascend within a head, so what a query sees of a tile is
+//! one range of it, found by comparing the tile's ends and, only where they disagree, by bisection.
+//!
+//! *Helps* because the stored type, the page size and the mask are dealt with here and nowhere else. *Hurts*
+//! pages of a few entries: a tile never spans two pages.
+
+use super::gemm::{self, Matrix, PAD};
+use super::math::soft_cap;
+use super::widen::widen;
+use crate::device::HeadRows;
+use crate::device::page::{PageRef, Rows, Side};
+use crate::kernel::AttentionParams;
+use fearless_simd::{Simd, SimdBase};
+use std::ops::Range;
+
+/// Entries of a tile: four of the widest vectors, and a multiple of all.
+pub(crate) const TILE: usize = 64;
+
+/// Query rows of a block.
+pub(crate) const BLOCK: usize = 64;
+
+/// Number of pages of a head.
+pub(crate) fn page_count(head: &HeadRows) -> usize {
+    head.segments.iter().map(|s| s.pages.len()).sum()
+}
+
+/// The pages of a head from one index to another, without walking over those before.
+pub(crate) fn pages_in(head: &HeadRows, range: Range<usize>) -> impl Iterator<Item = PageRef<'_>> {
+    let (mut pages_before, mut rows_before) = (0, 0);
+    head.segments.iter().flat_map(move |segment| {
+        let (count, capacity) = (segment.pages.len(), segment.layout.capacity);
+        let within = |page: usize| page.saturating_sub(pages_before).min(count);
+        let (local, first) = (within(range.start)..within(range.end), rows_before);
+        pages_before += count;
+        rows_before += segment.rows;
+        local.map(move |i| PageRef {
+            layout: &segment.layout,
+            page: &segment.pages[i],
+            rows: (segment.rows - i * capacity).min(capacity),
+            first: first + i * capacity,
+        })
+    })
+}
+
+/// Slot of the first entry of page `index`; the number of entries if there is no such page.
+pub(crate) fn first_slot(head: &HeadRows, index: usize) -> usize {
+    pages_in(head, index..index + 1).next().map_or_else(|| head.rows(), |p| p.first)
+}
+
+/// Up to [`TILE`] entries of one page.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tile<'a> {
+    page: PageRef<'a>,
+    /// Index of the first within the page.
+    from: usize,
+    /// How many, at least one.
+    pub len: usize,
+}
+
+/// The tiles of some pages of a head.
+pub(crate) fn tiles(head: &HeadRows, pages: Range<usize>) -> impl Iterator<Item = Tile<'_>> {
+    pages_in(head, pages).flat_map(|page| {
+        (0..page.rows).step_by(TILE).map(move |from| Tile { page, from, len: (page.rows - from).min(TILE) })
+    })
+}
+
+impl<'a> Tile<'a> {
+    /// Slot of the first entry within the head.
+    pub(crate) fn slot(&self) -> usize {
+        self.page.first + self.from
+    }
+
+    fn positions(&self) -> &'a [i32] {
+        let positions = &self.page.positions()[self.from..self.from + self.len];
+        debug_assert!(positions.is_sorted(), "positions of a head must ascend");
+        positions
+    }
+
+    fn bias(&self) -> Option<&'a [f32]> {
+        self.page.bias().map(|b| &b[self.from..self.from + self.len])
+    }
+
+    /// What a query at `position` sees of the tile.
+    #[inline]
+    fn seen(&self, params: &AttentionParams<'_>, position: i32) -> Range<usize> {
+        let entries = self.positions();
+        let end = if entries[self.len - 1] <= position {
+            self.len
+        } else {
+            entries.partition_point(|&j| j <= position)
+        };
+        let start = match params.window {
+            None => 0,
+            Some(w) => {
+                let beyond = i64::from(position) - i64::from(w);
+                if i64::from(entries[0]) > beyond {
+                    0
+                } else {
+                    entries.partition_point(|&j| i64::from(j) <= beyond)
+                }
+            }
+        };
+        start.min(end)..end
+    }
+
+    /// Whether any query between two positions sees anything of it.
+    pub(crate) fn meets(&self, params: &AttentionParams<'_>, block: &QueryBlock<'_>) -> bool {
+        let entries = self.positions();
+        let (least, most) = block.span;
+        entries[0] <= most
+            && params
+                .window
+                .is_none_or(|w| i64::from(entries[self.len - 1]) > i64::from(least) - i64::from(w))
+    }
+
+    /// Writes the keys transposed: dimension `i` of entry `j` to `keys[i * TILE + j]`. Columns up to the next
+    /// whole vector repeat the last entry, so that a block product may run over them.
+    ///
+    /// `rows` is scratch for [`PAD`] widened rows.
+    #[inline(always)]
+    pub(crate) fn transpose_keys<S: Simd>(&self, simd: S, keys: &mut [f32], rows: &mut [f32]) {
+        match S::f32s::LEN {
+            16 => self.transpose::<S, 16>(simd, keys, rows),
+            8 => self.transpose::<S, 8>(simd, keys, rows),
+            _ => self.transpose::<S, 4>(simd, keys, rows),
+        }
+    }
+
+    #[inline(always)]
+    fn transpose<S: Simd, const N: usize>(&self, simd: S, keys: &mut [f32], wide: &mut [f32]) {
+        let layout = self.page.layout;
+        let (d, stride) = (layout.d_k, layout.row_stride(Side::Key));
+        let stored = layout.rows(self.page.page, Side::Key);
+        for j in (0..self.len).step_by(N) {
+            let index = |r: usize| (j + r).min(self.len - 1);
+            let rows: [&[f32]; N] = if let Rows::F32(stored) = stored {
+                std::array::from_fn(|r| &stored[(self.from + index(r)) * stride..][..d])
+            } else {
+                for (r, row) in wide.chunks_exact_mut(d).take(N).enumerate() {
+                    widen(simd, stored, (self.from + index(r)) * stride, row);
+                }
+                std::array::from_fn(|r| &wide[r * d..][..d])
+            };
+            let whole = d - d % N;
+            for i in (0..whole).step_by(N) {
+                let block: [S::f32s; N] =
+                    std::array::from_fn(|r| S::f32s::from_slice(simd, &rows[r][i..i + N]));
+                for (c, column) in turn(block).into_iter().enumerate() {
+                    column.store_slice(&mut keys[(i + c) * TILE + j..][..N]);
+                }
+            }
+            for i in whole..d {
+                let column: &mut [f32] = &mut keys[i * TILE + j..][..N];
+                column.iter_mut().zip(&rows).for_each(|(c, row)| *c = row[i]);
+            }
+        }
+    }
+
+    /// The value rows as a matrix: in place where they are `f32` in whole vectors, widened into `scratch`
+    /// otherwise, with rows padded to whole vectors.
+    #[inline(always)]
+    pub(crate) fn values<'b, S: Simd>(&self, simd: S, scratch: &'b mut [f32]) -> Matrix<'b>
+    where
+        'a: 'b,
+    {
+        let layout = self.page.layout;
+        let (d, stride) = (layout.d_v, layout.row_stride(Side::Value));
+        let stored = layout.rows(self.page.page, Side::Value);
+        if let Rows::F32(stored) = stored
+            && d % S::f32s::LEN == 0
+        {
+            return Matrix { data: &stored[self.from * stride..(self.from + self.len) * stride], stride };
+        }
+        let padded = d.next_multiple_of(PAD);
+        for (i, row) in scratch.chunks_exact_mut(padded).take(self.len).enumerate() {
+            widen(simd, stored, (self.from + i) * stride, &mut row[..d]);
+        }
+        Matrix { data: scratch, stride: padded }
+    }
+}
+
+/// Transposes `N` vectors of `N` elements. Interleaving the first half of the vectors with the second
+/// rotates the bits of an element's index by one; after `log2 N` rounds row and column are exchanged.
+#[inline(always)]
+fn turn<V: SimdBase<S>, S: Simd, const N: usize>(mut rows: [V; N]) -> [V; N] {
+    let mut round = 1;
+    while round < N {
+        let mut next = rows;
+        for i in 0..N / 2 {
+            (next[2 * i], next[2 * i + 1]) = rows[i].interleave(rows[i + N / 2]);
+        }
+        rows = next;
+        round *= 2;
+    }
+    rows
+}
+
+/// Consecutive rows of the `[G, T]` queries of one KV head.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct QueryBlock<'a> {
+    /// `[rows, d_k]`.
+    queries: &'a [f32],
+    /// Positions of the `T` queries.
+    positions: &'a [i32],
+    /// Index of the first row among the `G·T`.
+    first: usize,
+    /// How many rows.
+    pub rows: usize,
+    /// Least and greatest position.
+    span: (i32, i32),
+}
+
+impl<'a> QueryBlock<'a> {
+    /// Rows `range` of the `[G, T, d_k]` queries of a KV head.
+    pub(crate) fn new(queries: &'a [f32], d_k: usize, positions: &'a [i32], range: Range<usize>) -> Self {
+        let rows = range.len();
+        let mut block = Self {
+            queries: &queries[range.start * d_k..range.end * d_k],
+            positions,
+            first: range.start,
+            rows,
+            span: (i32::MAX, i32::MIN),
+        };
+        // At most T rows differ.
+        for row in 0..rows.min(positions.len()) {
+            let p = block.position(row);
+            block.span = (block.span.0.min(p), block.span.1.max(p));
+        }
+        block
+    }
+
+    fn position(&self, row: usize) -> i32 {
+        self.positions[(self.first + row) % self.positions.len()]
+    }
+
+    /// Writes the dot products with every key of a transposed tile to `scores[row * TILE + entry]`.
+    #[inline(always)]
+    pub(crate) fn dots<S: Simd>(
+        &self,
+        simd: S,
+        d_k: usize,
+        keys: &[f32],
+        tile: &Tile<'_>,
+        scores: &mut [f32],
+    ) {
+        let q = Matrix { data: self.queries, stride: d_k };
+        let k = Matrix { data: keys, stride: TILE };
+        gemm::multiply(simd, q, k, scores, TILE, (self.rows, d_k, tile.len), false);
+    }
+
+    /// Turns the dot products of a row into logits, `−∞` for entries it does not see and up to the next whole
+    /// vector; gives their maximum. Only the first vectors, up to the tile's length, are touched.
+    #[inline(always)]
+    pub(crate) fn logits<S: Simd>(
+        &self,
+        simd: S,
+        params: &AttentionParams<'_>,
+        tile: &Tile<'_>,
+        row: usize,
+        bias: Option<&[f32; TILE]>,
+        scores: &mut [f32],
+    ) -> f32 {
+        let seen = tile.seen(params, self.position(row));
+        let scores = &mut scores[..tile.len.next_multiple_of(S::f32s::LEN)];
+        if seen.is_empty() {
+            scores.fill(f32::NEG_INFINITY);
+            return f32::NEG_INFINITY;
+        }
+        let scale = S::f32s::splat(simd, params.scale);
+        let mut most = S::f32s::splat(simd, f32::NEG_INFINITY);
+        let whole = seen == (0..scores.len());
+        for (i, chunk) in scores.chunks_exact_mut(S::f32s::LEN).enumerate() {
+            let mut x = S::f32s::from_slice(simd, chunk) * scale;
+            if let Some(cap) = params.softcap {
+                x = soft_cap(simd, x, cap);
+            }
+            if let Some(bias) = bias {
+                x += S::f32s::from_slice(simd, &bias[i * S::f32s::LEN..][..S::f32s::LEN]);
+            }
+            x.store_slice(chunk);
+            most = most.max(x);
+        }
+        if whole {
+            return most.reduce_max();
+        }
+        scores[..seen.start].fill(f32::NEG_INFINITY);
+        scores[seen.end..].fill(f32::NEG_INFINITY);
+        let mut most = S::f32s::splat(simd, f32::NEG_INFINITY);
+        for chunk in scores.chunks_exact(S::f32s::LEN) {
+            most = most.max(S::f32s::from_slice(simd, chunk));
+        }
+        most.reduce_max()
+    }
+}
+
+/// β of a tile padded to its full length, for [`QueryBlock::logits`].
+pub(crate) fn padded_bias(tile: &Tile<'_>) -> Option<[f32; TILE]> {
+    tile.bias().map(|bias| {
+        let mut padded = [0.0; TILE];
+        padded[..bias.len()].copy_from_slice(bias);
+        padded
+    })
+}
+
+/// Scratch of one task that scores tiles.
+#[derive(Debug)]
+pub(crate) struct ScoreScratch<'a> {
+    /// A transposed tile of keys.
+    pub keys: &'a mut [f32],
+    /// Widened rows.
+    pub rows: &'a mut [f32],
+    /// `[BLOCK, TILE]`.
+    pub scores: &'a mut [f32],
+}
+
+impl<'a> ScoreScratch<'a> {
+    /// Floats it takes.
+    pub(crate) fn len(d_k: usize) -> usize {
+        d_k * (TILE + PAD) + BLOCK * TILE
+    }
+
+    /// Cuts it out of the front of `memory`.
+    pub(crate) fn cut(memory: &mut &'a mut [f32], d_k: usize) -> Self {
+        Self {
+            keys: super::take(memory, d_k * TILE),
+            rows: super::take(memory, d_k * PAD),
+            scores: super::take(memory, BLOCK * TILE),
+        }
+    }
+}

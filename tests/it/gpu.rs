@@ -1,0 +1,270 @@
+//! The GPU backend: the conformance suite kernel by kernel, and what only a device has: memory that goes
+//! back, a host's own device, devices that die.
+//!
+//! A machine without any adapter fails these tests unless `KVSIEVE_ALLOW_NO_GPU=1`: skipped is not passed.
+
+use kvsieve::backend::{Backend, Gpu, Reference};
+use kvsieve::error::{DeviceError, KernelError};
+use kvsieve::geometry::LayerShape;
+use kvsieve::kernel::AttentionParams;
+use kvsieve::kernel::attend::{AttendLane, Share, Workspace};
+use kvsieve::kernel::gather::{GatherArgs, GatherTarget};
+use kvsieve::testing::cache::{CacheSpec, poisoned};
+use kvsieve::testing::conformance::{self, Effort, KernelReport};
+use kvsieve::testing::random::Random;
+use kvsieve::view::DType;
+use kvsieve::wgpu;
+use std::sync::OnceLock;
+use std::time::Instant;
+
+fn request() -> Option<Gpu> {
+    match Gpu::request() {
+        Ok(gpu) => Some(gpu.with_poison(true)),
+        Err(DeviceError::NoAdapter { reason })
+            if std::env::var("KVSIEVE_ALLOW_NO_GPU").is_ok_and(|v| v == "1") =>
+        {
+            println!("skipped, no adapter: {reason}");
+            None
+        }
+        Err(e) => panic!("{e}"),
+    }
+}
+
+/// One device for the tests that do not break it: pipelines are compiled once.
+fn gpu() -> Option<&'static Gpu> {
+    static GPU: OnceLock<Option<Gpu>> = OnceLock::new();
+    GPU.get_or_init(request).as_ref()
+}
+
+fn conforms(kernel: fn(&dyn Backend, Effort) -> KernelReport) {
+    let Some(gpu) = gpu() else { return };
+    let start = Instant::now();
+    let report = kernel(gpu, Effort::Full);
+    println!("{} ({:.1?})", report, start.elapsed());
+    assert!(report.passed(), "{}\n{report}", gpu.describe());
+}
+
+#[test]
+fn storage() {
+    // A device of its own: other tests' pages would disturb the accounting.
+    let Some(gpu) = request() else { return };
+    let report = conformance::storage(&gpu, Effort::Full);
+    assert!(report.passed(), "{report}");
+}
+
+#[test]
+fn attend() {
+    conforms(conformance::attend);
+}
+
+#[test]
+fn merge_partials() {
+    conforms(conformance::merge_partials);
+}
+
+#[test]
+fn attention_mass() {
+    conforms(conformance::attention_mass);
+}
+
+#[test]
+fn window_scores() {
+    conforms(conformance::window_scores);
+}
+
+#[test]
+fn row_norms() {
+    conforms(conformance::row_norms);
+}
+
+#[test]
+fn pool() {
+    conforms(conformance::pool);
+}
+
+#[test]
+fn top_k() {
+    conforms(conformance::top_k);
+}
+
+#[test]
+fn gather() {
+    conforms(conformance::gather);
+}
+
+#[test]
+fn rope() {
+    conforms(conformance::rope);
+}
+
+/// Dense keys of one head.
+fn keys(
+    backend: &dyn Backend,
+    spec: &CacheSpec,
+    head: &kvsieve::device::HeadRows,
+) -> Result<Vec<f32>, KernelError> {
+    let slots: Vec<u32> = (0..head.rows() as u32).collect();
+    let (mut keys, mut values) = (poisoned(slots.len() * spec.d_k), poisoned(slots.len() * spec.d_v));
+    let target = GatherTarget::Dense { keys: &mut keys, values: &mut values };
+    backend.gather(&mut GatherArgs { head, slots: &slots, target })?;
+    Ok(keys)
+}
+
+fn decode(
+    backend: &dyn Backend,
+    spec: &CacheSpec,
+    heads: &[kvsieve::device::HeadRows],
+    tokens: usize,
+) -> Result<(Vec<f32>, Vec<f32>), KernelError> {
+    let group = 3;
+    let shape = LayerShape::new(group * heads.len(), heads.len(), spec.d_k);
+    let rows = group * heads.len() * tokens;
+    let queries = Random::new(5).rows(rows * spec.d_k, 1.0, DType::F32);
+    let last = heads[0].rows() as i32;
+    let positions: Vec<i32> = (0..tokens as i32).map(|i| last - tokens as i32 + i).collect();
+    let (mut out, mut lse) = (poisoned(rows * spec.d_v), poisoned(rows));
+    let lane = AttendLane {
+        heads,
+        queries: &queries,
+        positions: &positions,
+        share: Share::ALL,
+        out: &mut out,
+        lse: &mut lse,
+        mass: None,
+    };
+    backend.attend(&AttentionParams::of(&shape), &mut [lane], &mut Workspace::default())?;
+    Ok((out, lse))
+}
+
+#[test]
+fn a_hosts_device_is_used_and_its_limits_are_checked() {
+    let Some(own) = request() else { return };
+    drop(own);
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
+    let adapter =
+        pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default())).unwrap();
+    let open = |limits: wgpu::Limits| {
+        let descriptor = wgpu::DeviceDescriptor { required_limits: limits, ..Default::default() };
+        pollster::block_on(adapter.request_device(&descriptor)).unwrap()
+    };
+    let (device, queue) = open(wgpu::Limits::default());
+    let gpu = Gpu::new(device, queue).unwrap();
+    let spec = CacheSpec::f32(1, 8, &[20], 16);
+    let head = spec.build(&gpu).unwrap();
+    let want = keys(&Reference::default(), &spec, &spec.build(&Reference::default()).unwrap()[0]).unwrap();
+    assert_eq!(keys(&gpu, &spec, &head[0]).unwrap(), want);
+
+    let (device, queue) =
+        open(wgpu::Limits { max_storage_buffers_per_shader_stage: 4, ..wgpu::Limits::default() });
+    let error = Gpu::new(device, queue).unwrap_err();
+    assert!(matches!(error, DeviceError::Limit { need: 8, limit: 4, .. }), "{error}");
+}
+
+#[test]
+fn a_dead_device_gives_an_error_and_no_zeros() {
+    let Some(gpu) = request() else { return };
+    let spec = CacheSpec::f32(1, 16, &[100], 16);
+    let heads = spec.build(&gpu).unwrap();
+    decode(&gpu, &spec, &heads, 1).unwrap();
+    gpu.device().destroy();
+    let lost = |e: KernelError| match e {
+        KernelError::Device(DeviceError::Lost { operation, reason }) => (operation, reason),
+        other => panic!("{other}"),
+    };
+    let (operation, reason) = lost(decode(&gpu, &spec, &heads, 1).unwrap_err());
+    assert_eq!(operation, "attend");
+    assert!(!reason.is_empty());
+    assert_eq!(lost(keys(&gpu, &spec, &heads[0]).unwrap_err()).0, "gather");
+}
+
+#[test]
+fn pages_of_another_backend_are_refused() {
+    let Some(gpu) = gpu() else { return };
+    let spec = CacheSpec::f32(1, 8, &[20], 16);
+    let heads = spec.build(&Reference::default()).unwrap();
+    let error = decode(gpu, &spec, &heads, 1).unwrap_err();
+    assert!(matches!(error, KernelError::Unsupported { backend: "gpu", kernel: "attend", .. }), "{error}");
+}
+
+#[test]
+fn memory_goes_back_slab_by_slab() {
+    let Some(gpu) = request() else { return };
+    let spec = CacheSpec::f32(1, 64, &[20_000], 64);
+    let mut heads = spec.build(&gpu).unwrap();
+    let full = gpu.memory();
+    assert!(full.resident >= 20_000 * 64 * 8 && full.reserved >= full.resident);
+    // The first half of the pages lies in the first slabs.
+    let half = heads[0].segments[0].pages.len() / 2;
+    heads[0].segments[0].pages.drain(..half);
+    let less = gpu.memory();
+    assert!(less.resident < full.resident * 6 / 10);
+    assert!(less.reserved < full.reserved, "a slab without pages is given back");
+    drop(heads);
+    assert_eq!((gpu.memory().resident, gpu.memory().reserved), (0, 0));
+    assert_eq!(gpu.memory().peak, full.resident);
+}
+
+#[test]
+fn bits_do_not_depend_on_where_pages_lie() {
+    let Some(gpu) = request() else { return };
+    // Two builds of one cache: the second one's pages fill holes between those of a third, over all slabs.
+    let spec = CacheSpec::f32(1, 128, &[3000, 700], 64);
+    let straight = spec.build(&gpu).unwrap();
+    let want = decode(&gpu, &spec, &straight, 2).unwrap();
+    let filler = CacheSpec::f32(2, 128, &[9000], 64);
+    let mut filler = filler.build(&gpu).unwrap();
+    let mut index = 0;
+    filler[0].segments[0].pages.retain(|_| {
+        index += 1;
+        index % 3 != 0
+    });
+    let scattered = spec.build(&gpu).unwrap();
+    let got = decode(&gpu, &spec, &scattered, 2).unwrap();
+    assert!(want.0.iter().zip(&got.0).all(|(a, b)| a.to_bits() == b.to_bits()));
+    assert_eq!(want.1, got.1);
+}
+
+#[test]
+fn threads_may_share_a_backend() {
+    let Some(gpu) = gpu() else { return };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4)
+            .map(|seed| {
+                scope.spawn(move || {
+                    let spec = CacheSpec::f32(seed, 32, &[200, 50], 16);
+                    let want =
+                        decode(&Reference::default(), &spec, &spec.build(&Reference::default()).unwrap(), 2)
+                            .unwrap();
+                    for _ in 0..5 {
+                        let heads = spec.build(gpu).unwrap();
+                        let got = decode(gpu, &spec, &heads, 2).unwrap();
+                        assert!(got.1.iter().zip(&want.1).all(|(a, b)| (a - b).abs() < 1e-4));
+                    }
+                })
+            })
+            .collect();
+        threads.into_iter().for_each(|t| t.join().unwrap());
+    });
+}
+
+/// Not a benchmark, only what it takes: run with `--ignored --nocapture`.
+#[test]
+#[ignore = "prints timings"]
+fn speed() {
+    let Some(gpu) = Gpu::request().ok() else { return };
+    println!("{}", gpu.describe());
+    for dtype in [DType::F32, DType::F16] {
+        let spec = CacheSpec::f32(1, 64, &[4096, 4096, 4096], 64).typed(dtype, dtype);
+        let heads = spec.build(&gpu).unwrap();
+        for tokens in [1, 512, 1024] {
+            decode(&gpu, &spec, &heads, tokens).unwrap();
+            let repeats = if tokens == 1 { 20 } else { 1 };
+            let start = Instant::now();
+            for _ in 0..repeats {
+                decode(&gpu, &spec, &heads, tokens).unwrap();
+            }
+            let ms = start.elapsed().as_secs_f64() * 1e3 / f64::from(repeats);
+            println!("attend {} n=4096 H=3 G=3 d=64, {tokens} queries: {ms:.2} ms", dtype.name());
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! A deterministic host: tensors that are a function of (sequence tag, position, layer, head), and dense
+//! attention in `f64` over any set of entries, to compare the cache with.
+
+use kvsieve::geometry::{LayerShape, ModelShape, Position, Rotary, RotaryLayout};
+use kvsieve::view::{DType, TensorView, TensorViewMut};
+use kvsieve::{Backend, KvCache, SequenceId};
+use std::sync::Arc;
+
+/// A hash as a float in [-1, 1).
+pub fn noise(seed: u64) -> f32 {
+    let mut z = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(0x1234_5678_9ABC_DEF1);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    ((z ^ (z >> 31)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+}
+
+/// Which tensor.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    Query = 1,
+    Key = 2,
+    Value = 3,
+}
+
+/// The row of a token before any rotation. `token` names the token's content, not its position.
+pub fn row(kind: Kind, token: u64, layer: usize, head: usize, dim: usize) -> Vec<f32> {
+    let base = (((token * 64 + layer as u64) * 64 + head as u64) * 4 + kind as u64) * 1024;
+    // Queries are stretched so that the softmax is peaked enough for mistakes to show.
+    let gain = if kind == Kind::Query { 3.0 } else { 1.0 };
+    (0..dim).map(|d| gain * noise(base + d as u64)).collect()
+}
+
+/// Rotates a row to a position.
+pub fn rotate(rotary: &Rotary, row: &mut [f32], position: i32) {
+    let table = rotary.table(std::iter::once(position));
+    for (pair, angle) in table.chunks_exact(2).enumerate() {
+        let (a, b) = match rotary.layout {
+            RotaryLayout::Interleaved => (2 * pair, 2 * pair + 1),
+            RotaryLayout::HalfSplit => (pair, pair + rotary.dims / 2),
+        };
+        let (x, y) = (row[a], row[b]);
+        row[a] = x * angle[0] - y * angle[1];
+        row[b] = x * angle[1] + y * angle[0];
+    }
+}
+
+/// Rounds as the store does.
+pub fn stored(dtype: DType, x: f32) -> f32 {
+    match dtype {
+        DType::F32 => x,
+        DType::F16 => half::f16::from_f32(x).to_f32(),
+        DType::Bf16 => half::bf16::from_f32(x).to_f32(),
+    }
+}
+
+/// A host's row at a position: rotated if the layer says so.
+pub fn placed(
+    kind: Kind,
+    shape: &LayerShape,
+    token: u64,
+    layer: usize,
+    head: usize,
+    position: i32,
+) -> Vec<f32> {
+    let dim = if kind == Kind::Value { shape.d_v } else { shape.d_k };
+    let mut r = row(kind, token, layer, head, dim);
+    if kind != Kind::Value
+        && let Some(rotary) = &shape.rotary
+    {
+        rotate(rotary, &mut r, position);
+    }
+    r
+}
+
+/// Feeds tokens (by content) through one step; returns per layer the output `[token][Hq][d_v]`.
+pub fn feed(cache: &mut KvCache, id: SequenceId, tokens: &[u64], accept: usize) -> Vec<Vec<f32>> {
+    let shape = cache.shape().clone();
+    let start = cache.next_position(id).unwrap().0;
+    let mut outs = Vec::new();
+    let mut step = cache.begin(id, tokens.len()).unwrap();
+    // The implicit end of the prompt may renumber, so positions come from the step.
+    let start_now = step.lanes().next().unwrap().1.0;
+    assert!(start_now <= start);
+    for layer in 0..shape.layers() {
+        outs.push(feed_layer(&mut step, &shape, layer, tokens, start_now));
+    }
+    step.commit(accept).unwrap();
+    outs
+}
+
+/// One layer of [`feed`].
+pub fn feed_layer(
+    step: &mut kvsieve::Step<'_>,
+    shape: &ModelShape,
+    layer: usize,
+    tokens: &[u64],
+    start: i32,
+) -> Vec<f32> {
+    let l = shape.layer(layer);
+    let build = |kind, heads: usize| -> Vec<f32> {
+        tokens
+            .iter()
+            .enumerate()
+            .flat_map(|(i, &t)| (0..heads).flat_map(move |h| placed(kind, l, t, layer, h, start + i as i32)))
+            .collect()
+    };
+    let (q, k, v) =
+        (build(Kind::Query, l.query_heads), build(Kind::Key, l.kv_heads), build(Kind::Value, l.kv_heads));
+    let n = tokens.len();
+    let mut out = vec![f32::NAN; n * l.query_heads * l.d_v];
+    let q = TensorView::token_major(&q[..], n, l.query_heads, l.d_k).unwrap();
+    let out_view = TensorViewMut::token_major(&mut out[..], n, l.query_heads, l.d_v).unwrap();
+    if l.shared_with.is_some() {
+        step.attend_stored(layer, q, out_view).unwrap();
+    } else {
+        let k = TensorView::token_major(&k[..], n, l.kv_heads, l.d_k).unwrap();
+        let v = TensorView::token_major(&v[..], n, l.kv_heads, l.d_v).unwrap();
+        step.attend(layer, q, k, v, out_view).unwrap();
+    }
+    out
+}
+
+/// One stored entry as the host knows it: its key as placed, its value, its position.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    pub position: i32,
+    pub key: Vec<f32>,
+    pub value: Vec<f32>,
+}
+
+/// Dense attention of one query over a set of entries, in `f64`.
+pub fn dense(
+    shape: &LayerShape,
+    query_head: usize,
+    query: &[f32],
+    position: i32,
+    entries: &[Entry],
+) -> Vec<f64> {
+    let mut logits = Vec::new();
+    for e in entries {
+        let seen = e.position <= position
+            && shape.window.is_none_or(|w| i64::from(position) - i64::from(e.position) < i64::from(w));
+        let dot: f64 = query.iter().zip(&e.key).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+        let mut x = dot * f64::from(shape.scale);
+        if let Some(c) = shape.softcap {
+            x = f64::from(c) * (x / f64::from(c)).tanh();
+        }
+        logits.push(if seen { x } else { f64::NEG_INFINITY });
+    }
+    let sink = shape.sink_logits.as_ref().map_or(f64::NEG_INFINITY, |s| f64::from(s[query_head]));
+    let max = logits.iter().copied().fold(sink, f64::max);
+    let mut out = vec![0.0; shape.d_v];
+    if max == f64::NEG_INFINITY {
+        return out;
+    }
+    let total: f64 = logits.iter().map(|x| (x - max).exp()).sum::<f64>() + (sink - max).exp();
+    for (x, e) in logits.iter().zip(entries) {
+        let w = (x - max).exp() / total;
+        out.iter_mut().zip(&e.value).for_each(|(o, v)| *o += w * f64::from(*v));
+    }
+    out
+}
+
+/// ‖a − b‖ / ‖b‖, absolute where b is (nearly) zero.
+pub fn distance(a: &[f32], b: &[f64]) -> f64 {
+    let diff: f64 = a.iter().zip(b).map(|(x, y)| (f64::from(*x) - y).powi(2)).sum::<f64>().sqrt();
+    let norm: f64 = b.iter().map(|y| y * y).sum::<f64>().sqrt();
+    assert!(diff.is_finite(), "an output was not written or is NaN");
+    if norm > 1e-6 { diff / norm } else { diff }
+}
+
+/// The entries of one KV head as the cache gives them back.
+pub fn entries(cache: &KvCache, id: SequenceId, layer: usize, head: usize) -> Vec<Entry> {
+    let positions = cache.positions(id, layer, head).unwrap();
+    let l = cache.shape().layer(layer).clone();
+    let (mut keys, mut values) =
+        (vec![f32::NAN; positions.len() * l.d_k], vec![f32::NAN; positions.len() * l.d_v]);
+    cache.gather(id, layer, head, &mut keys, &mut values).unwrap();
+    positions
+        .iter()
+        .zip(keys.chunks_exact(l.d_k).zip(values.chunks_exact(l.d_v)))
+        .map(|(p, (k, v))| Entry { position: p.0, key: k.to_vec(), value: v.to_vec() })
+        .collect()
+}
+
+/// A small model: rotary keys, GQA, an odd dimension where wanted.
+pub fn small_model(layers: usize, hq: usize, h: usize, d: usize) -> ModelShape {
+    let rotary = Rotary::new(d / 2 * 2, 10_000.0, RotaryLayout::HalfSplit);
+    ModelShape::uniform(layers, LayerShape::new(hq, h, d).with_rotary(rotary)).unwrap()
+}
+
+/// Every backend that must agree; the GPU joins where the feature is on.
+pub fn backends() -> Vec<Arc<dyn Backend>> {
+    #[cfg_attr(not(feature = "gpu"), allow(unused_mut, reason = "only the GPU is pushed"))]
+    let mut all: Vec<Arc<dyn Backend>> =
+        vec![Arc::new(kvsieve::Reference::default()), Arc::new(kvsieve::Cpu::default())];
+    #[cfg(feature = "gpu")]
+    match kvsieve::backend::Gpu::request() {
+        Ok(gpu) => all.push(Arc::new(gpu)),
+        Err(error) => assert!(
+            std::env::var_os("KVSIEVE_ALLOW_NO_GPU").is_some(),
+            "{error} (KVSIEVE_ALLOW_NO_GPU=1 excuses it)"
+        ),
+    }
+    all
+}
+
+/// Positions as plain numbers.
+pub fn plain(positions: &[Position]) -> Vec<i32> {
+    positions.iter().map(|p| p.0).collect()
+}

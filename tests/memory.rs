@@ -1,0 +1,104 @@
+//! Memory really goes back: resident bytes against the process's own RSS, and the peak of a chunked prefill.
+//! A binary of its own with one test, because RSS is a property of the process.
+
+#![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
+#![cfg(target_os = "linux")]
+
+#[path = "it/support.rs"]
+#[allow(dead_code, unreachable_pub, reason = "shared with the other binary")]
+mod support;
+
+use kvsieve::geometry::{LayerShape, ModelShape};
+use kvsieve::view::{TensorView, TensorViewMut};
+use kvsieve::{Budget, KvCache, SequenceId};
+
+/// SmolLM2-135M's heads, a third of its layers.
+const LAYERS: usize = 10;
+const HQ: usize = 9;
+const H: usize = 3;
+const D: usize = 64;
+
+fn rss() -> usize {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: usize = statm.split_whitespace().nth(1).unwrap().parse().unwrap();
+    pages * 4096
+}
+
+fn prefill(
+    cache: &mut KvCache,
+    id: SequenceId,
+    tokens: usize,
+    chunk: usize,
+    mut after: impl FnMut(&KvCache),
+) {
+    let noise = |len: usize, seed: usize| -> Vec<f32> {
+        (0..len).map(|i| support::noise((i * 31 + seed) as u64)).collect()
+    };
+    let (q, k, v) = (noise(chunk * HQ * D, 1), noise(chunk * H * D, 2), noise(chunk * H * D, 3));
+    let mut out = vec![0.0; chunk * HQ * D];
+    let mut done = 0;
+    while done < tokens {
+        let n = chunk.min(tokens - done);
+        let mut step = cache.begin(id, n).unwrap();
+        for layer in 0..LAYERS {
+            step.attend(
+                layer,
+                TensorView::token_major(&q[..n * HQ * D], n, HQ, D).unwrap(),
+                TensorView::token_major(&k[..n * H * D], n, H, D).unwrap(),
+                TensorView::token_major(&v[..n * H * D], n, H, D).unwrap(),
+                TensorViewMut::token_major(&mut out[..n * HQ * D], n, HQ, D).unwrap(),
+            )
+            .unwrap();
+        }
+        step.commit(n).unwrap();
+        after(cache);
+        done += n;
+    }
+}
+
+fn shape() -> ModelShape {
+    ModelShape::uniform(LAYERS, LayerShape::new(HQ, H, D)).unwrap()
+}
+
+#[test]
+fn memory_goes_back_and_the_peak_is_bounded() {
+    for recipe in ["snapkv", "adakv"] {
+        let mut full = KvCache::builder(shape()).build().unwrap();
+        let id = full.create_sequence();
+        prefill(&mut full, id, 4000, 500, |_| ());
+        let full_bytes = full.memory().resident;
+        drop(full);
+
+        let mut cache =
+            KvCache::builder(shape()).recipe(recipe).budget("25%".parse().unwrap()).build().unwrap();
+        let id = cache.create_sequence();
+        prefill(&mut cache, id, 4000, 500, |_| ());
+        let (resident_before, rss_before) = (cache.memory().resident, rss());
+        cache.end_prefill(id).unwrap();
+        let (resident_after, rss_after) = (cache.memory().resident, rss());
+        let share = resident_after as f64 / full_bytes as f64;
+        assert!(share <= 0.27, "{recipe}: {resident_after} of {full_bytes} bytes resident: {share:.4}");
+        let (freed, fell) = ((resident_before - resident_after) as f64, rss_before as f64 - rss_after as f64);
+        println!("{recipe}: {share:.4} of full resident; pages freed {freed:.3e}, RSS fell {fell:.3e}");
+        assert!((fell / freed - 1.0).abs() <= 0.10, "{recipe}: pages freed {freed:.3e}, RSS fell {fell:.3e}");
+    }
+
+    // Peak of a chunked prefill: budget + chunk + tail, in bytes of that many entries per head.
+    let (budget, chunk, tail) = (1024, 512, 64);
+    let per_entry = {
+        let cache = KvCache::builder(shape()).build().unwrap();
+        cache.config().entry_bytes.iter().map(|b| b * H).sum::<usize>()
+    };
+    for recipe in ["streaming+when=chunk", "snapkv+when=chunk", "h2o+when=chunk"] {
+        let mut cache =
+            KvCache::builder(shape()).recipe(recipe).budget(Budget::Tokens(budget)).build().unwrap();
+        let id = cache.create_sequence();
+        prefill(&mut cache, id, 8000, chunk, |cache| {
+            assert!(cache.stored(id, 0).unwrap().iter().all(|r| r.0 <= budget));
+        });
+        let allowed = (budget + chunk + tail) * per_entry;
+        let peak = cache.memory().peak;
+        println!("{recipe}: peak {peak} of {allowed} allowed");
+        assert!(peak <= allowed, "{recipe}: peak {peak} above {allowed}");
+    }
+}
