@@ -138,19 +138,39 @@ fn compare_kept(what: &str, plan: &kvsieve::plan::LayerPlan, peer: &[f32], n: us
     }
 }
 
-/// Every press that is built here: name of the peer's scores, our recipe, entries with sentinel scores.
-const PRESSES: &[(&str, &str, &[(&str, &str)], usize)] = &[
-    ("snapkv", "snapkv", &[], 64),
-    ("snapkv_w32_k7", "snapkv", &[("window", "32"), ("kernel", "7")], 32),
-    ("tova", "tova", &[], 1),
-    ("knorm", "knorm", &[], 0),
-    ("observed_attention", "h2o", &[("norm", "visibility"), ("recent_share", "0")], 0),
+/// A press of the peer that is built here too.
+struct Press {
+    /// Its name there.
+    press: &'static str,
+    /// Our recipe.
+    name: &'static str,
+    args: &'static [(&'static str, &'static str)],
+    /// Last entries that carry a protection score there.
+    sentinels: usize,
+}
+
+const PRESSES: &[Press] = &[
+    Press { press: "snapkv", name: "snapkv", args: &[], sentinels: 64 },
+    Press {
+        press: "snapkv_w32_k7",
+        name: "snapkv",
+        args: &[("window", "32"), ("kernel", "7")],
+        sentinels: 32,
+    },
+    Press { press: "tova", name: "tova", args: &[], sentinels: 1 },
+    Press { press: "knorm", name: "knorm", args: &[], sentinels: 0 },
+    Press {
+        press: "observed_attention",
+        name: "h2o",
+        args: &[("norm", "visibility"), ("recent_share", "0")],
+        sentinels: 0,
+    },
 ];
 
 fn check(backend: &dyn Backend, recording: &Recording) {
     let prompt = recording.number("prompt_len");
     for layer in recording.layers() {
-        for (press, name, args, sentinels) in PRESSES {
+        for Press { press, name, args, sentinels } in PRESSES {
             let scorer = scorer(name, args);
             let case = recording.layer(backend, layer, &*scorer);
             let peer = recording.peer_scores(layer, press);

@@ -42,7 +42,11 @@ fn every_entry_has_a_page_that_names_its_arguments() {
     }
     let index = std::fs::read_to_string(docs().join("README.md")).unwrap();
     for entry in &registry {
-        assert!(index.contains(&format!("[{0}]({0}.md)", entry.name)), "README.md does not list {}", entry.name);
+        assert!(
+            index.contains(&format!("[{0}]({0}.md)", entry.name)),
+            "README.md does not list {}",
+            entry.name
+        );
     }
     for file in std::fs::read_dir(docs()).unwrap() {
         let name = file.unwrap().file_name().into_string().unwrap();
