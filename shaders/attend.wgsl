@@ -128,7 +128,20 @@ fn main(
                 b = keep_b * sums[at + 1u];
             }
             var value = page + params.v_offset + local * params.v_words;
-            for (var j = 0u; j < n; j++) {
+            var j = 0u;
+            for (; j + 4u <= n; j += 4u) {
+                let w = 2u * j;
+                let v = vec4<f32>(
+                    load_element(value, d, V_TYPE),
+                    load_element(value + params.v_words, d, V_TYPE),
+                    load_element(value + 2u * params.v_words, d, V_TYPE),
+                    load_element(value + 3u * params.v_words, d, V_TYPE),
+                );
+                a += v.x * weights[w] + v.y * weights[w + 2u] + v.z * weights[w + 4u] + v.w * weights[w + 6u];
+                b += v.x * weights[w + 1u] + v.y * weights[w + 3u] + v.z * weights[w + 5u] + v.w * weights[w + 7u];
+                value += 4u * params.v_words;
+            }
+            for (; j < n; j++) {
                 let v = load_element(value, d, V_TYPE);
                 a += v * weights[2u * j];
                 b += v * weights[2u * j + 1u];

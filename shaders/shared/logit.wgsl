@@ -59,29 +59,39 @@ fn logits_of(tile: u32, page: u32, row: u32) -> Logits {
     let first = tile * params.d_k * 2u;
     var a = vec4<f32>(0.0);
     var b = vec4<f32>(0.0);
+    // Four dimensions at a time: loops of portable shaders carry a guard, and it is paid per round.
+    let whole = params.d_k & ~3u;
     if K_TYPE == F32 {
-        for (var d = 0u; d < params.d_k; d++) {
-            let k = bitcast<f32>(slab[key + d]);
-            a += k * queries[first + 2u * d];
-            b += k * queries[first + 2u * d + 1u];
+        for (var d = 0u; d < whole; d += 4u) {
+            let q = first + 2u * d;
+            let k = vec4<f32>(
+                bitcast<f32>(slab[key + d]),
+                bitcast<f32>(slab[key + d + 1u]),
+                bitcast<f32>(slab[key + d + 2u]),
+                bitcast<f32>(slab[key + d + 3u]),
+            );
+            a += k.x * queries[q] + k.y * queries[q + 2u] + k.z * queries[q + 4u] + k.w * queries[q + 6u];
+            b += k.x * queries[q + 1u] + k.y * queries[q + 3u] + k.z * queries[q + 5u] + k.w * queries[q + 7u];
         }
     } else {
-        for (var d = 0u; d + 1u < params.d_k; d += 2u) {
-            let word = slab[key + (d >> 1u)];
-            let k = low_element(word, K_TYPE);
-            let next = high_element(word, K_TYPE);
+        for (var d = 0u; d < whole; d += 4u) {
             let q = first + 2u * d;
-            a += k * queries[q];
-            b += k * queries[q + 1u];
-            a += next * queries[q + 2u];
-            b += next * queries[q + 3u];
+            let low = slab[key + (d >> 1u)];
+            let high = slab[key + (d >> 1u) + 1u];
+            let k = vec4<f32>(
+                low_element(low, K_TYPE),
+                high_element(low, K_TYPE),
+                low_element(high, K_TYPE),
+                high_element(high, K_TYPE),
+            );
+            a += k.x * queries[q] + k.y * queries[q + 2u] + k.z * queries[q + 4u] + k.w * queries[q + 6u];
+            b += k.x * queries[q + 1u] + k.y * queries[q + 3u] + k.z * queries[q + 5u] + k.w * queries[q + 7u];
         }
-        if (params.d_k & 1u) == 1u {
-            let d = params.d_k - 1u;
-            let k = low_element(slab[key + (d >> 1u)], K_TYPE);
-            a += k * queries[first + 2u * d];
-            b += k * queries[first + 2u * d + 1u];
-        }
+    }
+    for (var d = whole; d < params.d_k; d++) {
+        let k = load_element(key, d, K_TYPE);
+        a += k * queries[first + 2u * d];
+        b += k * queries[first + 2u * d + 1u];
     }
     let entry = bitcast<i32>(slab[page + params.mirror + row]);
     let bias = bitcast<f32>(slab[page + params.mirror + params.capacity + row]);

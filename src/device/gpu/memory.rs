@@ -29,7 +29,7 @@ const STAGED_BYTES: usize = 8 << 20;
 #[derive(Debug)]
 struct Slab {
     id: u64,
-    buffer: wgpu::Buffer,
+    buffer: Arc<wgpu::Buffer>,
     /// Offsets not in use, and whether an earlier page wrote there.
     free: Vec<(u64, bool)>,
     slots: usize,
@@ -76,12 +76,31 @@ pub(crate) struct Memory {
     limit: u64,
 }
 
+/// What a block needs of its memory and of its slab.
+///
+/// Trait objects, so that proving a cache `Send` ends here: through wgpu's own types the proof is deeper than
+/// the compiler's default recursion limit allows, in every crate that moves a cache to a thread.
+trait Owner: std::fmt::Debug + Send + Sync {
+    fn release(&self, slab: u64, offset: u64, bytes: u64);
+}
+
+/// See [`Owner`].
+trait SlabBuffer: std::fmt::Debug + Send + Sync {
+    fn buffer(&self) -> &wgpu::Buffer;
+}
+
+impl SlabBuffer for wgpu::Buffer {
+    fn buffer(&self) -> &wgpu::Buffer {
+        self
+    }
+}
+
 /// A page's memory on the device, returned on drop.
 #[derive(Debug)]
 pub struct DeviceBlock {
-    memory: Arc<Memory>,
+    memory: Arc<dyn Owner>,
     slab: u64,
-    buffer: wgpu::Buffer,
+    buffer: Arc<dyn SlabBuffer>,
     offset: u64,
     bytes: u64,
     /// Whether the mirror may hold a β other than 0.
@@ -96,7 +115,7 @@ impl DeviceBlock {
 
     /// The slab's buffer.
     pub(crate) fn buffer(&self) -> &wgpu::Buffer {
-        &self.buffer
+        self.buffer.buffer()
     }
 
     /// Where the page starts in its slab, in words.
@@ -157,21 +176,7 @@ fn slot_bytes(layout: &PageLayout) -> u64 {
     ((layout.mirror_offset() + 8 * layout.capacity) as u64).next_multiple_of(SLOT_ALIGN)
 }
 
-impl Memory {
-    pub(super) fn new(limit: u64) -> Self {
-        // Words of a slab are addressed with u32.
-        Self { state: Mutex::default(), limit: limit.min(u64::from(u32::MAX)) }
-    }
-
-    pub(crate) fn usage(&self) -> MemoryUsage {
-        lock(&self.state).usage
-    }
-
-    pub(crate) fn reset_peak(&self) {
-        let mut state = lock(&self.state);
-        state.usage.peak = state.usage.resident;
-    }
-
+impl Owner for Memory {
     fn release(&self, slab: u64, offset: u64, bytes: u64) {
         let mut state = lock(&self.state);
         let state = &mut *state;
@@ -186,13 +191,29 @@ impl Memory {
             state.usage.reserved -= slab.buffer.size() as usize;
             state.pending.retain(|p| match p {
                 Pending::Write { to, .. } | Pending::Clear { to, .. } | Pending::Copy { to, .. } => {
-                    *to != slab.buffer
+                    *to != *slab.buffer
                 }
             });
             if state.pending.is_empty() {
                 state.staged.clear();
             }
         }
+    }
+}
+
+impl Memory {
+    pub(super) fn new(limit: u64) -> Self {
+        // Words of a slab are addressed with u32.
+        Self { state: Mutex::default(), limit: limit.min(u64::from(u32::MAX)) }
+    }
+
+    pub(crate) fn usage(&self) -> MemoryUsage {
+        lock(&self.state).usage
+    }
+
+    pub(crate) fn reset_peak(&self) {
+        let mut state = lock(&self.state);
+        state.usage.peak = state.usage.resident;
     }
 
     /// A zeroed block for a page.
@@ -225,7 +246,7 @@ impl Memory {
                 let held: u64 = slabs.iter().map(|s| s.buffer.size()).sum();
                 let want = held.clamp(SLAB_LEAST, SLAB_MOST).min(self.limit);
                 let slots = (want / bytes).max(1);
-                let buffer = new_slab(context, slots * bytes)?;
+                let buffer = Arc::new(new_slab(context, slots * bytes)?);
                 state.usage.reserved += (slots * bytes) as usize;
                 let free = (0..slots).rev().map(|i| (i * bytes, false)).collect();
                 slabs.push(Slab { id: state.next_id, buffer, free, slots: slots as usize });
@@ -236,21 +257,22 @@ impl Memory {
         let slab = &mut slabs[index];
         let Some((offset, used)) = slab.free.pop() else { unreachable!("slab {index} has a free slot") };
         if used {
-            state.pending.push(Pending::Clear { to: slab.buffer.clone(), offset, bytes });
+            state.pending.push(Pending::Clear { to: wgpu::Buffer::clone(&slab.buffer), offset, bytes });
         }
         state.usage.resident += bytes as usize;
         state.usage.peak = state.usage.peak.max(state.usage.resident);
-        let (slab, buffer) = (slab.id, slab.buffer.clone());
-        Ok(DeviceBlock { memory: Arc::clone(self), slab, buffer, offset, bytes, biased: false })
+        let (slab, buffer): (u64, Arc<dyn SlabBuffer>) = (slab.id, slab.buffer.clone());
+        let memory: Arc<dyn Owner> = self.clone();
+        Ok(DeviceBlock { memory, slab, buffer, offset, bytes, biased: false })
     }
 
     /// Copies a page on the device.
     pub(crate) fn copy(&self, from: &DeviceBlock, to: &mut DeviceBlock) {
         to.biased = from.biased;
         lock(&self.state).pending.push(Pending::Copy {
-            from: from.buffer.clone(),
+            from: from.buffer().clone(),
             source: from.offset,
-            to: to.buffer.clone(),
+            to: to.buffer().clone(),
             offset: to.offset,
             bytes: from.bytes,
         });
@@ -282,7 +304,7 @@ impl Memory {
             }
         }
         let offset = block.offset + (layout.range(side).start + first * layout.row_bytes(side)) as u64;
-        state.write(&block.buffer, offset, start);
+        state.write(block.buffer(), offset, start);
     }
 
     /// Stages the mirror of positions and β of `rows`.
@@ -292,7 +314,7 @@ impl Memory {
         let start = state.staged.len();
         state.staged.extend_from_slice(bytemuck::cast_slice(&page.positions[rows.clone()]));
         let mirror = block.offset + layout.mirror_offset() as u64;
-        state.write(&block.buffer, mirror + 4 * rows.start as u64, start);
+        state.write(block.buffer(), mirror + 4 * rows.start as u64, start);
         if page.bias.is_none() && !block.biased {
             return;
         }
@@ -302,7 +324,7 @@ impl Memory {
             Some(bias) => state.staged.extend_from_slice(bytemuck::cast_slice(&bias[rows.clone()])),
             None => state.staged.resize(start + rows.len(), 0),
         }
-        state.write(&block.buffer, mirror + 4 * (layout.capacity + rows.start) as u64, start);
+        state.write(block.buffer(), mirror + 4 * (layout.capacity + rows.start) as u64, start);
     }
 
     /// Whether so much waits that it should be submitted now.

@@ -53,7 +53,8 @@ pub fn run(
         lane.validate(params)?;
     }
     let work = lanes.iter().map(|l| l.heads.iter().map(|h| operations(params, l, h)).sum::<usize>()).sum();
-    let tasks = exec.tasks(work);
+    // A share of the entries comes from one of the host's own threads: it brings the parallelism.
+    let tasks = if lanes.iter().any(|l| l.share.of > 1) { 1 } else { exec.tasks(work) };
     let scratch = scratch_len(params);
     let buffers = lanes.iter().map(|l| buffer_len(params, l)).sum();
     let (buffers, scratch) = workspace.take(buffers + tasks * scratch).split_at_mut(buffers);
