@@ -22,3 +22,8 @@ pub use error::Error;
 pub use recipe::{Budget, Recipe};
 #[cfg(feature = "gpu")]
 pub use wgpu;
+
+/// The README's example is compiled and run with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct Readme;

@@ -7,6 +7,9 @@ mod conformance;
 #[cfg(feature = "gpu")]
 mod gpu;
 mod hostile;
+mod peers;
+mod policies;
+mod recipes;
 mod state_machine;
 mod support;
 mod tidy;

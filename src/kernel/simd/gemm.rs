@@ -93,13 +93,19 @@ fn block<S: Simd, const M: usize, const N: usize>(
     accumulate: bool,
 ) {
     let lanes = S::f32s::LEN;
-    // Slices of known length here, so that the loop below indexes without checks.
-    let a_rows: [&[f32]; M] = std::array::from_fn(|r| &a.data[(i + r) * a.stride..][..k]);
+    // Slices of known length here, so that the loop below indexes without checks. Plain loops, because the
+    // closure of `array::from_fn` would be compiled without the level's instructions.
+    let mut a_rows: [&[f32]; M] = [&[]; M];
+    for (r, row) in a_rows.iter_mut().enumerate() {
+        *row = &a.data[(i + r) * a.stride..][..k];
+    }
     let mut sums = [[S::f32s::splat(simd, 0.0); N]; M];
     for step in 0..k {
         let row = &b.data[step * b.stride + j..][..N * lanes];
-        let columns: [S::f32s; N] =
-            std::array::from_fn(|n| S::f32s::from_slice(simd, &row[n * lanes..][..lanes]));
+        let mut columns = [S::f32s::splat(simd, 0.0); N];
+        for (n, column) in columns.iter_mut().enumerate() {
+            *column = S::f32s::from_slice(simd, &row[n * lanes..(n + 1) * lanes]);
+        }
         for r in 0..M {
             let x = S::f32s::splat(simd, a_rows[r][step]);
             for n in 0..N {

@@ -138,19 +138,26 @@ impl<'a> Tile<'a> {
         let stored = layout.rows(self.page.page, Side::Key);
         for j in (0..self.len).step_by(N) {
             let index = |r: usize| (j + r).min(self.len - 1);
-            let rows: [&[f32]; N] = if let Rows::F32(stored) = stored {
-                std::array::from_fn(|r| &stored[(self.from + index(r)) * stride..][..d])
+            let mut rows: [&[f32]; N] = [&[]; N];
+            if let Rows::F32(stored) = stored {
+                for (r, row) in rows.iter_mut().enumerate() {
+                    *row = &stored[(self.from + index(r)) * stride..][..d];
+                }
             } else {
                 for (r, row) in wide.chunks_exact_mut(d).take(N).enumerate() {
                     widen(simd, stored, (self.from + index(r)) * stride, row);
                 }
-                std::array::from_fn(|r| &wide[r * d..][..d])
-            };
+                for (row, wide) in rows.iter_mut().zip(wide.chunks_exact(d)) {
+                    *row = wide;
+                }
+            }
             let whole = d - d % N;
             for i in (0..whole).step_by(N) {
-                let block: [S::f32s; N] =
-                    std::array::from_fn(|r| S::f32s::from_slice(simd, &rows[r][i..i + N]));
-                for (c, column) in turn(block).into_iter().enumerate() {
+                let mut block = [S::f32s::splat(simd, 0.0); N];
+                for (vector, row) in block.iter_mut().zip(&rows) {
+                    *vector = S::f32s::from_slice(simd, &row[i..i + N]);
+                }
+                for (c, column) in turn(block).iter().enumerate() {
                     column.store_slice(&mut keys[(i + c) * TILE + j..][..N]);
                 }
             }

@@ -89,3 +89,10 @@ fn no_path_of_one_machine() {
 fn kernels_have_their_parts_and_shaders() {
     none(&rules::kernels_and_shaders(&repository()));
 }
+
+#[test]
+fn every_policy_has_a_page() {
+    let registry = kvsieve::policy::registry::Registry::builtin();
+    let entries: Vec<_> = registry.iter().map(|entry| (entry.name, entry.page())).collect();
+    none(&rules::pages(&repository(), &entries));
+}

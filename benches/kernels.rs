@@ -1,0 +1,225 @@
+//! The CPU kernels, against the speed at which the same pages can be read at all.
+//!
+//! `cargo bench --features testing --bench kernels`. Throughput of decode is bytes of keys and values per
+//! second, to be compared with `stream`, which only adds up the words of the same pages on as many threads;
+//! throughput of prefill is multiply-adds ("elements") per second, on all pairs, seen or not.
+
+#![allow(missing_docs, clippy::unwrap_used, reason = "a benchmark")]
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use kvsieve::backend::{Backend, Cpu, Reference};
+use kvsieve::device::HeadRows;
+use kvsieve::device::page::Side;
+use kvsieve::kernel::AttentionParams;
+use kvsieve::kernel::attend::{AttendLane, Share, Workspace};
+use kvsieve::kernel::gather::{GatherArgs, GatherTarget};
+use kvsieve::kernel::row_norms::NormArgs;
+use kvsieve::kernel::top_k::TopKArgs;
+use kvsieve::kernel::window_scores::{WindowArgs, WindowReduce};
+use kvsieve::testing::Random;
+use kvsieve::testing::cache::{CacheSpec, end_position};
+use kvsieve::view::DType;
+use rayon::prelude::*;
+use std::hint::black_box;
+use std::time::Duration;
+
+/// KV heads of every benchmark.
+const HEADS: usize = 8;
+/// Entries per head: with `HEADS` and `d = 128` in `f32`, 134 MB a side pair.
+const ENTRIES: usize = 16384;
+
+fn entries(backend: &dyn Backend, d: usize, rows: usize, dtype: DType) -> Vec<HeadRows> {
+    CacheSpec::f32(1, d, &[rows; HEADS], 64).typed(dtype, dtype).build(backend).unwrap()
+}
+
+fn bytes(heads: &[HeadRows]) -> u64 {
+    heads
+        .iter()
+        .flat_map(HeadRows::pages)
+        .map(|p| (p.rows * (p.layout.k_row_bytes() + p.layout.v_row_bytes())) as u64)
+        .sum()
+}
+
+fn params(group: usize, d: usize) -> AttentionParams<'static> {
+    let scale = 1.0 / (d as f32).sqrt();
+    AttentionParams { group, d_k: d, d_v: d, scale, softcap: None, window: None, sink_logits: None }
+}
+
+struct Call {
+    queries: Vec<f32>,
+    positions: Vec<i32>,
+    out: Vec<f32>,
+    lse: Vec<f32>,
+    mass: Vec<f32>,
+}
+
+impl Call {
+    fn new(heads: &[HeadRows], params: &AttentionParams<'_>, tokens: usize) -> Self {
+        let rows = heads.len() * params.group * tokens;
+        let end = end_position(heads);
+        Self {
+            queries: Random::new(2).rows(rows * params.d_k, 1.0, DType::F32),
+            positions: (end - tokens as i32..end).collect(),
+            out: vec![0.0; rows * params.d_v],
+            lse: vec![0.0; rows],
+            mass: vec![0.0; params.group * heads.iter().map(HeadRows::rows).sum::<usize>()],
+        }
+    }
+
+    fn attend(
+        &mut self,
+        on: &dyn Backend,
+        heads: &[HeadRows],
+        params: &AttentionParams<'_>,
+        mass: bool,
+        w: &mut Workspace,
+    ) {
+        let lane = AttendLane {
+            heads,
+            queries: &self.queries,
+            positions: &self.positions,
+            share: Share::ALL,
+            out: &mut self.out,
+            lse: &mut self.lse,
+            mass: mass.then_some(self.mass.as_mut_slice()),
+        };
+        on.attend(params, &mut [lane], w).unwrap();
+        black_box(&self.out);
+    }
+}
+
+/// Reads every page of `heads` once.
+fn stream(heads: &[HeadRows]) -> u64 {
+    let pages: Vec<_> = heads.iter().flat_map(HeadRows::pages).collect();
+    pages
+        .par_iter()
+        .with_min_len(16)
+        .map(|p| {
+            let words: &[u64] = bytemuck::cast_slice(p.page.block.host());
+            let mut sums = [0u64; 16];
+            for chunk in words.chunks_exact(16) {
+                sums.iter_mut().zip(chunk).for_each(|(s, w)| *s = s.wrapping_add(*w));
+            }
+            sums.iter().fold(0, |a: u64, b| a.wrapping_add(*b))
+        })
+        .reduce(|| 0, u64::wrapping_add)
+}
+
+fn decode(c: &mut Criterion) {
+    let cpu = Cpu::default();
+    for (d, dtype) in
+        [(64, DType::F32), (64, DType::F16), (128, DType::F32), (128, DType::F16), (128, DType::Bf16)]
+    {
+        let mut group = c.benchmark_group(format!("decode/d{d}/{}", dtype.name()));
+        let heads = entries(&cpu, d, ENTRIES, dtype);
+        group.throughput(Throughput::Bytes(bytes(&heads)));
+        group.bench_function("stream", |b| b.iter(|| stream(&heads)));
+        for g in [1, 3, 4, 8] {
+            let params = params(g, d);
+            let (mut call, mut w) = (Call::new(&heads, &params, 1), Workspace::default());
+            group.bench_function(format!("g{g}"), |b| {
+                b.iter(|| call.attend(&cpu, &heads, &params, false, &mut w))
+            });
+            if g == 4 {
+                group.bench_function(format!("g{g}/mass"), |b| {
+                    b.iter(|| call.attend(&cpu, &heads, &params, true, &mut w))
+                });
+            }
+        }
+        group.finish();
+    }
+}
+
+fn short_decode(c: &mut Criterion) {
+    let mut group = c.benchmark_group("decode_short/d64/f16/g3");
+    let (single, cpu) = (Cpu::with_threads(1).unwrap(), Cpu::default());
+    for rows in [64, 256, 1024, 4096] {
+        let params = params(3, 64);
+        let heads = entries(&cpu, 64, rows, DType::F16);
+        let (mut call, mut w) = (Call::new(&heads, &params, 1), Workspace::default());
+        group.throughput(Throughput::Bytes(bytes(&heads)));
+        group.bench_function(format!("n{rows}/one thread"), |b| {
+            b.iter(|| call.attend(&single, &heads, &params, false, &mut w))
+        });
+        group.bench_function(format!("n{rows}/all threads"), |b| {
+            b.iter(|| call.attend(&cpu, &heads, &params, false, &mut w))
+        });
+    }
+}
+
+fn prefill(c: &mut Criterion) {
+    let cpu = Cpu::default();
+    for (d, dtype) in [(64, DType::F32), (128, DType::F32), (128, DType::F16)] {
+        let mut group = c.benchmark_group(format!("prefill/d{d}/{}", dtype.name()));
+        for tokens in [64, 512] {
+            let heads = entries(&cpu, d, 2048, dtype);
+            let params = params(4, d);
+            let (mut call, mut w) = (Call::new(&heads, &params, tokens), Workspace::default());
+            group.throughput(Throughput::Elements((HEADS * 4 * tokens * 2048 * 2 * d) as u64));
+            group.bench_function(format!("t{tokens}"), |b| {
+                b.iter(|| call.attend(&cpu, &heads, &params, false, &mut w))
+            });
+        }
+        group.finish();
+    }
+    let mut group = c.benchmark_group("prefill/d64/f32/reference");
+    let reference = Reference::default();
+    let heads = entries(&reference, 64, 512, DType::F32);
+    let params = params(4, 64);
+    let (mut call, mut w) = (Call::new(&heads, &params, 64), Workspace::default());
+    group.throughput(Throughput::Elements((HEADS * 4 * 64 * 512 * 2 * 64) as u64));
+    group.bench_function("t64", |b| b.iter(|| call.attend(&reference, &heads, &params, false, &mut w)));
+}
+
+fn others(c: &mut Criterion) {
+    let cpu = Cpu::default();
+    let heads = entries(&cpu, 128, ENTRIES, DType::F16);
+    let total = HEADS * ENTRIES;
+    let mut group = c.benchmark_group("others/d128/f16");
+    group.throughput(Throughput::Bytes(bytes(&heads) / 2));
+    let mut norms = vec![0.0; total];
+    group.bench_function("row_norms", |b| {
+        b.iter(|| cpu.row_norms(&mut NormArgs { heads: &heads, side: Side::Key, out: &mut norms }).unwrap());
+    });
+    let params = params(4, 128);
+    let call = Call::new(&heads, &params, 32);
+    let mut sums = vec![0.0; 4 * total];
+    group.bench_function("window_scores/w32", |b| {
+        b.iter(|| {
+            let (queries, positions) = (&call.queries, &call.positions);
+            let reduce = WindowReduce::Sum;
+            cpu.window_scores(
+                &params,
+                &mut WindowArgs { heads: &heads, queries, positions, reduce, out: &mut sums },
+            )
+            .unwrap();
+        });
+    });
+    let (lengths, counts) = (vec![ENTRIES; HEADS], vec![ENTRIES / 8; HEADS]);
+    let (protect, mut chosen) = (vec![0; total], vec![0; HEADS * ENTRIES / 8]);
+    group.throughput(Throughput::Elements(total as u64));
+    group.bench_function("top_k", |b| {
+        b.iter(|| {
+            let (scores, out) = (&norms, &mut chosen[..]);
+            cpu.top_k(&mut TopKArgs { lengths: &lengths, counts: &counts, scores, protect: &protect, out })
+                .unwrap();
+        });
+    });
+    let slots: Vec<u32> = (0..ENTRIES as u32).filter(|s| s / 7 % 2 == 0).collect();
+    let layout = heads[0].segments[0].layout.clone();
+    let mut pages: Vec<_> = (0..slots.len().div_ceil(64)).map(|_| cpu.allocate(&layout).unwrap()).collect();
+    group.throughput(Throughput::Bytes((slots.len() * layout.entry_bytes()) as u64));
+    group.bench_function("gather", |b| {
+        b.iter(|| {
+            let target = GatherTarget::Pages { layout: &layout, pages: &mut pages };
+            cpu.gather(&mut GatherArgs { head: &heads[0], slots: &slots, target }).unwrap();
+        });
+    });
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
+    targets = decode, short_decode, prefill, others
+}
+criterion_main!(benches);

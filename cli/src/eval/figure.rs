@@ -1,0 +1,138 @@
+//! The figure: KL to the full cache against bytes of the cache, one line per recipe.
+
+use super::Row;
+use crate::error::{Error, Result};
+use plotters::coord::Shift;
+use plotters::prelude::*;
+use std::path::{Path, PathBuf};
+
+/// Width and height in pixels.
+const SIZE: (u32, u32) = (960, 600);
+
+/// Where common systems keep a plain typeface; only PNG needs one.
+const FONTS: &[&str] = &[
+    "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf",
+    "/usr/share/fonts/truetype/liberation/LiberationSans-Regular.ttf",
+    "/usr/share/fonts/TTF/DejaVuSans.ttf",
+    "/System/Library/Fonts/Supplemental/Arial.ttf",
+    "C:\\Windows\\Fonts\\arial.ttf",
+];
+
+/// Distinguishable in print and for most colour-blind readers.
+const COLOURS: &[RGBColor] = &[
+    RGBColor(0, 114, 178),
+    RGBColor(213, 94, 0),
+    RGBColor(0, 158, 115),
+    RGBColor(204, 121, 167),
+    RGBColor(230, 159, 0),
+    RGBColor(86, 180, 233),
+    RGBColor(90, 90, 90),
+];
+
+/// One line: name, points `(MiB, KL)`.
+type Line = (String, Vec<(f64, f64)>);
+
+/// Checks before anything is measured that the figure can be drawn.
+pub(super) fn check(path: &Path, font: Option<&Path>) -> Result<()> {
+    match path.extension().and_then(|e| e.to_str()) {
+        Some("svg") => Ok(()),
+        Some("png") => load_font(path, font),
+        _ => Err(Error::usage(
+            format!("{} is neither .svg nor .png", path.display()),
+            "name the figure *.svg or *.png",
+        )),
+    }
+}
+
+pub(super) fn draw(path: &Path, rows: &[Row], title: &str) -> Result<()> {
+    let lines = lines(rows);
+    if lines.is_empty() {
+        return Err(Error::usage(
+            "there is nothing to draw",
+            "give a recipe that compresses, with a --budget",
+        ));
+    }
+    let problem = |problem: String| Error::Figure { path: path.to_owned(), problem };
+    if path.extension().is_some_and(|e| e == "svg") {
+        chart(SVGBackend::new(path, SIZE).into_drawing_area(), &lines, title).map_err(problem)
+    } else {
+        chart(BitMapBackend::new(path, SIZE).into_drawing_area(), &lines, title).map_err(problem)
+    }
+}
+
+fn lines(rows: &[Row]) -> Vec<Line> {
+    let mut lines: Vec<Line> = Vec::new();
+    for row in rows {
+        let Some(kl) = row.kl.filter(|kl| *kl > 0.0 && row.recipe != "full") else { continue };
+        let point = (row.kv_bytes_resident as f64 / f64::from(1 << 20), kl);
+        match lines.iter_mut().find(|(name, _)| *name == row.recipe) {
+            Some((_, points)) => points.push(point),
+            None => lines.push((row.recipe.clone(), vec![point])),
+        }
+    }
+    for (_, points) in &mut lines {
+        points.sort_by(|a, b| a.0.total_cmp(&b.0));
+    }
+    lines
+}
+
+fn chart<B: DrawingBackend>(
+    root: DrawingArea<B, Shift>,
+    lines: &[Line],
+    title: &str,
+) -> std::result::Result<(), String> {
+    let all = || lines.iter().flat_map(|(_, points)| points);
+    let most = all().map(|p| p.0).fold(0.0, f64::max) * 1.1;
+    let (low, high) = all().fold((f64::MAX, 0.0f64), |(low, high), p| (low.min(p.1), high.max(p.1)));
+    let text = |e: DrawingAreaErrorKind<B::ErrorType>| e.to_string();
+    root.fill(&WHITE).map_err(text)?;
+    let mut chart = ChartBuilder::on(&root)
+        .caption(title, ("sans-serif", 20))
+        .margin(16)
+        .x_label_area_size(44)
+        .y_label_area_size(64)
+        .build_cartesian_2d(0.0..most, (low / 1.5..high * 1.5).log_scale())
+        .map_err(text)?;
+    chart
+        .configure_mesh()
+        .x_desc("KV cache, MiB resident")
+        .y_desc("mean KL to the full cache, nats")
+        .y_label_formatter(&|y| format!("{y:.3}"))
+        .draw()
+        .map_err(text)?;
+    for (index, (name, points)) in lines.iter().enumerate() {
+        let colour = COLOURS[index % COLOURS.len()];
+        chart
+            .draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))
+            .map_err(text)?
+            .label(name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], colour.stroke_width(2)));
+        chart.draw_series(points.iter().map(|p| Circle::new(*p, 4, colour.filled()))).map_err(text)?;
+    }
+    chart
+        .configure_series_labels()
+        .background_style(WHITE.mix(0.8))
+        .border_style(BLACK)
+        .label_font(("sans-serif", 14))
+        .draw()
+        .map_err(text)?;
+    root.present().map_err(text)
+}
+
+fn load_font(path: &Path, font: Option<&Path>) -> Result<()> {
+    let given = font.map(Path::to_owned);
+    let places = given.into_iter().chain(FONTS.iter().map(PathBuf::from));
+    let bytes = places.into_iter().find_map(|path| std::fs::read(path).ok());
+    let bytes = bytes.ok_or_else(|| {
+        Error::usage(
+            "a .png needs a typeface and none was found",
+            "name one with --font FILE.ttf, or draw an .svg",
+        )
+    })?;
+    // Registered for the life of the program, once.
+    plotters::style::register_font("sans-serif", FontStyle::Normal, Box::leak(bytes.into_boxed_slice()))
+        .map_err(|_| Error::Figure {
+            path: path.to_owned(),
+            problem: "the typeface cannot be read; name another with --font".to_owned(),
+        })
+}

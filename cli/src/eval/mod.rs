@@ -1,0 +1,300 @@
+//! `kvsieve eval`: what recipes do to a model's predictions, averaged over a text.
+//!
+//! *Helps* to choose a recipe and a budget with numbers that others can repeat. *Hurts* patience: every recipe, budget
+//! and sample prefills its own prompt, because a prompt that was compressed cannot be compressed again differently.
+
+mod figure;
+mod needle;
+mod running;
+mod span;
+
+use crate::args::{self, BackendName, Variant};
+use crate::error::{Error, Result};
+use crate::host::{self, Host, ModelArgs};
+use crate::table::{Table, bytes, number, percent};
+use kvsieve::backend::Backend;
+use kvsieve::policy::schedule::Schedule;
+use kvsieve::{Budget, KvCache, SequenceId};
+use serde::Serialize;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+const EXAMPLES: &str = "\
+Examples:
+  kvsieve eval --recipe snapkv,tova,streaming --budget 50%,25%,10% --figure kl.svg
+  kvsieve eval --task span-copy --recipe snapkv --budget 25% --prompt-tokens 1024,2048 --depth 0.1,0.5,0.9
+  kvsieve eval --task needle --model llama-3.1-8b.Q4_K_M.gguf --recipe snapkv --budget 25% --prompt-tokens 4096
+
+Tasks:
+  text       After a prompt of P tokens, C further tokens are fed as they are, at S places of the text. KL to the full
+             cache's predictions, how often the most likely token is the same, and NLL, averaged over S*C predictions.
+  span-copy  64 tokens that stand at a depth of the prompt are fed again after it was compressed, and the last 48
+             predictions scored. `fresh` is the same for tokens that the prompt does not contain: a cache that has lost
+             the passage does no better than that.
+  needle     A number is hidden in the text and asked for after compression. For models of a billion parameters and
+             more; the small default model fails it with its full cache.";
+
+/// What to measure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Task {
+    /// KL, same-top-1 and NLL over running text.
+    Text,
+    /// Continue a passage of the prompt.
+    SpanCopy,
+    /// Find a hidden number.
+    Needle,
+}
+
+/// Arguments of `kvsieve eval`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// What to measure.
+    #[arg(long, value_enum, default_value = "text")]
+    task: Task,
+    /// A recipe; several with commas, or by repeating the option.
+    #[arg(long, default_value = "snapkv")]
+    recipe: Vec<String>,
+    /// How much to keep: 2048 (tokens per KV head), 25% (of the prompt), 64MiB. Repeat or separate with commas.
+    #[arg(long, value_delimiter = ',')]
+    budget: Vec<Budget>,
+    /// The text; Python's own language documentation by default.
+    #[arg(long)]
+    text: Option<PathBuf>,
+    /// P: tokens of the prompt. Several for span-copy and needle.
+    #[arg(long, value_delimiter = ',', default_value = "1024")]
+    prompt_tokens: Vec<usize>,
+    /// C: tokens scored after the prompt (text).
+    #[arg(long, default_value_t = 128)]
+    score_tokens: usize,
+    /// S: samples at equal strides through the text (text).
+    #[arg(long, default_value_t = 4)]
+    samples: usize,
+    /// Depths in the prompt, 0 to 1 (span-copy, needle).
+    #[arg(long, value_delimiter = ',', default_value = "0.1,0.5,0.9")]
+    depth: Vec<f64>,
+    /// Where prompts start in the text, in tokens (span-copy).
+    #[arg(long, value_delimiter = ',', default_value = "20000,60000")]
+    offset: Vec<usize>,
+    /// Feed prompts in steps of N tokens; whole by default, so that every recipe chooses with the whole prompt in sight.
+    #[arg(long, value_name = "N")]
+    chunk_tokens: Option<usize>,
+    /// Where the cache runs; the model itself always runs on the CPU.
+    #[arg(long, value_enum, default_value = "cpu")]
+    backend: BackendName,
+    /// Draw KL against bytes (text): *.svg or *.png.
+    #[arg(long)]
+    figure: Option<PathBuf>,
+    /// A TrueType file for *.png figures.
+    #[arg(long)]
+    font: Option<PathBuf>,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What a prefilled, compressed cache costs, summed over samples.
+#[derive(Clone, Copy, Debug, Default)]
+struct Measured {
+    entries_per_head: f64,
+    bytes_resident: usize,
+    samples: usize,
+}
+
+impl Measured {
+    fn add(&mut self, other: Self) {
+        self.entries_per_head += other.entries_per_head;
+        self.bytes_resident += other.bytes_resident;
+        self.samples += other.samples;
+    }
+}
+
+/// One line of the result; `None` where the task does not measure it.
+#[derive(Clone, Debug, Default, Serialize)]
+struct Row {
+    task: &'static str,
+    recipe: String,
+    budget: String,
+    prompt_tokens: usize,
+    offset: Option<usize>,
+    depth: Option<f64>,
+    entries_per_head: f64,
+    kv_bytes_resident: usize,
+    kl: Option<f64>,
+    same_top1: Option<f64>,
+    nll: Option<f64>,
+    nll_over_full: Option<f64>,
+    accuracy: Option<f64>,
+}
+
+impl Row {
+    fn new(task: &'static str, variant: &Variant, prompt_tokens: usize, cost: Measured) -> Self {
+        let samples = cost.samples.max(1);
+        Self {
+            task,
+            recipe: variant.recipe.clone(),
+            budget: variant.budget_text(),
+            prompt_tokens,
+            entries_per_head: cost.entries_per_head / samples as f64,
+            kv_bytes_resident: cost.bytes_resident / samples,
+            ..Self::default()
+        }
+    }
+}
+
+/// What every task needs.
+struct Job<'a> {
+    host: &'a Host,
+    variants: &'a [Variant],
+    backend: Arc<dyn Backend>,
+    chunk: usize,
+}
+
+impl Job<'_> {
+    /// A cache after a prompt, compressed as the recipe says.
+    fn prefilled(&self, variant: &Variant, prompt: &[u32]) -> Result<(KvCache, SequenceId, Measured)> {
+        let mut cache =
+            args::cache(self.host.model.shape()?, &variant.recipe[..], variant.budget, &self.backend)?;
+        let sequence = cache.create_sequence();
+        self.host.model.prefill(&mut cache, sequence, prompt, self.chunk, &mut |_| ())?;
+        let stored = cache.stats(sequence)?.total();
+        let heads: usize = cache.shape().iter().map(|layer| layer.kv_heads).sum();
+        let measured = Measured {
+            entries_per_head: stored.entries as f64 / heads as f64,
+            bytes_resident: stored.bytes_resident,
+            samples: 1,
+        };
+        Ok((cache, sequence, measured))
+    }
+
+    /// Feeds tokens and visits every row of logits. One token at a time where the recipe may compress in between, as
+    /// in decoding; otherwise all at once, which is the same and faster.
+    fn feed(
+        &self,
+        cache: &mut KvCache,
+        sequence: SequenceId,
+        tokens: &[u32],
+        visit: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<()> {
+        let Schedule { chunk, every, over, .. } = cache.recipe().schedule;
+        let stepwise = chunk || every.is_some() || over.is_some();
+        let size = if stepwise { 1 } else { tokens.len() };
+        self.host.model.forward_rows(cache, sequence, tokens, size, &mut |row, logits| {
+            visit(row, logits);
+            Ok(())
+        })?;
+        Ok(())
+    }
+}
+
+pub(crate) fn main(args: &Args) -> Result<()> {
+    if let Some(path) = &args.figure {
+        if args.task != Task::Text {
+            return Err(Error::usage(
+                "--figure draws KL, which only the task text measures",
+                "use --task text",
+            ));
+        }
+        figure::check(path, args.font.as_deref())?;
+    }
+    if let Some(depth) = args.depth.iter().find(|depth| !(0.0..=1.0).contains(*depth)) {
+        return Err(Error::usage(
+            format!("--depth {depth}"),
+            "depths go from 0 (start of the prompt) to 1 (its end)",
+        ));
+    }
+    let prompt = match (args.task, &args.prompt_tokens[..]) {
+        (Task::Text, [one]) => *one,
+        (Task::Text, _) => {
+            return Err(Error::usage("the task text takes one prompt length", "give one --prompt-tokens"));
+        }
+        (_, many) => many.iter().max().copied().unwrap_or(0),
+    };
+    let host = Host::load(&args.model)?;
+    let context = host.model.config().context;
+    let most = prompt + args.score_tokens.max(128);
+    if most > context {
+        let what =
+            format!("prompt and scored tokens reach {most} positions, the model's context is {context}");
+        return Err(Error::usage(what, "lower --prompt-tokens or --score-tokens"));
+    }
+    let backend = args.backend.open()?;
+    let recipes = args::split_recipes(&args.recipe);
+    let variants = args::variants(&host.model.shape()?, &recipes, &args.budget, &*backend)?;
+    let text = host.encode(&host::text(args.text.as_deref())?)?;
+    let job =
+        Job { host: &host, variants: &variants, backend, chunk: args.chunk_tokens.unwrap_or(usize::MAX) };
+    let rows = match args.task {
+        Task::Text => {
+            let protocol = running::Protocol { prompt, scored: args.score_tokens, samples: args.samples };
+            running::run(&job, protocol, &text)?
+        }
+        Task::SpanCopy => {
+            let protocol = span::Protocol {
+                prompts: args.prompt_tokens.clone(),
+                offsets: args.offset.clone(),
+                depths: args.depth.clone(),
+            };
+            span::run(&job, &protocol, &text)?
+        }
+        Task::Needle => {
+            let protocol =
+                needle::Protocol { prompts: args.prompt_tokens.clone(), depths: args.depth.clone() };
+            needle::run(&job, &protocol, &text)?
+        }
+    };
+    if let Some(path) = &args.figure {
+        let title = format!(
+            "{}: {} samples of {} tokens after {prompt}",
+            host.model.config().name,
+            args.samples,
+            args.score_tokens
+        );
+        figure::draw(path, &rows, &title)?;
+    }
+    if args.json {
+        let text = serde_json::to_string(&rows).map_err(|e| Error::usage(e.to_string(), "report this"))?;
+        println!("{text}");
+    } else {
+        print(args.task, &rows);
+    }
+    Ok(())
+}
+
+fn print(task: Task, rows: &[Row]) {
+    if task == Task::Text {
+        let heading = ["recipe", "budget", "kept", "KV memory", "KL", "same top-1", "NLL", "over full"];
+        let mut table = Table::new(2, &heading);
+        for row in rows {
+            table.row(vec![
+                row.recipe.clone(),
+                row.budget.clone(),
+                format!("{:.0}", row.entries_per_head),
+                bytes(row.kv_bytes_resident),
+                number(row.kl, 4),
+                percent(row.same_top1),
+                number(row.nll, 4),
+                number(row.nll_over_full, 4),
+            ]);
+        }
+        return table.print();
+    }
+    let heading = ["recipe", "budget", "prompt", "offset", "depth", "kept", "KV memory", "NLL", "right"];
+    let mut table = Table::new(2, &heading);
+    for row in rows {
+        table.row(vec![
+            row.recipe.clone(),
+            row.budget.clone(),
+            row.prompt_tokens.to_string(),
+            row.offset.map_or_else(|| "-".to_owned(), |offset| offset.to_string()),
+            row.depth.map_or_else(|| row.task.to_owned(), |depth| format!("{depth}")),
+            format!("{:.0}", row.entries_per_head),
+            bytes(row.kv_bytes_resident),
+            number(row.nll, 3),
+            percent(row.accuracy),
+        ]);
+    }
+    table.print();
+}
