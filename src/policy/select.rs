@@ -86,3 +86,20 @@ pub fn top(
     });
     Ok(LayerPlan { heads: heads.collect() })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn protection_is_clamped_to_the_target_sinks_first() {
+        let mask = |lengths: &[usize], target, sinks, recent| protection(lengths, target, sinks, recent);
+        assert_eq!(mask(&[6], 6, 2, 1), [1, 1, 0, 0, 0, 1]);
+        assert_eq!(mask(&[6], 3, 2, 9), [1, 1, 0, 0, 0, 1]);
+        assert_eq!(mask(&[6], 2, 4, 9), [1, 1, 0, 0, 0, 0]);
+        assert_eq!(mask(&[6], 0, 4, 9), [0; 6]);
+        // A head shorter than the target is protected where it has entries.
+        assert_eq!(mask(&[2, 4], 9, 1, 2), [1, 1, 1, 0, 1, 1]);
+        assert_eq!(protected_counts(&[2, 4], &mask(&[2, 4], 9, 1, 2)), [2, 3]);
+    }
+}

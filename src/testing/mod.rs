@@ -6,6 +6,7 @@
 
 pub mod cache;
 pub mod conformance;
+pub mod layer;
 pub mod random;
 
 pub use random::Random;

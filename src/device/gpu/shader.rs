@@ -63,6 +63,8 @@ fn expand(text: &str, shared: &dyn Fn(&str) -> Option<&'static str>) -> Option<S
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
     use super::*;
     use bytemuck::Zeroable;
     use naga::valid::{Capabilities, ValidationFlags, Validator};

@@ -82,6 +82,10 @@ fn rows<S: Simd, const N: usize>(
     }
 }
 
+#[allow(
+    clippy::needless_range_loop,
+    reason = "iterators' closures would be compiled without the level's instructions"
+)]
 #[inline(always)]
 fn block<S: Simd, const M: usize, const N: usize>(
     simd: S,

@@ -31,7 +31,11 @@ pub const ENTRY: Entry = Entry {
         Arg::word("rule", &["floor", "mix"], "floor: a sure share, the rest by competition; mix: affine mix"),
         Arg::real("safeguard", 0.2, 0.0, 1.0, "floor: share of the target that each head is sure of"),
         Arg::real("alpha", 0.2, 0.0, 1.0, "mix: weight of the uniform share"),
-        Arg::word("normalise", &["no", "yes"], "mix: weigh a head by the mass share of its best entries first"),
+        Arg::word(
+            "normalise",
+            &["no", "yes"],
+            "mix: weigh a head by the mass share of its best entries first",
+        ),
     ],
     build: Build::Allocate { build },
 };
@@ -122,9 +126,11 @@ fn mix_counts(request: &HeadRequest<'_>, alpha: f64, normalise: bool) -> Result<
     let won: Vec<usize> = won.iter().zip(&protected).map(|(&all, &p)| all - p).collect();
 
     let floor = floor_share(alpha, base) as f64;
-    let mut kept: Vec<usize> = won.iter().zip(&room).map(|(&c, &room)| {
-        ((c as f64 * (1.0 - alpha) + floor).round_ties_even() as usize).min(room)
-    }).collect();
+    let mut kept: Vec<usize> = won
+        .iter()
+        .zip(&room)
+        .map(|(&c, &room)| ((c as f64 * (1.0 - alpha) + floor).round_ties_even() as usize).min(room))
+        .collect();
     let share: Vec<f64> = won.iter().map(|&c| c as f64 * (1.0 - alpha) + alpha * base as f64).collect();
     let missing = |kept: &[usize], h: usize| share[h] - kept[h] as f64;
     loop {
@@ -132,9 +138,15 @@ fn mix_counts(request: &HeadRequest<'_>, alpha: f64, normalise: bool) -> Result<
         let heads = 0..kept.len();
         // Of equal claims the lower head's is served: `max_by` would return the last, so it runs backwards.
         let next = if sum < pool {
-            heads.rev().filter(|&h| kept[h] < room[h]).max_by(|&a, &b| missing(&kept, a).total_cmp(&missing(&kept, b)))
+            heads
+                .rev()
+                .filter(|&h| kept[h] < room[h])
+                .max_by(|&a, &b| missing(&kept, a).total_cmp(&missing(&kept, b)))
         } else if sum > pool {
-            heads.rev().filter(|&h| kept[h] > 0).min_by(|&a, &b| missing(&kept, a).total_cmp(&missing(&kept, b)))
+            heads
+                .rev()
+                .filter(|&h| kept[h] > 0)
+                .min_by(|&a, &b| missing(&kept, a).total_cmp(&missing(&kept, b)))
         } else {
             None
         };
@@ -176,7 +188,11 @@ fn weigh_heads(
 }
 
 /// A mask of each head's `counts` best entries, protected ones first.
-fn best_of_heads(request: &HeadRequest<'_>, values: &[f32], counts: &[usize]) -> Result<Vec<u8>, PolicyError> {
+fn best_of_heads(
+    request: &HeadRequest<'_>,
+    values: &[f32],
+    counts: &[usize],
+) -> Result<Vec<u8>, PolicyError> {
     let lengths = &request.scores.lengths;
     let mut out = vec![0; counts.iter().sum()];
     request.backend.top_k(&mut TopKArgs {
@@ -222,4 +238,93 @@ fn best_of_layer(
         head.len()
     });
     Ok(counts.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Reference;
+    use crate::policy::LayerScores;
+    use proptest::prelude::*;
+
+    const PEAKED: [f32; 8] = [0.50, 0.20, 0.10, 0.05, 0.05, 0.04, 0.03, 0.03];
+    const FLAT: [f32; 8] = [0.16, 0.15, 0.14, 0.13, 0.12, 0.11, 0.10, 0.09];
+
+    fn counts(rule: Rule, target: usize, heads: &[&[f32]], protect: Option<&[u8]>) -> Vec<usize> {
+        let scores = LayerScores { lengths: heads.iter().map(|h| h.len()).collect(), values: heads.concat() };
+        let none = vec![0; scores.values.len()];
+        let request = HeadRequest {
+            target,
+            scores: &scores,
+            protect: protect.unwrap_or(&none),
+            backend: &Reference::default(),
+        };
+        AdaKv { rule }.head_counts(&request).unwrap()
+    }
+
+    fn mix(alpha: f64, normalise: bool) -> Vec<usize> {
+        counts(Rule::Mix { alpha, normalise }, 4, &[&PEAKED, &FLAT], None)
+    }
+
+    #[test]
+    fn worked_examples_of_the_mix() {
+        assert_eq!(mix(0.0, false), [2, 6]);
+        // The released code stops at [2, 5]; the entry it loses goes to the head that was rounded down most.
+        assert_eq!(mix(0.2, false), [2, 6]);
+        assert_eq!(mix(0.5, false), [3, 5]);
+        assert_eq!(mix(0.5, true), [4, 4]);
+        assert_eq!(mix(0.0, true), [3, 5]);
+        assert_eq!(mix(1.0, false), [4, 4]);
+    }
+
+    #[test]
+    fn worked_example_of_the_floor() {
+        let floor = |safeguard| counts(Rule::Floor { safeguard }, 4, &[&PEAKED, &FLAT], None);
+        assert_eq!(floor(0.2), [2, 6]);
+        assert_eq!(floor(0.75), [3, 5]);
+        assert_eq!(floor(1.0), [4, 4]);
+    }
+
+    #[test]
+    fn protected_entries_count_as_sure() {
+        let mut protect = [0; 16];
+        protect[4..8].fill(1);
+        // Head 0: four protected, and .50 and .20 beat the flat head's third.
+        let got = counts(Rule::Floor { safeguard: 0.2 }, 4, &[&PEAKED, &FLAT], Some(&protect));
+        assert_eq!(got, [6, 2]);
+    }
+
+    proptest! {
+        #[test]
+        fn totals_are_exact_and_bounds_hold(
+            heads in prop::collection::vec(prop::collection::vec((0u8..20, prop::bool::weighted(0.2)), 0..20), 1..5),
+            target in 0usize..25,
+            share in 0.0f64..=1.0,
+            which in 0..3,
+        ) {
+            let rule = match which {
+                0 => Rule::Floor { safeguard: share },
+                1 => Rule::Mix { alpha: share, normalise: false },
+                _ => Rule::Mix { alpha: share, normalise: true },
+            };
+            let scores: Vec<Vec<f32>> = heads.iter().map(|h| h.iter().map(|(s, _)| f32::from(*s)).collect()).collect();
+            let scores: Vec<&[f32]> = scores.iter().map(Vec::as_slice).collect();
+            let mut protect: Vec<u8> = Vec::new();
+            for head in &heads {
+                let mut left = target;
+                for (_, p) in head {
+                    let p = *p && left > 0;
+                    left -= usize::from(p);
+                    protect.push(u8::from(p));
+                }
+            }
+            let got = counts(rule, target, &scores, Some(&protect));
+            let lengths: Vec<usize> = heads.iter().map(Vec::len).collect();
+            let total: usize = lengths.iter().sum();
+            prop_assert_eq!(got.iter().sum::<usize>(), total.min(target * heads.len()));
+            for ((got, len), protected) in got.iter().zip(&lengths).zip(protected_counts(&lengths, &protect)) {
+                prop_assert!((protected..=*len).contains(got));
+            }
+        }
+    }
 }

@@ -25,7 +25,13 @@ pub const ENTRY: Entry = Entry {
     summary: "layer budgets fall on a straight line from the first layer to the last",
     source: "Cai et al. 2024, arXiv:2406.02069",
     needs: "nothing of its own",
-    args: &[Arg::count("beta", 20, 1, 1_000_000, "the last layer keeps 1/beta of the mean, the first 2 − 1/beta")],
+    args: &[Arg::count(
+        "beta",
+        20,
+        1,
+        1_000_000,
+        "the last layer keeps 1/beta of the mean, the first 2 − 1/beta",
+    )],
     build: Build::Allocate { build },
 };
 
@@ -78,5 +84,73 @@ impl Allocator for Pyramid {
 
     fn head_counts(&self, request: &HeadRequest<'_>) -> Result<Vec<usize>, PolicyError> {
         Uniform.head_counts(request)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn targets(cap: usize, window: usize, beta: usize, layers: usize, rows: usize) -> Vec<usize> {
+        let indices: Vec<usize> = (0..layers).collect();
+        let request =
+            TargetRequest { layers: &indices, rows: &vec![rows; layers], target: cap, recent: window };
+        Pyramid { beta }.layer_targets(&request).iter().map(|t| t - window).collect()
+    }
+
+    /// The integers of the released code, whose step is floored.
+    fn original(cap: usize, window: usize, beta: usize, layers: usize, rows: usize) -> Vec<usize> {
+        let b = cap - window;
+        let mut min = b / beta;
+        let mut max = 2 * b - min;
+        if max >= rows - window {
+            max = rows - window;
+            min = 2 * b - max;
+        }
+        let step = (max - min) / (layers - 1);
+        (0..layers).map(|l| max - l * step).collect()
+    }
+
+    #[test]
+    fn worked_examples() {
+        let long = original(2048, 8, 20, 32, 10_000);
+        assert_eq!((long[0], long[1], long[30], long[31]), (3978, 3853, 228, 103));
+        assert_eq!(long.iter().sum::<usize>(), 65_296);
+        let ours = targets(2048, 8, 20, 32, 10_000);
+        assert_eq!((ours[0], ours[31]), (3978, 102), "from 2b − ⌊b/β⌋ to ⌊b/β⌋ exactly");
+        assert_eq!(ours.iter().sum::<usize>(), 65_280);
+
+        let small = original(128, 8, 20, 32, 10_000);
+        assert_eq!((small[0], small[31], small.iter().sum::<usize>()), (234, 17, 4016));
+        let ours = targets(128, 8, 20, 32, 10_000);
+        assert_eq!((ours[0], ours[31], ours.iter().sum::<usize>()), (234, 6, 3840));
+
+        assert_eq!(original(104, 4, 20, 5, 10_000), [195, 148, 101, 54, 7]);
+        assert_eq!(targets(104, 4, 20, 5, 10_000), [195, 148, 100, 52, 5]);
+    }
+
+    #[test]
+    fn short_prompts_narrow_the_pyramid_until_nothing_is_dropped() {
+        assert_eq!(targets(104, 4, 20, 3, 154), [150, 100, 50]);
+        assert_eq!(targets(104, 4, 20, 3, 105), [101, 100, 99]);
+        assert_eq!(targets(104, 4, 20, 3, 104), [100, 100, 100]);
+        assert_eq!(targets(104, 104, 20, 3, 1000), [0, 0, 0]);
+        assert_eq!(targets(104, 4, 20, 1, 1000), [100]);
+    }
+
+    proptest! {
+        #[test]
+        fn the_sum_is_the_budget_and_layers_fall(
+            cap in 0usize..5000, window in 0usize..100, beta in 1usize..60, layers in 1usize..100, rows in 0usize..20_000,
+        ) {
+            let window = window.min(cap);
+            let got = targets(cap, window, beta, layers, rows);
+            prop_assert_eq!(got.iter().sum::<usize>(), layers * (cap - window));
+            prop_assert!(got.is_sorted_by(|a, b| a >= b), "{:?}", got);
+            if rows > cap {
+                prop_assert!(got.iter().all(|&t| t + window <= rows));
+            }
+        }
     }
 }

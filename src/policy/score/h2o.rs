@@ -96,12 +96,63 @@ impl Scorer for H2o {
     fn score(&self, view: &LayerView<'_>) -> Result<LayerScores, PolicyError> {
         let mut values = score::column(ENTRY.name, view, "mass")?;
         if self.visibility {
-            let visits =
-                view.column_words("visits").ok_or_else(|| score::missing_column(ENTRY.name, view, "visits"))?;
+            let visits = view
+                .column_words("visits")
+                .ok_or_else(|| score::missing_column(ENTRY.name, view, "visits"))?;
             for (value, visits) in values.iter_mut().zip(visits) {
                 *value /= visits.max(1) as f32;
             }
         }
         Ok(LayerScores { lengths: view.lengths(), values })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Reference;
+    use crate::policy::allocate::uniform::Uniform;
+    use crate::policy::{Policy, Staged};
+    use crate::testing::layer::LayerCase;
+
+    /// Attention of five queries over five entries; what a row cannot see is filler.
+    const ROWS: [[f32; 5]; 5] = [
+        [1.0, 1.0, 1.0, 1.0, 1.0],
+        [0.6, 0.4, 1.0, 1.0, 1.0],
+        [0.5, 0.1, 0.4, 1.0, 1.0],
+        [0.4, 0.1, 0.3, 0.2, 1.0],
+        [0.3, 0.1, 0.3, 0.1, 0.2],
+    ];
+
+    fn fed(scorer: H2o, backend: &Reference) -> LayerCase<'_> {
+        let weights = vec![ROWS.map(|r| r.to_vec()).to_vec(); 2];
+        let mut case = LayerCase::attention(backend, 1, scorer.columns(), &weights).unwrap();
+        case.feed(scorer.needs().feed, |feed, columns| scorer.observe(feed, columns)).unwrap();
+        case
+    }
+
+    #[test]
+    fn sums_and_their_visibility_norm() {
+        let backend = Reference::default();
+        for (scorer, want) in [
+            (H2o::default(), [2.8, 0.7, 1.0, 0.3, 0.2]),
+            (H2o { agg: GroupAggregate::Sum, ..H2o::default() }, [5.6, 1.4, 2.0, 0.6, 0.4]),
+            (H2o { agg: GroupAggregate::Max, ..H2o::default() }, [2.8, 0.7, 1.0, 0.3, 0.2]),
+            (H2o { visibility: true, ..H2o::default() }, [0.56, 0.175, 1.0 / 3.0, 0.15, 0.2]),
+        ] {
+            let got = scorer.score(&fed(scorer, &backend).view(3)).unwrap().values;
+            assert!(got.iter().zip(want).all(|(g, w)| (g - w).abs() < 1e-5), "{scorer:?}: {got:?}");
+        }
+    }
+
+    #[test]
+    fn heavy_hitters_beside_the_recent_ones() {
+        let backend = Reference::default();
+        let scorer = H2o::default();
+        let case = fed(scorer, &backend);
+        let policy = Staged::new("h2o", Arc::new(scorer), Arc::new(Uniform));
+        let keep = |policy: &Staged, target| policy.plan(&case.view(target)).unwrap().heads[0].keep.clone();
+        assert_eq!(keep(&policy.clone().recent(2), 3), [0, 3, 4], "one heavy, two recent");
+        assert_eq!(keep(&policy, 4), [0, 2, 3, 4], "half of four are recent");
     }
 }

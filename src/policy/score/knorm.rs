@@ -37,3 +37,19 @@ impl Scorer for Knorm {
         Ok(LayerScores { lengths: view.lengths(), values })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Reference;
+    use crate::geometry::LayerShape;
+    use crate::testing::layer::LayerCase;
+
+    #[test]
+    fn low_norms_score_high() {
+        let backend = Reference::default();
+        let mut case = LayerCase::new(&backend, LayerShape::new(1, 1, 2), Vec::new());
+        case.append(0, &[0, 1, 2], &[3.0, 4.0, 0.0, 1.0, -6.0, 8.0], &[0.0; 6]).unwrap();
+        assert_eq!(Knorm.score(&case.view(1)).unwrap().values, [-5.0, -1.0, -10.0]);
+    }
+}

@@ -38,11 +38,42 @@ fn mix(mut x: u64) -> u64 {
 
 impl Scorer for Random {
     fn score(&self, view: &LayerView<'_>) -> Result<LayerScores, PolicyError> {
-        let place = |words: [u64; 3]| words.iter().fold(self.seed, |h, &w| mix(h.wrapping_add(0x9e37_79b9_7f4a_7c15) ^ w));
+        let place = |words: [u64; 3]| {
+            words.iter().fold(self.seed, |h, &w| mix(h.wrapping_add(0x9e37_79b9_7f4a_7c15) ^ w))
+        };
         Ok(score::by_position(view, |head, position| {
             let bits = place([view.layer as u64, head as u64, u64::from(position as u32)]);
             // 24 bits: what an f32 in 0..1 holds exactly.
             (bits >> 40) as f32 / (1u32 << 24) as f32
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Reference;
+    use crate::geometry::LayerShape;
+    use crate::testing::layer::LayerCase;
+    use std::collections::HashSet;
+
+    #[test]
+    fn depends_on_seed_head_and_position_but_not_on_the_slot() {
+        let backend = Reference::default();
+        let score = |positions: &[i32], seed| {
+            let mut case = LayerCase::new(&backend, LayerShape::new(2, 2, 1), Vec::new());
+            let zeros = vec![0.0; positions.len()];
+            case.append(0, positions, &zeros, &zeros).unwrap();
+            case.append(1, positions, &zeros, &zeros).unwrap();
+            Random { seed }.score(&case.view(1)).unwrap().values
+        };
+        let dense: Vec<i32> = (0..100).collect();
+        let all = score(&dense, 0);
+        assert_eq!(score(&[3, 50, 99], 0), [all[3], all[50], all[99], all[103], all[150], all[199]]);
+        assert!(all.iter().all(|s| (0.0..1.0).contains(s)));
+        let distinct: HashSet<u32> = all.iter().chain(&score(&dense, 1)).map(|s| s.to_bits()).collect();
+        assert!(distinct.len() > 395, "{} of 400 numbers differ", distinct.len());
+        let mean = all.iter().sum::<f32>() / all.len() as f32;
+        assert!((mean - 0.5).abs() < 0.1, "{mean}");
     }
 }

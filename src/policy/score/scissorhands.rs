@@ -27,7 +27,11 @@ pub const ENTRY: Entry = Entry {
     args: &[
         Arg::count("history", 400, 1, MAX_HISTORY, "query rows remembered, one bit per entry each"),
         Arg::count("recent", 10, 0, usize::MAX, "last entries protected"),
-        Arg::word("agg", GroupAggregate::WORDS, "how the query heads of a KV head are joined before the comparison"),
+        Arg::word(
+            "agg",
+            GroupAggregate::WORDS,
+            "how the query heads of a KV head are joined before the comparison",
+        ),
     ],
     build: Build::Score { schedule: score::BOUNDED, build },
 };
@@ -109,12 +113,86 @@ impl Scorer for Scissorhands {
         let spare = 24 - (self.history.ilog2() + 1).min(23);
         let bits = slots.min(spare);
         let step = 1.0 / (1u64 << bits) as f32;
-        let mut counts = words.chunks_exact(self.words()).map(|w| w.iter().map(|w| w.count_ones()).sum::<u32>());
+        let mut counts =
+            words.chunks_exact(self.words()).map(|w| w.iter().map(|w| w.count_ones()).sum::<u32>());
         let values = lengths.iter().flat_map(|&len| {
             let counts: Vec<u32> = counts.by_ref().take(len).collect();
-            counts.into_iter().enumerate().map(move |(slot, low)| (slot >> (slots - bits)) as f32 * step - low as f32)
+            counts
+                .into_iter()
+                .enumerate()
+                .map(move |(slot, low)| (slot >> (slots - bits)) as f32 * step - low as f32)
         });
         let values = values.collect();
         Ok(LayerScores { lengths, values })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Reference;
+    use crate::policy::allocate::uniform::Uniform;
+    use crate::policy::{Policy, Staged};
+    use crate::testing::layer::LayerCase;
+
+    const ROWS: [[f32; 4]; 3] = [[0.6, 0.4, 1.0, 1.0], [0.1, 0.5, 0.4, 1.0], [0.1, 0.2, 0.3, 0.4]];
+
+    fn fed(history: usize, backend: &Reference) -> (Scissorhands, LayerCase<'_>) {
+        let scorer = Scissorhands { history, recent: 1, agg: GroupAggregate::Mean };
+        let weights = vec![ROWS.map(|r| r.to_vec()).to_vec(); 2];
+        let mut case = LayerCase::attention(backend, 1, scorer.columns(), &weights).unwrap();
+        case.feed(scorer.needs().feed, |feed, columns| scorer.observe(feed, columns)).unwrap();
+        (scorer, case)
+    }
+
+    #[test]
+    fn counts_rows_below_the_mean_and_forgets() {
+        let backend = Reference::default();
+        // Means: 1/2, 1/3, 1/4. Low: row 1 {1}, row 2 {0}, row 3 {0, 1}. Entries 2 and 3 are never low.
+        for (history, want) in
+            [(400, [-2.0, -2.0, 0.0, 0.0]), (2, [-2.0, -1.0, 0.0, 0.0]), (1, [-1.0, -1.0, 0.0, 0.0])]
+        {
+            let (scorer, case) = fed(history, &backend);
+            let got = scorer.score(&case.view(3)).unwrap().values;
+            let age = [0.0, 0.25, 0.5, 0.75];
+            let want: Vec<f32> = want.iter().zip(age).map(|(w, a)| w + a).collect();
+            assert_eq!(got, want, "history {history}");
+        }
+    }
+
+    #[test]
+    fn of_equal_counts_the_older_goes() {
+        let backend = Reference::default();
+        let (scorer, case) = fed(400, &backend);
+        let policy = Staged::new("scissorhands", Arc::new(scorer), Arc::new(Uniform));
+        assert_eq!(policy.plan(&case.view(3)).unwrap().heads[0].keep, [1, 2, 3]);
+    }
+
+    #[test]
+    fn bits_move_through_words_and_fall_off_the_end() {
+        let scorer = Scissorhands { history: 40, ..Scissorhands::default() };
+        let mut words = [0; 2];
+        scorer.shift_in(&mut words, true);
+        for _ in 0..39 {
+            scorer.shift_in(&mut words, false);
+        }
+        assert_eq!(words, [0, 1 << 7]);
+        scorer.shift_in(&mut words, true);
+        assert_eq!(words, [1, 0]);
+    }
+
+    #[test]
+    fn age_never_outweighs_a_count() {
+        // The closest call: the oldest entry with one count fewer against the newest with one more.
+        for (history, slots) in [(400usize, 15u32), (400, 20), (4096, 20), (1, 30)] {
+            let spare = 24 - (history.ilog2() + 1).min(23);
+            let bits = slots.min(spare);
+            let step = 1.0 / (1u64 << bits) as f32;
+            let newest = (((1usize << slots) - 1) >> (slots - bits)) as f32 * step - history as f32;
+            let oldest = 0.0 - (history as f32 - 1.0);
+            assert!(newest < oldest, "{newest} {oldest}");
+            // Neighbouring steps stay apart at the largest count.
+            assert!(step - history as f32 > -(history as f32));
+        }
     }
 }

@@ -43,7 +43,12 @@ fn build(args: &Args) -> Result<Arc<dyn Scorer>, RecipeError> {
         return Err(args.error("kernel", kernel, "odd, so that it has a middle"));
     }
     let pool = if args.word("pool")? == "max" { PoolKind::Max } else { PoolKind::Average };
-    Ok(Arc::new(SnapKv { window: args.count("window")?, kernel, pool, agg: GroupAggregate::from_args(args)? }))
+    Ok(Arc::new(SnapKv {
+        window: args.count("window")?,
+        kernel,
+        pool,
+        agg: GroupAggregate::from_args(args)?,
+    }))
 }
 
 /// See the [module](self).
@@ -126,7 +131,12 @@ impl Scorer for SnapKv {
 }
 
 impl SnapKv {
-    fn pooled(&self, view: &LayerView<'_>, candidates: &[usize], rows: Vec<f32>) -> Result<Vec<f32>, PolicyError> {
+    fn pooled(
+        &self,
+        view: &LayerView<'_>,
+        candidates: &[usize],
+        rows: Vec<f32>,
+    ) -> Result<Vec<f32>, PolicyError> {
         if self.kernel == 1 {
             return Ok(rows);
         }
@@ -141,5 +151,94 @@ impl SnapKv {
             out: &mut out,
         })?;
         Ok(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Reference;
+    use crate::policy::allocate::uniform::Uniform;
+    use crate::policy::{Policy, Staged};
+    use crate::testing::layer::LayerCase;
+
+    /// Eight entries, the last two of which are the window.
+    const ROWS: [[f32; 8]; 2] =
+        [[0.30, 0.02, 0.20, 0.03, 0.05, 0.10, 0.30, 1.0], [0.20, 0.02, 0.30, 0.03, 0.05, 0.15, 0.05, 0.20]];
+
+    fn case(backend: &Reference) -> LayerCase<'_> {
+        LayerCase::attention(backend, 1, Vec::new(), &[ROWS.map(|r| r.to_vec()).to_vec()]).unwrap()
+    }
+
+    fn snapkv(kernel: usize, pool: PoolKind) -> SnapKv {
+        SnapKv { window: 2, kernel, pool, agg: GroupAggregate::Mean }
+    }
+
+    /// What `pooling` keeps of four entries, and the sums over the window.
+    #[track_caller]
+    fn check(pooling: SnapKv, sums: [f32; 6], kept: [u32; 4]) {
+        let backend = Reference::default();
+        let case = case(&backend);
+        let scores = pooling.score(&case.view(4)).unwrap().values;
+        for (score, sum) in scores.iter().zip(sums) {
+            assert!((score * 2.0 - sum).abs() < 1e-3, "{scores:?}");
+        }
+        let policy = Staged::new("snapkv", Arc::new(pooling), Arc::new(Uniform));
+        assert_eq!(policy.plan(&case.view(4)).unwrap().heads[0].keep, kept);
+    }
+
+    #[test]
+    fn without_pooling_the_peaks_stay() {
+        check(snapkv(1, PoolKind::Average), [0.50, 0.04, 0.50, 0.06, 0.10, 0.25], [0, 2, 6, 7]);
+    }
+
+    #[test]
+    fn average_pooling_evicts_both_peaks_and_the_sink() {
+        check(snapkv(3, PoolKind::Average), [0.180, 0.347, 0.200, 0.220, 0.137, 0.117], [1, 3, 6, 7]);
+    }
+
+    #[test]
+    fn ties_of_max_pooling_go_to_the_older() {
+        check(snapkv(3, PoolKind::Max), [0.50, 0.50, 0.50, 0.50, 0.25, 0.25], [0, 1, 6, 7]);
+    }
+
+    #[test]
+    fn protected_sinks_survive_average_pooling() {
+        let backend = Reference::default();
+        let case = case(&backend);
+        let policy =
+            Staged::new("snapkv", Arc::new(snapkv(3, PoolKind::Average)), Arc::new(Uniform)).sinks(1);
+        assert_eq!(policy.plan(&case.view(4)).unwrap().heads[0].keep, [0, 1, 6, 7]);
+    }
+
+    #[test]
+    fn the_window_outranks_every_candidate_and_a_short_one_is_used_as_it_is() {
+        let backend = Reference::default();
+        let case = case(&backend);
+        let scores = SnapKv::default().score(&case.view(4)).unwrap().values;
+        assert!(scores[..6].iter().all(|s| *s < scores[6]) && scores[6] == scores[7], "{scores:?}");
+    }
+
+    #[test]
+    fn groups_are_joined_after_pooling() {
+        let backend = Reference::default();
+        let quiet = vec![0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.2];
+        let weights = [ROWS.map(|r| r.to_vec()).to_vec(), vec![quiet.clone(), quiet]];
+        let case = LayerCase::attention(&backend, 1, Vec::new(), &weights).unwrap();
+        let score = |agg| SnapKv { agg, ..snapkv(3, PoolKind::Max) }.score(&case.view(4)).unwrap().values[4];
+        // Head 0 pools to .125; head 1 sees .1/.8 in the first row (the last entry is hidden) and .1 in the
+        // second: a mean of .1125.
+        assert!((score(GroupAggregate::Mean) - 0.11875).abs() < 1e-6);
+        assert!((score(GroupAggregate::Max) - 0.125).abs() < 1e-6);
+        assert!((score(GroupAggregate::Sum) - 0.2375).abs() < 1e-6);
+    }
+
+    #[test]
+    fn no_queries_is_an_error_with_a_hint() {
+        let backend = Reference::default();
+        let mut case = case(&backend);
+        case.record(Vec::new(), Vec::new());
+        let error = SnapKv::default().score(&case.view(4)).unwrap_err().to_string();
+        assert!(error.contains("the last 64 queries") && error.contains("knorm"), "{error}");
     }
 }

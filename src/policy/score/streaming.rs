@@ -52,3 +52,26 @@ impl Scorer for Streaming {
         Ok(LayerScores { lengths, values })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Reference;
+    use crate::policy::allocate::uniform::Uniform;
+    use crate::policy::{Policy, Staged};
+    use crate::testing::layer::LayerCase;
+
+    #[test]
+    fn keeps_the_ends() {
+        let backend = Reference::default();
+        let case = LayerCase::attention(&backend, 1, Vec::new(), &[vec![vec![0.1; 10]]]).unwrap();
+        let policy = Staged::new("streaming", Arc::new(Streaming { sinks: 2 }), Arc::new(Uniform));
+        for (target, want) in [(5, vec![0, 1, 7, 8, 9]), (2, vec![0, 1]), (1, vec![0]), (0, vec![])] {
+            assert_eq!(policy.plan(&case.view(target)).unwrap().heads[0].keep, want, "target {target}");
+        }
+        assert_eq!(
+            Streaming { sinks: 2 }.score(&case.view(3)).unwrap().values,
+            [1., 1., 0., 0., 0., 0., 0., 0., 0., 1.]
+        );
+    }
+}

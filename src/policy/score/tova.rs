@@ -78,3 +78,50 @@ impl Scorer for Tova {
         Ok(score::by_position(view, |_, position| sums.get(&position).map_or(0.0, |(sum, n)| sum / n)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Reference;
+    use crate::policy::allocate::uniform::Uniform;
+    use crate::policy::{Policy, Staged};
+    use crate::testing::layer::LayerCase;
+
+    fn close(a: &[f32], b: &[f32]) {
+        assert!(a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-6), "{a:?} {b:?}");
+    }
+
+    #[test]
+    fn mean_over_all_query_heads_of_the_last_row() {
+        let backend = Reference::default();
+        let early = vec![0.7, 0.1, 0.1, 0.1];
+        let weights = [[0.4, 0.3, 0.2, 0.1], [0.1, 0.6, 0.2, 0.1]].map(|w| vec![early.clone(), w.to_vec()]);
+        let case = LayerCase::attention(&backend, 2, Vec::new(), &weights).unwrap();
+        let scores = Tova::default().score(&case.view(2)).unwrap();
+        close(scores.head(0), &[0.25, 0.45, 0.2, 0.1]);
+        close(scores.head(1), scores.head(0));
+
+        let keep = |recent| {
+            let policy = Staged::new("tova", Arc::new(Tova { recent }), Arc::new(Uniform));
+            policy.plan(&case.view(2)).unwrap().heads[1].keep.clone()
+        };
+        assert_eq!(keep(1), [1, 3], "the last token is protected, as in kvpress");
+        assert_eq!(keep(0), [0, 1], "the paper may drop even the last token");
+    }
+
+    #[test]
+    fn heads_that_hold_different_positions_average_over_those_that_do() {
+        let backend = Reference::default();
+        let weights = [[0.4, 0.3, 0.2, 0.1], [0.1, 0.6, 0.2, 0.1]].map(|w| vec![w.to_vec()]);
+        let mut case = LayerCase::attention(&backend, 2, Vec::new(), &weights).unwrap();
+        let layout = case.heads[0].segments[0].layout.clone();
+        crate::store::compact(&backend, &layout, &mut case.heads[0], &[0, 2, 3]).unwrap();
+        let scores = Tova::default().score(&case.view(2)).unwrap();
+        // Head 0 now spreads over what it still holds: .4/.7, .2/.7, .1/.7.
+        close(
+            scores.head(1),
+            &[(0.4 / 0.7 + 0.1) / 2.0, 0.6, (0.2 / 0.7 + 0.2) / 2.0, (0.1 / 0.7 + 0.1) / 2.0],
+        );
+        close(scores.head(0), &[scores.head(1)[0], scores.head(1)[2], scores.head(1)[3]]);
+    }
+}
