@@ -20,7 +20,7 @@ pub fn run(exec: &Exec, args: &mut GatherArgs<'_>) -> Result<(), KernelError> {
     match &mut args.target {
         GatherTarget::Pages { layout, pages } => {
             let tasks = exec.tasks(args.slots.len() * layout.entry_bytes());
-            let work = IntoPages { sources: &sources, layout, slots: args.slots, pages: &mut **pages };
+            let work = IntoPages { sources: &sources, layout, slots: args.slots, pages };
             exec.run(tasks, || work.spread(tasks));
             copy_metadata(args.head, args.slots, layout, pages);
         }

@@ -105,7 +105,7 @@ fn turn<S: Simd>(simd: S, row: &mut [f32], dims: usize, layout: RotaryLayout, an
     }
     match layout {
         RotaryLayout::Interleaved => {
-            rotate(&mut row[2 * whole..], dims - 2 * whole, layout, &angles[2 * whole..])
+            rotate(&mut row[2 * whole..], dims - 2 * whole, layout, &angles[2 * whole..]);
         }
         RotaryLayout::HalfSplit => {
             for (i, angle) in (whole..pairs).zip(angles[2 * whole..].chunks_exact(2)) {

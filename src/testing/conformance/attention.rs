@@ -84,7 +84,7 @@ impl Stored {
                 // Where weights cancel, the values' own size is what the error is relative to.
                 let allowed =
                     self.logit_error(lane, row) * (size + attend::CANCELLATION * (d_v as f64).sqrt());
-                if !(error <= allowed) {
+                if error.is_nan() || error > allowed {
                     let what = format!(
                         "lane {lane} out row {row}: error {error:.3e}, allowed {allowed:.3e}; got {:?}, should be {:?}",
                         head(g),

@@ -133,7 +133,7 @@ pub fn storage(backend: &dyn Backend, _: Effort) -> KernelReport {
         page.bias = Some(vec![0.5; 32].into());
         backend.write_rows(&layout, &mut page, 0, &ones, &ones)?;
         let copy = backend.copy_page(&layout, &page)?;
-        backend.write_rows(&layout, &mut page, 3, &vec![2.0; 6], &vec![2.0; 6])?;
+        backend.write_rows(&layout, &mut page, 3, &[2.0; 6], &[2.0; 6])?;
         if copy.positions != page.positions || copy.bias != page.bias {
             return Err("the copy has other positions or β".to_owned().into());
         }

@@ -31,7 +31,7 @@ impl Effort {
     fn wants(self, index: usize) -> bool {
         match self {
             Self::Full => true,
-            Self::Quick => index % 5 == 0,
+            Self::Quick => index.is_multiple_of(5),
         }
     }
 }
