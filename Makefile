@@ -21,6 +21,7 @@ bench: ## Time the kernels and the decode step on this machine
 
 fmt: ## Format all Rust code
 	cargo fmt --all
+	rustfmt --edition 2024 src/policy/score/*.rs src/policy/allocate/*.rs src/policy/whole/*.rs
 	cargo fmt --manifest-path examples/candle/Cargo.toml
 
 lint: ## Format check and clippy, without running anything

@@ -118,11 +118,11 @@ fn decode(c: &mut Criterion) {
             let params = params(g, d);
             let (mut call, mut w) = (Call::new(&heads, &params, 1), Workspace::default());
             group.bench_function(format!("g{g}"), |b| {
-                b.iter(|| call.attend(&cpu, &heads, &params, false, &mut w))
+                b.iter(|| call.attend(&cpu, &heads, &params, false, &mut w));
             });
             if g == 4 {
                 group.bench_function(format!("g{g}/mass"), |b| {
-                    b.iter(|| call.attend(&cpu, &heads, &params, true, &mut w))
+                    b.iter(|| call.attend(&cpu, &heads, &params, true, &mut w));
                 });
             }
         }
@@ -139,10 +139,10 @@ fn short_decode(c: &mut Criterion) {
         let (mut call, mut w) = (Call::new(&heads, &params, 1), Workspace::default());
         group.throughput(Throughput::Bytes(bytes(&heads)));
         group.bench_function(format!("n{rows}/one thread"), |b| {
-            b.iter(|| call.attend(&single, &heads, &params, false, &mut w))
+            b.iter(|| call.attend(&single, &heads, &params, false, &mut w));
         });
         group.bench_function(format!("n{rows}/all threads"), |b| {
-            b.iter(|| call.attend(&cpu, &heads, &params, false, &mut w))
+            b.iter(|| call.attend(&cpu, &heads, &params, false, &mut w));
         });
     }
 }
@@ -157,7 +157,7 @@ fn prefill(c: &mut Criterion) {
             let (mut call, mut w) = (Call::new(&heads, &params, tokens), Workspace::default());
             group.throughput(Throughput::Elements((HEADS * 4 * tokens * 2048 * 2 * d) as u64));
             group.bench_function(format!("t{tokens}"), |b| {
-                b.iter(|| call.attend(&cpu, &heads, &params, false, &mut w))
+                b.iter(|| call.attend(&cpu, &heads, &params, false, &mut w));
             });
         }
         group.finish();

@@ -1,7 +1,7 @@
 //! Memory really goes back: resident bytes against the process's own RSS, and the peak of a chunked prefill.
 //! A binary of its own with one test, because RSS is a property of the process.
 
-#![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "tests")]
 #![cfg(target_os = "linux")]
 
 #[path = "it/support.rs"]

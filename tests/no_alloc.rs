@@ -1,15 +1,15 @@
 //! The attend path allocates nothing once it is warm, counted by the allocator itself. A binary of its own,
 //! because the allocator is the process's.
 
-#![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "tests")]
 #![allow(unsafe_code, reason = "a counting allocator is an unsafe trait; it forwards every call unchanged")]
 
 #[path = "it/support.rs"]
 #[allow(dead_code, unreachable_pub, reason = "shared with the other binary")]
 mod support;
 
-use kvsieve::view::{TensorView, TensorViewMut};
 use kvsieve::device::Pool;
+use kvsieve::view::{TensorView, TensorViewMut};
 use kvsieve::{Cpu, KvCache};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;

@@ -12,7 +12,7 @@ use crate::error::PolicyError;
 use crate::plan::{HeadPlan, LayerPlan};
 use std::sync::Arc;
 
-/// See the [module](self).
+/// A policy from parts: scorer, allocator, protection. The module explains them.
 ///
 /// Every plan keeps exactly the allocated number of entries of each KV head, protected ones among them, and
 /// nothing is dropped while a layer is within its target.

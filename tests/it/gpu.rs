@@ -19,7 +19,6 @@ use kvsieve::view::DType;
 use kvsieve::wgpu;
 use kvsieve::{Budget, Cpu, KvCache};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
 
 fn request() -> Option<Gpu> {
     match Gpu::request() {
@@ -35,16 +34,14 @@ fn request() -> Option<Gpu> {
 }
 
 /// One device for the tests that do not break it: pipelines are compiled once.
-fn gpu() -> Option<&'static Gpu> {
+pub fn gpu() -> Option<&'static Gpu> {
     static GPU: OnceLock<Option<Gpu>> = OnceLock::new();
     GPU.get_or_init(request).as_ref()
 }
 
 fn conforms(kernel: fn(&dyn Backend, Effort) -> KernelReport) {
     let Some(gpu) = gpu() else { return };
-    let start = Instant::now();
     let report = kernel(gpu, Effort::Full);
-    println!("{} ({:.1?})", report, start.elapsed());
     assert!(report.passed(), "{}\n{report}", gpu.describe());
 }
 
@@ -251,14 +248,8 @@ fn threads_may_share_a_backend() {
     });
 }
 
-/// A prompt and some decode steps through a whole cache: the outputs, and how long it took.
-fn replay(
-    backend: Arc<dyn Backend>,
-    recipe: &str,
-    layers: usize,
-    prompt: u64,
-    steps: u64,
-) -> (Vec<f32>, f64) {
+/// A prompt and some decode steps through a whole cache: the outputs.
+fn replay(backend: Arc<dyn Backend>, recipe: &str, layers: usize, prompt: u64, steps: u64) -> Vec<f32> {
     let layer = LayerShape::new(9, 3, 64);
     let shape = ModelShape::uniform(layers, layer).unwrap();
     let budget = Budget::Tokens(prompt as usize / 4);
@@ -266,12 +257,11 @@ fn replay(
         KvCache::builder(shape).recipe(recipe).budget(budget).shared_backend(backend).build().unwrap();
     let id = cache.create_sequence();
     let prompt: Vec<u64> = (0..prompt).collect();
-    let start = Instant::now();
     let mut outs: Vec<f32> = support::feed(&mut cache, id, &prompt, prompt.len()).concat();
     for step in 0..steps {
         outs.extend(support::feed(&mut cache, id, &[prompt.len() as u64 + step], 1).concat());
     }
-    (outs, start.elapsed().as_secs_f64())
+    outs
 }
 
 #[test]
@@ -281,34 +271,10 @@ fn a_cache_that_evicts_gives_the_same_on_cpu_and_gpu() {
     for recipe in
         ["snapkv(window=16)", "h2o+when=chunk+when=over(slack=4)", "streaming(sinks=2)+k=f16+v=bf16"]
     {
-        let (want, _) = replay(Arc::new(Cpu::default()), recipe, 2, 200, 6);
-        let (got, _) = replay(Arc::clone(&gpu), recipe, 2, 200, 6);
+        let want = replay(Arc::new(Cpu::default()), recipe, 2, 200, 6);
+        let got = replay(Arc::clone(&gpu), recipe, 2, 200, 6);
         let worst = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(worst < 1e-4, "{recipe}: {worst}");
     }
     assert_eq!(gpu.memory().resident, 0, "pages of a dropped cache are free");
-}
-
-/// Not a benchmark, only what it takes: run with `--ignored --nocapture`.
-#[test]
-#[ignore = "prints timings"]
-fn speed() {
-    let Some(gpu) = Gpu::request().ok() else { return };
-    println!("{}", gpu.describe());
-    for dtype in [DType::F32, DType::F16] {
-        let spec = CacheSpec::f32(1, 64, &[4096, 4096, 4096], 64).typed(dtype, dtype);
-        let heads = spec.build(&gpu).unwrap();
-        for tokens in [1, 512] {
-            decode(&gpu, &spec, &heads, tokens).unwrap();
-            let repeats = if tokens == 1 { 20 } else { 1 };
-            let start = Instant::now();
-            for _ in 0..repeats {
-                decode(&gpu, &spec, &heads, tokens).unwrap();
-            }
-            let ms = start.elapsed().as_secs_f64() * 1e3 / f64::from(repeats);
-            println!("attend {} n=4096 H=3 G=3 d=64, {tokens} queries: {ms:.2} ms", dtype.name());
-        }
-    }
-    let (_, seconds) = replay(Arc::new(gpu), "snapkv(window=64)", 4, 1024, 32);
-    println!("replay of 1024 tokens and 32 steps over 4 layers: {seconds:.2} s");
 }

@@ -13,6 +13,7 @@ fn cache() -> (KvCache, kvsieve::SequenceId) {
     (cache, id)
 }
 
+#[allow(clippy::too_many_arguments, reason = "one call, as flat as it is")]
 /// Runs one fused call with the given tensors and returns its error.
 fn attend(
     cache: &mut KvCache,
@@ -169,12 +170,12 @@ fn shapes_are_checked() {
     bad(|l| {
         l.rotary = Some(
             Rotary::new(8, 1e4, RotaryLayout::HalfSplit).with_scaling(RotaryScaling::Factors(vec![1.0; 3])),
-        )
+        );
     });
     bad(|l| {
         l.rotary = Some(
             Rotary::new(8, 1e4, RotaryLayout::HalfSplit).with_scaling(RotaryScaling::Linear { factor: 0.0 }),
-        )
+        );
     });
     assert!(ModelShape::new(vec![]).is_err());
 }

@@ -1,6 +1,6 @@
 //! The one integration binary: every file here is a module of it.
 
-#![allow(clippy::unwrap_used, missing_docs, unreachable_pub, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, unreachable_pub, reason = "tests")]
 
 mod cache;
 mod conformance;

@@ -233,11 +233,25 @@ fn kvpress_on_the_cpu() {
     check(&Cpu::default(), &small());
 }
 
+#[cfg(feature = "gpu")]
+#[test]
+fn kvpress_on_the_gpu() {
+    if let Some(gpu) = crate::gpu::gpu() {
+        check(gpu, &small());
+    }
+}
+
 #[test]
 fn kvpress_on_a_longer_prompt() {
     let shared = std::env::var_os("KVSIEVE_SHARED").map_or_else(|| PathBuf::from("../shared"), PathBuf::from);
     match Recording::open(&shared.join("data"), "smollm2-visible") {
-        Some(recording) => check(&Cpu::default(), &recording),
+        Some(recording) => {
+            check(&Cpu::default(), &recording);
+            #[cfg(feature = "gpu")]
+            if let Some(gpu) = crate::gpu::gpu() {
+                check(gpu, &recording);
+            }
+        }
         // The larger recording is not part of the repository.
         None => eprintln!("skipped: no smollm2-visible.* below {}", shared.display()),
     }

@@ -83,6 +83,10 @@ fn rows<S: Simd, B: Source, const N: usize>(
     }
 }
 
+#[allow(
+    clippy::needless_range_loop,
+    reason = "iterators' closures would be compiled without the level's instructions"
+)]
 #[inline(always)]
 fn block<S: Simd, B: Source, const M: usize, const N: usize>(
     simd: S,
