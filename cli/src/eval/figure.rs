@@ -4,19 +4,10 @@ use super::Row;
 use crate::error::{Error, Result};
 use plotters::coord::Shift;
 use plotters::prelude::*;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Width and height in pixels.
 const SIZE: (u32, u32) = (960, 600);
-
-/// Where common systems keep a plain typeface; only PNG needs one.
-const FONTS: &[&str] = &[
-    "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf",
-    "/usr/share/fonts/truetype/liberation/LiberationSans-Regular.ttf",
-    "/usr/share/fonts/TTF/DejaVuSans.ttf",
-    "/System/Library/Fonts/Supplemental/Arial.ttf",
-    "C:\\Windows\\Fonts\\arial.ttf",
-];
 
 /// Distinguishable in print and for most colour-blind readers.
 const COLOURS: &[RGBColor] = &[
@@ -33,15 +24,18 @@ const COLOURS: &[RGBColor] = &[
 type Line = (String, Vec<(f64, f64)>);
 
 /// Checks before anything is measured that the figure can be drawn.
-pub(super) fn check(path: &Path, font: Option<&Path>) -> Result<()> {
-    match path.extension().and_then(|e| e.to_str()) {
-        Some("svg") => Ok(()),
-        Some("png") => load_font(path, font),
-        _ => Err(Error::usage(
+pub(super) fn check(path: &Path) -> Result<()> {
+    if !matches!(path.extension().and_then(|e| e.to_str()), Some("svg" | "png")) {
+        return Err(Error::usage(
             format!("{} is neither .svg nor .png", path.display()),
             "name the figure *.svg or *.png",
-        )),
+        ));
     }
+    let font = epaint_default_fonts::UBUNTU_LIGHT;
+    plotters::style::register_font("sans-serif", FontStyle::Normal, font).map_err(|_| Error::Figure {
+        path: path.to_owned(),
+        problem: "the built-in typeface is broken".to_owned(),
+    })
 }
 
 pub(super) fn draw(path: &Path, rows: &[Row], title: &str) -> Result<()> {
@@ -117,22 +111,4 @@ fn chart<B: DrawingBackend>(
         .draw()
         .map_err(text)?;
     root.present().map_err(text)
-}
-
-fn load_font(path: &Path, font: Option<&Path>) -> Result<()> {
-    let given = font.map(Path::to_owned);
-    let places = given.into_iter().chain(FONTS.iter().map(PathBuf::from));
-    let bytes = places.into_iter().find_map(|path| std::fs::read(path).ok());
-    let bytes = bytes.ok_or_else(|| {
-        Error::usage(
-            "a .png needs a typeface and none was found",
-            "name one with --font FILE.ttf, or draw an .svg",
-        )
-    })?;
-    // Registered for the life of the program, once.
-    plotters::style::register_font("sans-serif", FontStyle::Normal, Box::leak(bytes.into_boxed_slice()))
-        .map_err(|_| Error::Figure {
-            path: path.to_owned(),
-            problem: "the typeface cannot be read; name another with --font".to_owned(),
-        })
 }

@@ -87,9 +87,6 @@ pub(crate) struct Args {
     /// Draw KL against bytes (text): *.svg or *.png.
     #[arg(long)]
     figure: Option<PathBuf>,
-    /// A TrueType file for *.png figures.
-    #[arg(long)]
-    font: Option<PathBuf>,
     /// Print JSON instead of a table.
     #[arg(long)]
     json: bool,
@@ -197,7 +194,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
                 "use --task text",
             ));
         }
-        figure::check(path, args.font.as_deref())?;
+        figure::check(path)?;
     }
     if let Some(depth) = args.depth.iter().find(|depth| !(0.0..=1.0).contains(*depth)) {
         return Err(Error::usage(
@@ -245,6 +242,12 @@ pub(crate) fn main(args: &Args) -> Result<()> {
             needle::run(&job, &protocol, &text)?
         }
     };
+    if args.json {
+        let text = serde_json::to_string(&rows).map_err(|e| Error::usage(e.to_string(), "report this"))?;
+        println!("{text}");
+    } else {
+        print(args.task, &rows);
+    }
     if let Some(path) = &args.figure {
         let title = format!(
             "{}: {} samples of {} tokens after {prompt}",
@@ -253,12 +256,6 @@ pub(crate) fn main(args: &Args) -> Result<()> {
             args.score_tokens
         );
         figure::draw(path, &rows, &title)?;
-    }
-    if args.json {
-        let text = serde_json::to_string(&rows).map_err(|e| Error::usage(e.to_string(), "report this"))?;
-        println!("{text}");
-    } else {
-        print(args.task, &rows);
     }
     Ok(())
 }

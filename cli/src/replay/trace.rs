@@ -46,8 +46,10 @@ impl Trace {
         let tensors = SafeTensors::deserialize(bytes).map_err(|e| format!("not a safetensors file: {e}"))?;
         let metadata = Metadata(header.metadata().as_ref());
         let recorded: Vec<usize> = metadata.parse_with("layers", |text| serde_json::from_str(text).ok())?;
-        let (query_heads, kv_heads) = (metadata.number("q_heads")?, metadata.number("kv_heads")?);
-        let (prompt, decode) = (metadata.number("prompt_len")?, metadata.number("decode_len")?);
+        let (query_heads, kv_heads): (usize, usize) =
+            (metadata.number("q_heads")?, metadata.number("kv_heads")?);
+        let (prompt, decode): (usize, usize) =
+            (metadata.number("prompt_len")?, metadata.number("decode_len")?);
         let dim: usize = metadata.number("head_dim")?;
         let theta: f32 = metadata.number("rope_theta")?;
         let layout = metadata.parse_with("rope_layout", |text| {
