@@ -42,6 +42,9 @@ fn three_policies_stay_in_their_bands() {
         assert_eq!(row["entries_per_head"], 128.0);
         let (got_kl, got_top1) = (row["kl"].as_f64().unwrap(), row["same_top1"].as_f64().unwrap());
         assert!((got_kl / kl - 1.0).abs() <= KL_BAND, "{recipe}: KL {got_kl}, recorded {kl}");
-        assert!((got_top1 - top1).abs() <= TOP1_BAND + 1e-9, "{recipe}: same top-1 {got_top1}, recorded {top1}");
+        assert!(
+            (got_top1 - top1).abs() <= TOP1_BAND + 1e-9,
+            "{recipe}: same top-1 {got_top1}, recorded {top1}"
+        );
     }
 }
