@@ -2,6 +2,8 @@
 
 use kvsieve::backend::{Backend, Cpu, Reference};
 use kvsieve::device::Pool;
+use kvsieve::kernel::attend::cases::cases;
+use kvsieve::kernel::attend::{Share, Workspace};
 use kvsieve::kernel::simd::Level;
 use kvsieve::testing::conformance::{self, Effort};
 
@@ -64,4 +66,30 @@ fn the_detected_level_is_the_one_the_system_reports() {
             Level::Baseline
         };
     assert_eq!(Level::detect(), expected);
+}
+
+/// The promise of `Cpu`: threads change when work is done, never what is computed.
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    for case in cases().iter().filter(|c| c.name.starts_with("long") || c.name.starts_with("lanes")) {
+        let run = |threads| {
+            let cpu = Cpu::with_threads(threads).unwrap();
+            let heads: Vec<_> = case.lanes.iter().map(|l| l.cache.build(&cpu).unwrap()).collect();
+            let queries: Vec<_> =
+                case.lanes.iter().zip(&heads).map(|(l, h)| l.queries(case.group, h)).collect();
+            let mut outputs: Vec<_> = case.lanes.iter().map(|l| l.outputs(case.group)).collect();
+            let mut lanes: Vec<_> = outputs
+                .iter_mut()
+                .zip(heads.iter().zip(&queries))
+                .map(|(o, (heads, queries))| o.lane(heads, queries, Share::ALL, true))
+                .collect();
+            cpu.attend(&case.params(), &mut lanes, &mut Workspace::default()).unwrap();
+            let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            outputs.iter().map(|o| [bits(&o.out), bits(&o.lse), bits(&o.mass)]).collect::<Vec<_>>()
+        };
+        let one = run(1);
+        for threads in [2, 5] {
+            assert!(run(threads) == one, "{} on {threads} threads", case.name);
+        }
+    }
 }

@@ -20,7 +20,7 @@ use crate::error::KernelError;
 use crate::kernel::AttentionParams;
 use crate::kernel::attention_mass::cpu::{HeadMass, mass_len};
 use crate::kernel::merge_partials::cpu::merge;
-use crate::kernel::simd::gemm::{self, Matrix, PAD};
+use crate::kernel::simd::gemm::PAD;
 use crate::kernel::simd::math::{exp, scale};
 use crate::kernel::simd::tile::{
     BLOCK, QueryBlock, ScoreScratch, TILE, first_slot, padded_bias, page_count, tiles,
@@ -56,8 +56,9 @@ pub fn run(
     // A share of the entries comes from one of the host's own threads: it brings the parallelism.
     let tasks = if lanes.iter().any(|l| l.share.of > 1) { 1 } else { exec.tasks(work) };
     let scratch = scratch_len(params);
-    let buffers = lanes.iter().map(|l| buffer_len(params, l)).sum();
-    let (buffers, scratch) = workspace.take(buffers + tasks * scratch).split_at_mut(buffers);
+    let buffers: usize = lanes.iter().map(|l| buffer_len(params, l)).sum();
+    // Scratch first, so that it keeps the workspace's alignment.
+    let (scratch, buffers) = workspace.take(tasks * scratch + buffers).split_at_mut(tasks * scratch);
     let context = Context { exec, params };
     exec.run(tasks, || over_lanes(&context, lanes, buffers, Lent { scratch, tasks }));
     Ok(())
@@ -436,7 +437,7 @@ impl Item<'_> {
             if !tile.meets(params, &self.block) {
                 continue;
             }
-            tile.transpose_keys(simd, score.keys, score.rows);
+            tile.transpose_keys(simd, score.keys);
             self.block.dots(simd, params.d_k, score.keys, &tile, score.scores);
             let bias = padded_bias(&tile);
             for r in 0..rows {
@@ -458,9 +459,7 @@ impl Item<'_> {
                 }
                 total[r] += weights(simd, x, most[r]);
             }
-            let p = Matrix { data: score.scores, stride: TILE };
-            let v = tile.values(simd, values);
-            gemm::multiply(simd, p, v, sums, padded, (rows, tile.len, d_v), true);
+            tile.add_values(simd, score.scores, rows, values, sums);
         }
         for (r, (out, lse)) in self.out.chunks_exact_mut(d_v).zip(self.lse).enumerate() {
             if total[r] > 0.0 {

@@ -126,11 +126,16 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// A slice of `len` floats with unspecified contents.
+    /// Alignment of what [`Workspace::take`] gives, in floats: a cache line, and the widest vector. Vectors
+    /// that straddle two lines cost twice.
+    const ALIGN: usize = 16;
+
+    /// A slice of `len` floats with unspecified contents, starting at a cache line.
     pub fn take(&mut self, len: usize) -> &mut [f32] {
-        if self.words.len() < len {
-            self.words.resize(len, 0.0);
+        if self.words.len() < len + Self::ALIGN {
+            self.words.resize(len + Self::ALIGN, 0.0);
         }
-        &mut self.words[..len]
+        let start = self.words.as_ptr().align_offset(Self::ALIGN * size_of::<f32>()).min(Self::ALIGN);
+        &mut self.words[start..start + len]
     }
 }

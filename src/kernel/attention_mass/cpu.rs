@@ -8,7 +8,9 @@ use super::MassArgs;
 use crate::device::HeadRows;
 use crate::error::KernelError;
 use crate::kernel::AttentionParams;
+use crate::kernel::attend::Workspace;
 use crate::kernel::attend::cpu::add_weights;
+use crate::kernel::simd::gemm::PAD;
 use crate::kernel::simd::tile::{BLOCK, QueryBlock, ScoreScratch, TILE, padded_bias, page_count, tiles};
 use crate::kernel::simd::{Exec, Split, take};
 use fearless_simd::{Simd, dispatch};
@@ -70,7 +72,8 @@ impl Split for Heads<'_> {
     fn work(mut self) {
         let (params, tokens) = (self.params, self.positions.len());
         let tasks = self.tasks.max(1);
-        let mut scratch = vec![0.0; tasks * mass_len(params)];
+        let mut workspace = Workspace::default();
+        let scratch = workspace.take(tasks * mass_len(params));
         for (h, head) in self.heads.iter().enumerate() {
             let rows = h * params.group * tokens..(h + 1) * params.group * tokens;
             let work = HeadMass {
@@ -84,14 +87,14 @@ impl Split for Heads<'_> {
                 first: 0,
                 end: params.group,
             };
-            work.over(&mut scratch, tasks);
+            work.over(scratch, tasks);
         }
     }
 }
 
 /// Floats of scratch one task needs.
 pub(in crate::kernel) fn mass_len(params: &AttentionParams<'_>) -> usize {
-    ScoreScratch::len(params.d_k)
+    ScoreScratch::len(params.d_k).next_multiple_of(PAD)
 }
 
 /// The mass of query heads `first .. end` of a group on one KV head.
@@ -167,7 +170,7 @@ pub(in crate::kernel) fn head_mass<S: Simd>(
                 continue;
             }
             if !loaded {
-                tile.transpose_keys(simd, scratch.keys, scratch.rows);
+                tile.transpose_keys(simd, scratch.keys);
                 loaded = true;
             }
             block.dots(simd, params.d_k, scratch.keys, &tile, scratch.scores);

@@ -9,6 +9,7 @@
 //! every load of `B` serves 4 rows and every element of `A` serves a block of columns. *Helps* decode
 //! (rows = the query heads of a group) and prefill alike. *Hurts* a single row, where nothing is shared.
 
+use super::widen::Source;
 use fearless_simd::prelude::*;
 use fearless_simd::{Simd, SimdBase};
 
@@ -17,8 +18,8 @@ pub(crate) const PAD: usize = 16;
 
 /// A matrix in a slice: row `i` starts at `i * stride`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Matrix<'a> {
-    pub data: &'a [f32],
+pub(crate) struct Matrix<T> {
+    pub data: T,
     pub stride: usize,
 }
 
@@ -26,10 +27,10 @@ pub(crate) struct Matrix<'a> {
 /// vectors, so rows of `b` and `c` must be readable up to there.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the classic signature")]
-pub(crate) fn multiply<S: Simd>(
+pub(crate) fn multiply<S: Simd, B: Source>(
     simd: S,
-    a: Matrix<'_>,
-    b: Matrix<'_>,
+    a: Matrix<&[f32]>,
+    b: Matrix<B>,
     c: &mut [f32],
     c_stride: usize,
     (m, k, columns): (usize, usize, usize),
@@ -44,26 +45,26 @@ pub(crate) fn multiply<S: Simd>(
             // With 32 registers of 16 lanes a 4 × 4 block fits; with 16 registers 4 × 2 does.
             if lanes >= 16 {
                 while j + 4 <= vectors {
-                    rows::<S, 4>(simd, a, b, c, c_stride, (m, k, j * lanes), accumulate);
+                    rows::<S, B, 4>(simd, a, b, c, c_stride, (m, k, j * lanes), accumulate);
                     j += 4;
                 }
             }
             while j + 2 <= vectors {
-                rows::<S, 2>(simd, a, b, c, c_stride, (m, k, j * lanes), accumulate);
+                rows::<S, B, 2>(simd, a, b, c, c_stride, (m, k, j * lanes), accumulate);
                 j += 2;
             }
             if j < vectors {
-                rows::<S, 1>(simd, a, b, c, c_stride, (m, k, j * lanes), accumulate);
+                rows::<S, B, 1>(simd, a, b, c, c_stride, (m, k, j * lanes), accumulate);
             }
         },
     );
 }
 
 #[inline(always)]
-fn rows<S: Simd, const N: usize>(
+fn rows<S: Simd, B: Source, const N: usize>(
     simd: S,
-    a: Matrix<'_>,
-    b: Matrix<'_>,
+    a: Matrix<&[f32]>,
+    b: Matrix<B>,
     c: &mut [f32],
     c_stride: usize,
     (m, k, j): (usize, usize, usize),
@@ -71,13 +72,13 @@ fn rows<S: Simd, const N: usize>(
 ) {
     let mut i = 0;
     while i + 4 <= m {
-        block::<S, 4, N>(simd, a, b, c, c_stride, (i, k, j), accumulate);
+        block::<S, B, 4, N>(simd, a, b, c, c_stride, (i, k, j), accumulate);
         i += 4;
     }
     match m - i {
-        3 => block::<S, 3, N>(simd, a, b, c, c_stride, (i, k, j), accumulate),
-        2 => block::<S, 2, N>(simd, a, b, c, c_stride, (i, k, j), accumulate),
-        1 => block::<S, 1, N>(simd, a, b, c, c_stride, (i, k, j), accumulate),
+        3 => block::<S, B, 3, N>(simd, a, b, c, c_stride, (i, k, j), accumulate),
+        2 => block::<S, B, 2, N>(simd, a, b, c, c_stride, (i, k, j), accumulate),
+        1 => block::<S, B, 1, N>(simd, a, b, c, c_stride, (i, k, j), accumulate),
         _ => {}
     }
 }
@@ -87,10 +88,10 @@ fn rows<S: Simd, const N: usize>(
     reason = "iterators' closures would be compiled without the level's instructions"
 )]
 #[inline(always)]
-fn block<S: Simd, const M: usize, const N: usize>(
+fn block<S: Simd, B: Source, const M: usize, const N: usize>(
     simd: S,
-    a: Matrix<'_>,
-    b: Matrix<'_>,
+    a: Matrix<&[f32]>,
+    b: Matrix<B>,
     c: &mut [f32],
     c_stride: usize,
     (i, k, j): (usize, usize, usize),
@@ -104,11 +105,13 @@ fn block<S: Simd, const M: usize, const N: usize>(
         *row = &a.data[(i + r) * a.stride..][..k];
     }
     let mut sums = [[S::f32s::splat(simd, 0.0); N]; M];
+    #[allow(clippy::needless_range_loop, reason = "the step indexes a column of every row")]
     for step in 0..k {
-        let row = &b.data[step * b.stride + j..][..N * lanes];
+        let at = step * b.stride + j;
+        let row = b.data.slice(at..at + N * lanes);
         let mut columns = [S::f32s::splat(simd, 0.0); N];
         for (n, column) in columns.iter_mut().enumerate() {
-            *column = S::f32s::from_slice(simd, &row[n * lanes..(n + 1) * lanes]);
+            *column = row.slice(n * lanes..(n + 1) * lanes).vector(simd);
         }
         for r in 0..M {
             let x = S::f32s::splat(simd, a_rows[r][step]);

@@ -11,11 +11,12 @@
 
 use super::gemm::{self, Matrix, PAD};
 use super::math::soft_cap;
-use super::widen::widen;
+use super::widen::{Source, widen};
 use crate::device::HeadRows;
 use crate::device::page::{PageRef, Rows, Side};
 use crate::kernel::AttentionParams;
 use fearless_simd::{Simd, SimdBase};
+use half::{bf16, f16};
 use std::ops::Range;
 
 /// Entries of a tile: four of the widest vectors, and a multiple of all.
@@ -23,6 +24,10 @@ pub(crate) const TILE: usize = 64;
 
 /// Query rows of a block.
 pub(crate) const BLOCK: usize = 64;
+
+/// Up to this many query rows, halves are widened while they are multiplied, once per four rows; beyond,
+/// storing them widened is cheaper.
+const IN_PLACE_ROWS: usize = 8;
 
 /// Number of pages of a head.
 pub(crate) fn page_count(head: &HeadRows) -> usize {
@@ -120,74 +125,109 @@ impl<'a> Tile<'a> {
 
     /// Writes the keys transposed: dimension `i` of entry `j` to `keys[i * TILE + j]`. Columns up to the next
     /// whole vector repeat the last entry, so that a block product may run over them.
-    ///
-    /// `rows` is scratch for [`PAD`] widened rows.
     #[inline(always)]
-    pub(crate) fn transpose_keys<S: Simd>(&self, simd: S, keys: &mut [f32], rows: &mut [f32]) {
-        match S::f32s::LEN {
-            16 => self.transpose::<S, 16>(simd, keys, rows),
-            8 => self.transpose::<S, 8>(simd, keys, rows),
-            _ => self.transpose::<S, 4>(simd, keys, rows),
+    pub(crate) fn transpose_keys<S: Simd>(&self, simd: S, keys: &mut [f32]) {
+        match self.page.layout.rows(self.page.page, Side::Key) {
+            Rows::F32(stored) => self.transpose_any(simd, stored, keys, |x| x),
+            Rows::F16(stored) => self.transpose_any(simd, stored, keys, f16::to_f32),
+            Rows::Bf16(stored) => self.transpose_any(simd, stored, keys, bf16::to_f32),
         }
     }
 
     #[inline(always)]
-    fn transpose<S: Simd, const N: usize>(&self, simd: S, keys: &mut [f32], wide: &mut [f32]) {
+    fn transpose_any<'s, S: Simd, T: Copy>(
+        &self,
+        simd: S,
+        stored: &'s [T],
+        keys: &mut [f32],
+        one: impl Fn(T) -> f32,
+    ) where
+        &'s [T]: Source,
+    {
+        match S::f32s::LEN {
+            16 => self.transpose::<S, T, 16>(simd, stored, keys, one),
+            8 => self.transpose::<S, T, 8>(simd, stored, keys, one),
+            _ => self.transpose::<S, T, 4>(simd, stored, keys, one),
+        }
+    }
+
+    /// `one` widens a single element: what is left of a row after its last whole vector.
+    #[inline(always)]
+    fn transpose<'s, S: Simd, T: Copy, const N: usize>(
+        &self,
+        simd: S,
+        stored: &'s [T],
+        keys: &mut [f32],
+        one: impl Fn(T) -> f32,
+    ) where
+        &'s [T]: Source,
+    {
         let layout = self.page.layout;
         let (d, stride) = (layout.d_k, layout.row_stride(Side::Key));
-        let stored = layout.rows(self.page.page, Side::Key);
         for j in (0..self.len).step_by(N) {
-            let index = |r: usize| (j + r).min(self.len - 1);
-            let mut rows: [&[f32]; N] = [&[]; N];
-            if let Rows::F32(stored) = stored {
-                for (r, row) in rows.iter_mut().enumerate() {
-                    *row = &stored[(self.from + index(r)) * stride..][..d];
-                }
-            } else {
-                for (r, row) in wide.chunks_exact_mut(d).take(N).enumerate() {
-                    widen(simd, stored, (self.from + index(r)) * stride, row);
-                }
-                for (row, wide) in rows.iter_mut().zip(wide.chunks_exact(d)) {
-                    *row = wide;
-                }
+            let mut rows: [&[T]; N] = [&[]; N];
+            for (r, row) in rows.iter_mut().enumerate() {
+                let index = (j + r).min(self.len - 1);
+                *row = &stored[(self.from + index) * stride..][..d];
             }
             let whole = d - d % N;
             for i in (0..whole).step_by(N) {
                 let mut block = [S::f32s::splat(simd, 0.0); N];
                 for (vector, row) in block.iter_mut().zip(&rows) {
-                    *vector = S::f32s::from_slice(simd, &row[i..i + N]);
+                    *vector = row.slice(i..i + N).vector(simd);
                 }
                 for (c, column) in turn(block).iter().enumerate() {
                     column.store_slice(&mut keys[(i + c) * TILE + j..][..N]);
                 }
             }
             for i in whole..d {
-                let column: &mut [f32] = &mut keys[i * TILE + j..][..N];
-                column.iter_mut().zip(&rows).for_each(|(c, row)| *c = row[i]);
+                let column = &mut keys[i * TILE + j..][..N];
+                for (c, row) in column.iter_mut().zip(&rows) {
+                    *c = one(row[i]);
+                }
             }
         }
     }
 
-    /// The value rows as a matrix: in place where they are `f32` in whole vectors, widened into `scratch`
-    /// otherwise, with rows padded to whole vectors.
+    /// `sums += weights · values` for the first `rows` rows. Values are read in place where their rows are
+    /// whole vectors and few query rows share them; otherwise they are first widened into `scratch`.
     #[inline(always)]
-    pub(crate) fn values<'b, S: Simd>(&self, simd: S, scratch: &'b mut [f32]) -> Matrix<'b>
-    where
-        'a: 'b,
-    {
+    pub(crate) fn add_values<S: Simd>(
+        &self,
+        simd: S,
+        weights: &[f32],
+        rows: usize,
+        scratch: &mut [f32],
+        sums: &mut [f32],
+    ) {
         let layout = self.page.layout;
         let (d, stride) = (layout.d_v, layout.row_stride(Side::Value));
-        let stored = layout.rows(self.page.page, Side::Value);
-        if let Rows::F32(stored) = stored
-            && d % S::f32s::LEN == 0
-        {
-            return Matrix { data: &stored[self.from * stride..(self.from + self.len) * stride], stride };
-        }
         let padded = d.next_multiple_of(PAD);
+        let weights = Matrix { data: weights, stride: TILE };
+        let span = self.from * stride..(self.from + self.len) * stride;
+        let extent = (rows, self.len, d);
+        let whole = d % S::f32s::LEN == 0;
+        let stored = layout.rows(self.page.page, Side::Value);
+        match stored {
+            Rows::F32(s) if whole => {
+                let values = Matrix { data: &s[span], stride };
+                return gemm::multiply(simd, weights, values, sums, padded, extent, true);
+            }
+            Rows::F16(s) if whole && rows <= IN_PLACE_ROWS => {
+                let values = Matrix { data: &s[span], stride };
+                return gemm::multiply(simd, weights, values, sums, padded, extent, true);
+            }
+            Rows::Bf16(s) if whole && rows <= IN_PLACE_ROWS => {
+                let values = Matrix { data: &s[span], stride };
+                return gemm::multiply(simd, weights, values, sums, padded, extent, true);
+            }
+            _ => {}
+        }
         for (i, row) in scratch.chunks_exact_mut(padded).take(self.len).enumerate() {
             widen(simd, stored, (self.from + i) * stride, &mut row[..d]);
         }
-        Matrix { data: scratch, stride: padded }
+        let values = Matrix { data: &*scratch, stride: padded };
+        gemm::multiply(simd, weights, values, sums, padded, extent, true);
     }
 }
 
@@ -319,8 +359,6 @@ pub(crate) fn padded_bias(tile: &Tile<'_>) -> Option<[f32; TILE]> {
 pub(crate) struct ScoreScratch<'a> {
     /// A transposed tile of keys.
     pub keys: &'a mut [f32],
-    /// Widened rows.
-    pub rows: &'a mut [f32],
     /// `[BLOCK, TILE]`.
     pub scores: &'a mut [f32],
 }
@@ -328,15 +366,11 @@ pub(crate) struct ScoreScratch<'a> {
 impl<'a> ScoreScratch<'a> {
     /// Floats it takes.
     pub(crate) fn len(d_k: usize) -> usize {
-        d_k * (TILE + PAD) + BLOCK * TILE
+        d_k * TILE + BLOCK * TILE
     }
 
     /// Cuts it out of the front of `memory`.
     pub(crate) fn cut(memory: &mut &'a mut [f32], d_k: usize) -> Self {
-        Self {
-            keys: super::take(memory, d_k * TILE),
-            rows: super::take(memory, d_k * PAD),
-            scores: super::take(memory, BLOCK * TILE),
-        }
+        Self { keys: super::take(memory, d_k * TILE), scores: super::take(memory, BLOCK * TILE) }
     }
 }

@@ -4,11 +4,14 @@
 //! shared by the query heads of a group. With AVX2 and above the processor converts halves itself; elsewhere
 //! they are converted by shifting the bits into place.
 
+use super::gemm::PAD;
 use crate::device::Page;
 use crate::device::page::{PageLayout, Rows, Side};
 use fearless_simd::prelude::*;
 use fearless_simd::{Simd, SimdBase};
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use std::ops::Range;
 
 /// `out = source[start ..][.. out.len()]` in single precision.
 #[inline(always)]
@@ -16,8 +19,8 @@ pub(crate) fn widen<S: Simd>(simd: S, source: Rows<'_>, start: usize, out: &mut 
     let span = start..start + out.len();
     match source {
         Rows::F32(s) => out.copy_from_slice(&s[span]),
-        Rows::F16(s) => f16_row(simd, s[span].reinterpret_cast(), out),
-        Rows::Bf16(s) => bf16_row(simd, s[span].reinterpret_cast(), out),
+        Rows::F16(s) => widen_slice(simd, &s[span], out),
+        Rows::Bf16(s) => widen_slice(simd, &s[span], out),
     }
 }
 
@@ -34,43 +37,109 @@ pub(crate) fn widen_row<S: Simd>(
     widen(simd, layout.rows(page, side), row * layout.row_stride(side), out);
 }
 
-/// The upper half of an `f32` is a `bf16`.
-#[inline(always)]
-fn bf16_row<S: Simd>(simd: S, source: &[u16], out: &mut [f32]) {
-    let mut sources = source.chunks_exact(S::u16s::LEN);
-    let mut outs = out.chunks_exact_mut(S::u16s::LEN);
-    for (s, o) in (&mut sources).zip(&mut outs) {
-        let (low, high) = S::u16s::from_slice(simd, s).widen();
-        let (first, second) = o.split_at_mut(S::f32s::LEN);
-        (low << 16).bitcast::<S::f32s>().store_slice(first);
-        (high << 16).bitcast::<S::f32s>().store_slice(second);
+/// Stored elements that load as vectors of single precision.
+pub(crate) trait Source: Copy {
+    /// Elements `range`.
+    fn slice(self, range: Range<usize>) -> Self;
+
+    /// The first elements, as many as a vector has.
+    fn vector<S: Simd>(self, simd: S) -> S::f32s;
+}
+
+impl Source for &[f32] {
+    #[inline(always)]
+    fn slice(self, range: Range<usize>) -> Self {
+        &self[range]
     }
-    for (&s, o) in sources.remainder().iter().zip(outs.into_remainder()) {
-        *o = f32::from_bits(u32::from(s) << 16);
+
+    #[inline(always)]
+    fn vector<S: Simd>(self, simd: S) -> S::f32s {
+        S::f32s::from_slice(simd, &self[..S::f32s::LEN])
     }
 }
 
+impl Source for &[f16] {
+    #[inline(always)]
+    fn slice(self, range: Range<usize>) -> Self {
+        &self[range]
+    }
+
+    #[inline(always)]
+    fn vector<S: Simd>(self, simd: S) -> S::f32s {
+        let bits: &[u16] = self[..S::f32s::LEN].reinterpret_cast();
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let (16, Some(token)) = (S::f32s::LEN, simd.level().as_avx512()) {
+                return S::f32s::from_slice(simd, x86::f16_avx512(token, bits).as_slice());
+            }
+            if let (8, Some(token)) = (S::f32s::LEN, simd.level().as_avx2()) {
+                return S::f32s::from_slice(simd, x86::f16_avx2(token, bits).as_slice());
+            }
+        }
+        f16_bits(simd, wide_bits(simd, bits))
+    }
+}
+
+impl Source for &[bf16] {
+    #[inline(always)]
+    fn slice(self, range: Range<usize>) -> Self {
+        &self[range]
+    }
+
+    #[inline(always)]
+    fn vector<S: Simd>(self, simd: S) -> S::f32s {
+        let bits: &[u16] = self[..S::f32s::LEN].reinterpret_cast();
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let (16, Some(token)) = (S::f32s::LEN, simd.level().as_avx512()) {
+                return S::f32s::from_slice(simd, x86::bf16_avx512(token, bits).as_slice());
+            }
+            if let (8, Some(token)) = (S::f32s::LEN, simd.level().as_avx2()) {
+                return S::f32s::from_slice(simd, x86::bf16_avx2(token, bits).as_slice());
+            }
+        }
+        // The upper half of an `f32` is a `bf16`.
+        (wide_bits(simd, bits) << 16).bitcast()
+    }
+}
+
+/// 16-bit words in 32-bit lanes. A register of words has twice the lanes, so half of it is padding.
 #[inline(always)]
-fn f16_row<S: Simd>(simd: S, source: &[u16], out: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if let Some(token) = simd.level().as_avx512() {
-            return x86::f16_avx512(token, source, out);
-        }
-        if let Some(token) = simd.level().as_avx2() {
-            return x86::f16_avx2(token, source, out);
-        }
+fn wide_bits<S: Simd>(simd: S, bits: &[u16]) -> S::u32s {
+    let mut padded = [0u16; 2 * PAD];
+    padded[..bits.len()].copy_from_slice(bits);
+    S::u16s::from_slice(simd, &padded[..S::u16s::LEN]).widen().0
+}
+
+/// `out = source`, whole vectors first, the rest one by one.
+#[inline(always)]
+fn widen_slice<S: Simd, T: Source + Remainder>(simd: S, source: T, out: &mut [f32]) {
+    let lanes = S::f32s::LEN;
+    let whole = out.len() - out.len() % lanes;
+    for at in (0..whole).step_by(lanes) {
+        source.slice(at..at + lanes).vector(simd).store_slice(&mut out[at..at + lanes]);
     }
-    let mut sources = source.chunks_exact(S::u16s::LEN);
-    let mut outs = out.chunks_exact_mut(S::u16s::LEN);
-    for (s, o) in (&mut sources).zip(&mut outs) {
-        let (low, high) = S::u16s::from_slice(simd, s).widen();
-        let (first, second) = o.split_at_mut(S::f32s::LEN);
-        f16_bits(simd, low).store_slice(first);
-        f16_bits(simd, high).store_slice(second);
+    source.rest(whole, &mut out[whole..]);
+}
+
+/// Elements that fill no vector.
+trait Remainder {
+    /// `out = self[from ..]`.
+    fn rest(self, from: usize, out: &mut [f32]);
+}
+
+impl Remainder for &[f16] {
+    #[inline]
+    fn rest(self, from: usize, out: &mut [f32]) {
+        self[from..].iter().zip(out).for_each(|(s, o)| *o = s.to_f32());
     }
-    let rest = sources.remainder().reinterpret_cast::<half::f16>();
-    rest.iter().zip(outs.into_remainder()).for_each(|(s, o)| *o = s.to_f32());
+}
+
+impl Remainder for &[bf16] {
+    #[inline]
+    fn rest(self, from: usize, out: &mut [f32]) {
+        self[from..].iter().zip(out).for_each(|(s, o)| *o = s.to_f32());
+    }
 }
 
 /// Halves by their bits: exponent and mantissa moved into place, the exponent's bias corrected by a
@@ -90,48 +159,41 @@ fn f16_bits<S: Simd>(simd: S, bits: S::u32s) -> S::f32s {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use fearless_simd::prelude::*;
-    use fearless_simd::{u16x8, u16x16};
-    use std::arch::x86_64::{__m128i, __m256i, _mm256_cvtph_ps, _mm512_cvtph_ps};
+    use fearless_simd::{f32x8, f32x16, u16x8, u16x16, x86};
+    use std::arch::x86_64::{
+        __m128i, __m256i, _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_slli_epi32,
+        _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_slli_epi32,
+    };
 
     fearless_simd::kernel!(
-        #[inline]
-        pub(super) fn f16_avx2(token: Avx2, source: &[u16], out: &mut [f32]) {
-            let mut sources = source.chunks_exact(8);
-            let mut outs = out.chunks_exact_mut(8);
-            for (s, o) in (&mut sources).zip(&mut outs) {
-                let halves: __m128i = u16x8::from_slice(token, s).into();
-                let wide: fearless_simd::f32x8<_> = _mm256_cvtph_ps(halves).simd_into(token);
-                wide.store_slice(o);
-            }
-            let rest = sources.remainder();
-            if !rest.is_empty() {
-                let mut padded = [0u16; 8];
-                padded[..rest.len()].copy_from_slice(rest);
-                let halves: __m128i = u16x8::from_slice(token, &padded).into();
-                let wide: fearless_simd::f32x8<_> = _mm256_cvtph_ps(halves).simd_into(token);
-                outs.into_remainder().copy_from_slice(&wide.as_slice()[..rest.len()]);
-            }
+        #[inline(always)]
+        pub(super) fn f16_avx2(token: Avx2, bits: &[u16]) -> f32x8<x86::Avx2> {
+            let halves: __m128i = u16x8::from_slice(token, bits).into();
+            _mm256_cvtph_ps(halves).simd_into(token)
         }
     );
 
     fearless_simd::kernel!(
-        #[inline]
-        pub(super) fn f16_avx512(token: Avx512, source: &[u16], out: &mut [f32]) {
-            let mut sources = source.chunks_exact(16);
-            let mut outs = out.chunks_exact_mut(16);
-            for (s, o) in (&mut sources).zip(&mut outs) {
-                let halves: __m256i = u16x16::from_slice(token, s).into();
-                let wide: fearless_simd::f32x16<_> = _mm512_cvtph_ps(halves).simd_into(token);
-                wide.store_slice(o);
-            }
-            let rest = sources.remainder();
-            if !rest.is_empty() {
-                let mut padded = [0u16; 16];
-                padded[..rest.len()].copy_from_slice(rest);
-                let halves: __m256i = u16x16::from_slice(token, &padded).into();
-                let wide: fearless_simd::f32x16<_> = _mm512_cvtph_ps(halves).simd_into(token);
-                outs.into_remainder().copy_from_slice(&wide.as_slice()[..rest.len()]);
-            }
+        #[inline(always)]
+        pub(super) fn f16_avx512(token: Avx512, bits: &[u16]) -> f32x16<x86::Avx512> {
+            let halves: __m256i = u16x16::from_slice(token, bits).into();
+            _mm512_cvtph_ps(halves).simd_into(token)
+        }
+    );
+
+    fearless_simd::kernel!(
+        #[inline(always)]
+        pub(super) fn bf16_avx2(token: Avx2, bits: &[u16]) -> f32x8<x86::Avx2> {
+            let halves: __m128i = u16x8::from_slice(token, bits).into();
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves))).simd_into(token)
+        }
+    );
+
+    fearless_simd::kernel!(
+        #[inline(always)]
+        pub(super) fn bf16_avx512(token: Avx512, bits: &[u16]) -> f32x16<x86::Avx512> {
+            let halves: __m256i = u16x16::from_slice(token, bits).into();
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves))).simd_into(token)
         }
     );
 }
@@ -140,13 +202,14 @@ mod x86 {
 mod tests {
     use super::*;
     use crate::kernel::simd::Level;
+    use half::slice::HalfBitsSliceExt;
 
     /// Every half and every bf16 that is a number widens exactly, at every level and at every tail length.
     #[test]
     fn all_values_widen_exactly() {
         let bits: Vec<u16> = (0..=u16::MAX).collect();
-        let halves = bits.reinterpret_cast::<half::f16>();
-        let brains = bits.reinterpret_cast::<half::bf16>();
+        let halves = bits.reinterpret_cast::<f16>();
+        let brains = bits.reinterpret_cast::<bf16>();
         for level in Level::available() {
             for start in [0, 1, 15, 60001] {
                 let mut out = vec![0.0f32; bits.len() - start];

@@ -7,6 +7,7 @@ use super::{WindowArgs, WindowReduce};
 use crate::device::HeadRows;
 use crate::error::KernelError;
 use crate::kernel::AttentionParams;
+use crate::kernel::attend::Workspace;
 use crate::kernel::attention_mass::cpu::{head_mass, mass_len};
 use crate::kernel::simd::math::exp;
 use crate::kernel::simd::tile::{BLOCK, QueryBlock, ScoreScratch, TILE, padded_bias, page_count, tiles};
@@ -65,7 +66,8 @@ impl QueryHeads<'_> {
     #[inline(always)]
     fn each<S: Simd>(mut self, simd: S) {
         let (params, window) = (self.params, self.positions.len());
-        let mut memory = vec![0.0; mass_len(params) + 2 * window];
+        let mut workspace = Workspace::default();
+        let memory = workspace.take(mass_len(params) + 2 * window);
         for h in self.first..self.end {
             let len = self.out_len(h);
             let out = take(&mut self.out, len);
@@ -75,7 +77,7 @@ impl QueryHeads<'_> {
             let one = OneHead { params, head, queries, positions: self.positions, sink };
             simd.vectorize(
                 #[inline(always)]
-                || one.run(simd, &mut memory, self.reduce, out),
+                || one.run(simd, memory, self.reduce, out),
             );
         }
     }
@@ -111,7 +113,7 @@ impl OneHead<'_> {
     #[inline(always)]
     fn run<S: Simd>(&self, simd: S, memory: &mut [f32], reduce: WindowReduce, out: &mut [f32]) {
         let (window, entries) = (self.positions.len(), self.head.rows());
-        let (running, mut memory) = memory.split_at_mut(2 * window);
+        let (mut memory, running) = memory.split_at_mut(mass_len(self.params));
         let (most, total) = running.split_at_mut(window);
         let mut scratch = ScoreScratch::cut(&mut memory, self.params.d_k);
         most.fill(self.sink);
@@ -156,7 +158,7 @@ impl OneHead<'_> {
     ) {
         let (params, window) = (self.params, self.positions.len());
         let bias = padded_bias(tile);
-        tile.transpose_keys(simd, scratch.keys, scratch.rows);
+        tile.transpose_keys(simd, scratch.keys);
         for first in (0..window).step_by(BLOCK) {
             let block =
                 QueryBlock::new(self.queries, params.d_k, self.positions, first..(first + BLOCK).min(window));
