@@ -93,7 +93,7 @@ pub(super) fn module_docs(files: &[File]) -> Vec<String> {
     let mut problems = Vec::new();
     for file in files.iter().filter(|f| f.path.starts_with("src/")) {
         let doc = file.module_doc().to_lowercase();
-        if doc.trim().is_empty() {
+        if doc.trim().len() < 10 {
             problems.push(format!("{}: starts with no `//!` sentence that says what it is", file.path));
             continue;
         }
