@@ -298,7 +298,7 @@ mod tests {
         for path in [format!("see /{}/me/x", "home"), format!("\"/{}/x\"", "work")] {
             assert_eq!(machine_paths(&one("docs/a.md", &path)).len(), 1, "{path}");
         }
-        assert!(machine_paths(&one("docs/a.md", "https://example.org/work/x and my/work/y")).is_empty());
+        assert!(machine_paths(&one("docs/a.md", "https://example.org/home/x and my/home/y")).is_empty());
     }
 
     #[test]
