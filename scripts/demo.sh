@@ -24,6 +24,7 @@ if [ -z "$question" ]; then
 fi
 [ -r "$document" ] || { printf 'demo: cannot read the document "%s"; set DOCUMENT=file\n' "$document" >&2; exit 1; }
 
-cargo build --release --quiet -p kvsieve-cli
+printf 'building the program; the first time this takes some minutes\n'
+cargo build --release -p kvsieve-cli
 "$CARGO_TARGET_DIR/release/kvsieve" run --model smollm2 --document "$document" --tokens 4500 \
     --question "$question" --recipe snapkv --recipe streaming --budget 25% --budget 10% --compare
