@@ -1,27 +1,31 @@
 //! Online-softmax attention over tiles, in vectors and threads.
 //!
 //! The `G·T` query rows of a KV head are cut into blocks and its pages into chunks; a block on a chunk is an
-//! item. An item walks the tiles of its chunk once. Per tile the keys are widened and transposed, then
+//! item. An item walks the tiles of its chunk once, and per tile computes
 //! ```text
 //! S = Q·Kᵀ    x = cap(scale·S) + β, −∞ where not seen
 //! m' = max(m, max x)    P = exp(x − m')    l = l·exp(m − m') + Σ P    O = O·exp(m − m') + P·V
 //! ```
 //! and at the end `out = O / l`, `lse = m + ln l`. So every key and value row is read and converted once for
-//! all query heads of its group. Items of one block are merged as partial attentions are.
+//! all query heads of its group: in place for the few rows of decode, by way of a widened and transposed tile for
+//! the many of a prefill. Meanwhile the next tile is on its way into the second cache level. Items of one block
+//! are merged as partial attentions are.
 //!
 //! How the work is cut depends on its shape only, never on how many threads there are or how fast they run:
 //! the same call gives the same bits on one thread and on fifty. *Helps* decode, which splits over entries,
-//! and prefill, which splits over queries. *Hurts* a single query row on wide vectors, where transposing the
-//! keys costs as much as the products.
+//! and prefill, which splits over queries. *Hurts* contexts of a few hundred entries, where splitting costs more
+//! than it spreads; they run on the calling thread.
 
 use super::{AttendLane, Workspace};
 use crate::device::HeadRows;
+use crate::device::page::Side;
 use crate::error::KernelError;
 use crate::kernel::AttentionParams;
 use crate::kernel::attention_mass::cpu::{HeadMass, mass_len};
 use crate::kernel::merge_partials::cpu::merge;
 use crate::kernel::simd::gemm::PAD;
 use crate::kernel::simd::math::{exp, scale};
+use crate::kernel::simd::prefetch::Ahead;
 use crate::kernel::simd::tile::{
     BLOCK, QueryBlock, ScoreScratch, TILE, first_slot, padded_bias, page_count, tiles,
 };
@@ -433,12 +437,12 @@ impl Item<'_> {
         if let Some(kept) = &mut self.kept {
             kept.fill(f32::NEG_INFINITY);
         }
-        for tile in tiles(self.head, self.pages.clone()) {
-            if !tile.meets(params, &self.block) {
-                continue;
-            }
-            tile.transpose_keys(simd, score.keys);
-            self.block.dots(simd, params.d_k, score.keys, &tile, score.scores);
+        let mut tiles =
+            tiles(self.head, self.pages.clone()).filter(|t| t.meets(params, &self.block)).peekable();
+        while let Some(tile) = tiles.next() {
+            let next = tiles.peek();
+            let ahead = |side| next.map_or(Ahead::NONE, |t| t.ahead(side));
+            self.block.dots(simd, &tile, score.keys, &mut false, score.scores, ahead(Side::Key));
             let bias = padded_bias(&tile);
             for r in 0..rows {
                 let x = &mut score.scores[r * TILE..(r + 1) * TILE];
@@ -459,7 +463,7 @@ impl Item<'_> {
                 }
                 total[r] += weights(simd, x, most[r]);
             }
-            tile.add_values(simd, score.scores, rows, values, sums);
+            tile.add_values(simd, score.scores, rows, values, sums, ahead(Side::Value));
         }
         for (r, (out, lse)) in self.out.chunks_exact_mut(d_v).zip(self.lse).enumerate() {
             if total[r] > 0.0 {

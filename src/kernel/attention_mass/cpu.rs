@@ -11,6 +11,7 @@ use crate::kernel::AttentionParams;
 use crate::kernel::attend::Workspace;
 use crate::kernel::attend::cpu::add_weights;
 use crate::kernel::simd::gemm::PAD;
+use crate::kernel::simd::prefetch::Ahead;
 use crate::kernel::simd::tile::{BLOCK, QueryBlock, ScoreScratch, TILE, padded_bias, page_count, tiles};
 use crate::kernel::simd::{Exec, Split, take};
 use fearless_simd::{Simd, dispatch};
@@ -163,17 +164,13 @@ pub(in crate::kernel) fn head_mass<S: Simd>(
     for tile in tiles(head, 0..page_count(head)) {
         let bias = padded_bias(&tile);
         let target = &mut mass[tile.slot()..tile.slot() + tile.len];
-        let mut loaded = false;
+        let mut turned = false;
         for first in (0..tokens).step_by(BLOCK) {
             let block = QueryBlock::new(queries, params.d_k, positions, first..(first + BLOCK).min(tokens));
             if !tile.meets(params, &block) {
                 continue;
             }
-            if !loaded {
-                tile.transpose_keys(simd, scratch.keys);
-                loaded = true;
-            }
-            block.dots(simd, params.d_k, scratch.keys, &tile, scratch.scores);
+            block.dots(simd, &tile, scratch.keys, &mut turned, scratch.scores, Ahead::NONE);
             for r in 0..block.rows {
                 let x = &mut scratch.scores[r * TILE..(r + 1) * TILE];
                 let top = block.logits(simd, params, &tile, r, bias.as_ref(), x);

@@ -9,12 +9,18 @@
 //! every load of `B` serves 4 rows and every element of `A` serves a block of columns. *Helps* decode
 //! (rows = the query heads of a group) and prefill alike. *Hurts* a single row, where nothing is shared.
 
+#![allow(unsafe_code, reason = "unchecked indexing in the innermost loop, under an assertion before it")]
+
+use super::prefetch::Ahead;
 use super::widen::Source;
 use fearless_simd::prelude::*;
 use fearless_simd::{Simd, SimdBase};
 
 /// The widest vector, in elements: leading dimensions of `C` (and of `B`'s padding) are multiples of it.
 pub(crate) const PAD: usize = 16;
+
+/// Steps of the inner dimension between two requests for memory ahead.
+const STEPS: usize = 8;
 
 /// A matrix in a slice: row `i` starts at `i * stride`.
 #[derive(Clone, Copy, Debug)]
@@ -35,7 +41,9 @@ pub(crate) fn multiply<S: Simd, B: Source>(
     c_stride: usize,
     (m, k, columns): (usize, usize, usize),
     accumulate: bool,
+    ahead: Ahead<'_>,
 ) {
+    let mut ahead = ahead.over(k.div_ceil(STEPS));
     simd.vectorize(
         #[inline(always)]
         || {
@@ -43,23 +51,26 @@ pub(crate) fn multiply<S: Simd, B: Source>(
             let vectors = columns.div_ceil(lanes);
             let mut j = 0;
             // With 32 registers of 16 lanes a 4 × 4 block fits; with 16 registers 4 × 2 does.
-            if lanes >= 16 {
+            if lanes >= 16 && (m < 8 || !B::NARROW) {
                 while j + 4 <= vectors {
-                    rows::<S, B, 4>(simd, a, b, c, c_stride, (m, k, j * lanes), accumulate);
+                    rows::<S, B, 4>(simd, a, b, c, c_stride, (m, k, j * lanes), accumulate, ahead);
+                    ahead = Ahead::NONE;
                     j += 4;
                 }
             }
             while j + 2 <= vectors {
-                rows::<S, B, 2>(simd, a, b, c, c_stride, (m, k, j * lanes), accumulate);
+                rows::<S, B, 2>(simd, a, b, c, c_stride, (m, k, j * lanes), accumulate, ahead);
+                ahead = Ahead::NONE;
                 j += 2;
             }
             if j < vectors {
-                rows::<S, B, 1>(simd, a, b, c, c_stride, (m, k, j * lanes), accumulate);
+                rows::<S, B, 1>(simd, a, b, c, c_stride, (m, k, j * lanes), accumulate, ahead);
             }
         },
     );
 }
 
+#[allow(clippy::too_many_arguments, reason = "those of multiply")]
 #[inline(always)]
 fn rows<S: Simd, B: Source, const N: usize>(
     simd: S,
@@ -69,22 +80,33 @@ fn rows<S: Simd, B: Source, const N: usize>(
     c_stride: usize,
     (m, k, j): (usize, usize, usize),
     accumulate: bool,
+    mut ahead: Ahead<'_>,
 ) {
     let mut i = 0;
+    // Eight rows by two vectors convert a stored row half as often as four by four.
+    if N == 2 && S::f32s::LEN >= 16 {
+        while i + 8 <= m {
+            block::<S, B, 8, N>(simd, a, b, c, c_stride, (i, k, j), accumulate, ahead);
+            ahead = Ahead::NONE;
+            i += 8;
+        }
+    }
     while i + 4 <= m {
-        block::<S, B, 4, N>(simd, a, b, c, c_stride, (i, k, j), accumulate);
+        block::<S, B, 4, N>(simd, a, b, c, c_stride, (i, k, j), accumulate, ahead);
+        ahead = Ahead::NONE;
         i += 4;
     }
     match m - i {
-        3 => block::<S, B, 3, N>(simd, a, b, c, c_stride, (i, k, j), accumulate),
-        2 => block::<S, B, 2, N>(simd, a, b, c, c_stride, (i, k, j), accumulate),
-        1 => block::<S, B, 1, N>(simd, a, b, c, c_stride, (i, k, j), accumulate),
+        3 => block::<S, B, 3, N>(simd, a, b, c, c_stride, (i, k, j), accumulate, ahead),
+        2 => block::<S, B, 2, N>(simd, a, b, c, c_stride, (i, k, j), accumulate, ahead),
+        1 => block::<S, B, 1, N>(simd, a, b, c, c_stride, (i, k, j), accumulate, ahead),
         _ => {}
     }
 }
 
 #[allow(
     clippy::needless_range_loop,
+    clippy::too_many_arguments,
     reason = "iterators' closures would be compiled without the level's instructions"
 )]
 #[inline(always)]
@@ -96,6 +118,7 @@ fn block<S: Simd, B: Source, const M: usize, const N: usize>(
     c_stride: usize,
     (i, k, j): (usize, usize, usize),
     accumulate: bool,
+    ahead: Ahead<'_>,
 ) {
     let lanes = S::f32s::LEN;
     // Slices of known length here, so that the loop below indexes without checks. Plain loops, because the
@@ -104,19 +127,23 @@ fn block<S: Simd, B: Source, const M: usize, const N: usize>(
     for (r, row) in a_rows.iter_mut().enumerate() {
         *row = &a.data[(i + r) * a.stride..][..k];
     }
+    assert!(k == 0 || (k - 1) * b.stride + j + N * lanes <= b.data.len(), "a row of b sticks out");
     let mut sums = [[S::f32s::splat(simd, 0.0); N]; M];
-    #[allow(clippy::needless_range_loop, reason = "the step indexes a column of every row")]
-    for step in 0..k {
-        let at = step * b.stride + j;
-        let row = b.data.slice(at..at + N * lanes);
-        let mut columns = [S::f32s::splat(simd, 0.0); N];
-        for (n, column) in columns.iter_mut().enumerate() {
-            *column = row.slice(n * lanes..(n + 1) * lanes).vector(simd);
-        }
-        for r in 0..M {
-            let x = S::f32s::splat(simd, a_rows[r][step]);
+    for (share, first) in (0..k).step_by(STEPS).enumerate() {
+        ahead.fetch(share);
+        for step in first..(first + STEPS).min(k) {
+            let at = step * b.stride + j;
+            let mut columns = [S::f32s::splat(simd, 0.0); N];
             for n in 0..N {
-                sums[r][n] = columns[n].mul_add(x, sums[r][n]);
+                // SAFETY: `step < k` and `n < N`, so the assertion above covers it.
+                columns[n] = unsafe { b.data.vector_at(simd, at + n * lanes) };
+            }
+            for r in 0..M {
+                // SAFETY: the rows of `a` are `k` long.
+                let x = S::f32s::splat(simd, unsafe { *a_rows[r].get_unchecked(step) });
+                for n in 0..N {
+                    sums[r][n] = columns[n].mul_add(x, sums[r][n]);
+                }
             }
         }
     }

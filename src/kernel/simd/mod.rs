@@ -5,8 +5,10 @@
 //! serves every instruction set and there is no `unsafe`. *Helps* every kernel alike. *Hurts* by one copy of
 //! the machine code per instruction set.
 
+pub(crate) mod dots;
 pub(crate) mod gemm;
 pub(crate) mod math;
+pub(crate) mod prefetch;
 pub(crate) mod tile;
 pub(crate) mod widen;
 

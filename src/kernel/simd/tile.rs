@@ -9,8 +9,10 @@
 //! *Helps* because the stored type, the page size and the mask are dealt with here and nowhere else. *Hurts*
 //! pages of a few entries: a tile never spans two pages.
 
+use super::dots;
 use super::gemm::{self, Matrix, PAD};
 use super::math::soft_cap;
+use super::prefetch::Ahead;
 use super::widen::{Source, widen};
 use crate::device::HeadRows;
 use crate::device::page::{PageRef, Rows, Side};
@@ -80,6 +82,14 @@ impl<'a> Tile<'a> {
         self.page.first + self.from
     }
 
+    /// The stored rows of a side, to be requested ahead of their use.
+    pub(crate) fn ahead(&self, side: Side) -> Ahead<'a> {
+        let layout = self.page.layout;
+        let bytes = &self.page.page.block.host()[layout.range(side)];
+        let row = layout.row_bytes(side);
+        Ahead::new(&bytes[self.from * row..(self.from + self.len) * row])
+    }
+
     fn positions(&self) -> &'a [i32] {
         let positions = &self.page.positions()[self.from..self.from + self.len];
         debug_assert!(positions.is_sorted(), "positions of a head must ascend");
@@ -126,7 +136,7 @@ impl<'a> Tile<'a> {
     /// Writes the keys transposed: dimension `i` of entry `j` to `keys[i * TILE + j]`. Columns up to the next
     /// whole vector repeat the last entry, so that a block product may run over them.
     #[inline(always)]
-    pub(crate) fn transpose_keys<S: Simd>(&self, simd: S, keys: &mut [f32]) {
+    fn transpose_keys<S: Simd>(&self, simd: S, keys: &mut [f32]) {
         match self.page.layout.rows(self.page.page, Side::Key) {
             Rows::F32(stored) => self.transpose_any(simd, stored, keys, |x| x),
             Rows::F16(stored) => self.transpose_any(simd, stored, keys, f16::to_f32),
@@ -199,6 +209,7 @@ impl<'a> Tile<'a> {
         rows: usize,
         scratch: &mut [f32],
         sums: &mut [f32],
+        ahead: Ahead<'_>,
     ) {
         let layout = self.page.layout;
         let (d, stride) = (layout.d_v, layout.row_stride(Side::Value));
@@ -211,15 +222,15 @@ impl<'a> Tile<'a> {
         match stored {
             Rows::F32(s) if whole => {
                 let values = Matrix { data: &s[span], stride };
-                return gemm::multiply(simd, weights, values, sums, padded, extent, true);
+                return gemm::multiply(simd, weights, values, sums, padded, extent, true, ahead);
             }
             Rows::F16(s) if whole && rows <= IN_PLACE_ROWS => {
                 let values = Matrix { data: &s[span], stride };
-                return gemm::multiply(simd, weights, values, sums, padded, extent, true);
+                return gemm::multiply(simd, weights, values, sums, padded, extent, true, ahead);
             }
             Rows::Bf16(s) if whole && rows <= IN_PLACE_ROWS => {
                 let values = Matrix { data: &s[span], stride };
-                return gemm::multiply(simd, weights, values, sums, padded, extent, true);
+                return gemm::multiply(simd, weights, values, sums, padded, extent, true, ahead);
             }
             _ => {}
         }
@@ -227,7 +238,7 @@ impl<'a> Tile<'a> {
             widen(simd, stored, (self.from + i) * stride, &mut row[..d]);
         }
         let values = Matrix { data: &*scratch, stride: padded };
-        gemm::multiply(simd, weights, values, sums, padded, extent, true);
+        gemm::multiply(simd, weights, values, sums, padded, extent, true, ahead);
     }
 }
 
@@ -285,19 +296,42 @@ impl<'a> QueryBlock<'a> {
         self.positions[(self.first + row) % self.positions.len()]
     }
 
-    /// Writes the dot products with every key of a transposed tile to `scores[row * TILE + entry]`.
+    /// Writes the dot products with every key of a tile to `scores[row * TILE + entry]`: straight from the
+    /// stored rows for few query rows, else by way of the tile transposed into `keys`, which is done unless it
+    /// is `turned` already.
     #[inline(always)]
     pub(crate) fn dots<S: Simd>(
         &self,
         simd: S,
-        d_k: usize,
-        keys: &[f32],
         tile: &Tile<'_>,
+        keys: &mut [f32],
+        turned: &mut bool,
         scores: &mut [f32],
+        ahead: Ahead<'_>,
     ) {
-        let q = Matrix { data: self.queries, stride: d_k };
-        let k = Matrix { data: keys, stride: TILE };
-        gemm::multiply(simd, q, k, scores, TILE, (self.rows, d_k, tile.len), false);
+        let layout = tile.page.layout;
+        let (d, stride) = (layout.d_k, layout.row_stride(Side::Key));
+        let q = Matrix { data: self.queries, stride: d };
+        if self.rows > dots::ROWS_MAX {
+            if !std::mem::replace(turned, true) {
+                tile.transpose_keys(simd, keys);
+            }
+            let k = Matrix { data: &*keys, stride: TILE };
+            return gemm::multiply(simd, q, k, scores, TILE, (self.rows, d, tile.len), false, ahead);
+        }
+        let span = tile.from * stride..(tile.from + tile.len) * stride;
+        let extent = (self.rows, d, tile.len);
+        match layout.rows(tile.page.page, Side::Key) {
+            Rows::F32(s) => {
+                dots::dots(simd, q, Matrix { data: &s[span], stride }, extent, scores, TILE, ahead);
+            }
+            Rows::F16(s) => {
+                dots::dots(simd, q, Matrix { data: &s[span], stride }, extent, scores, TILE, ahead);
+            }
+            Rows::Bf16(s) => {
+                dots::dots(simd, q, Matrix { data: &s[span], stride }, extent, scores, TILE, ahead);
+            }
+        }
     }
 
     /// Turns the dot products of a row into logits, `−∞` for entries it does not see and up to the next whole

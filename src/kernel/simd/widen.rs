@@ -4,6 +4,8 @@
 //! shared by the query heads of a group. With AVX2 and above the processor converts halves itself; elsewhere
 //! they are converted by shifting the bits into place.
 
+#![allow(unsafe_code, reason = "unchecked loads in the innermost loops; each caller states the bound")]
+
 use super::gemm::PAD;
 use crate::device::Page;
 use crate::device::page::{PageLayout, Rows, Side};
@@ -39,17 +41,42 @@ pub(crate) fn widen_row<S: Simd>(
 
 /// Stored elements that load as vectors of single precision.
 pub(crate) trait Source: Copy {
+    /// Whether loading converts.
+    const NARROW: bool;
+
     /// Elements `range`.
     fn slice(self, range: Range<usize>) -> Self;
 
     /// The first elements, as many as a vector has.
     fn vector<S: Simd>(self, simd: S) -> S::f32s;
+
+    /// Elements there are.
+    fn len(self) -> usize;
+
+    /// The elements from `at`, as many as a vector has.
+    ///
+    /// # Safety
+    /// `at` plus the lanes of a vector must not exceed the length.
+    unsafe fn vector_at<S: Simd>(self, simd: S, at: usize) -> S::f32s;
 }
 
 impl Source for &[f32] {
+    const NARROW: bool = false;
+
     #[inline(always)]
     fn slice(self, range: Range<usize>) -> Self {
         &self[range]
+    }
+
+    #[inline(always)]
+    fn len(self) -> usize {
+        self.len()
+    }
+
+    #[inline(always)]
+    unsafe fn vector_at<S: Simd>(self, simd: S, at: usize) -> S::f32s {
+        // SAFETY: the caller's promise is that of `get_unchecked`.
+        unsafe { self.get_unchecked(at..at + S::f32s::LEN) }.vector(simd)
     }
 
     #[inline(always)]
@@ -59,9 +86,22 @@ impl Source for &[f32] {
 }
 
 impl Source for &[f16] {
+    const NARROW: bool = true;
+
     #[inline(always)]
     fn slice(self, range: Range<usize>) -> Self {
         &self[range]
+    }
+
+    #[inline(always)]
+    fn len(self) -> usize {
+        self.len()
+    }
+
+    #[inline(always)]
+    unsafe fn vector_at<S: Simd>(self, simd: S, at: usize) -> S::f32s {
+        // SAFETY: the caller's promise is that of `get_unchecked`.
+        unsafe { self.get_unchecked(at..at + S::f32s::LEN) }.vector(simd)
     }
 
     #[inline(always)]
@@ -81,9 +121,22 @@ impl Source for &[f16] {
 }
 
 impl Source for &[bf16] {
+    const NARROW: bool = true;
+
     #[inline(always)]
     fn slice(self, range: Range<usize>) -> Self {
         &self[range]
+    }
+
+    #[inline(always)]
+    fn len(self) -> usize {
+        self.len()
+    }
+
+    #[inline(always)]
+    unsafe fn vector_at<S: Simd>(self, simd: S, at: usize) -> S::f32s {
+        // SAFETY: the caller's promise is that of `get_unchecked`.
+        unsafe { self.get_unchecked(at..at + S::f32s::LEN) }.vector(simd)
     }
 
     #[inline(always)]
@@ -123,9 +176,16 @@ fn widen_slice<S: Simd, T: Source + Remainder>(simd: S, source: T, out: &mut [f3
 }
 
 /// Elements that fill no vector.
-trait Remainder {
+pub(crate) trait Remainder {
     /// `out = self[from ..]`.
     fn rest(self, from: usize, out: &mut [f32]);
+}
+
+impl Remainder for &[f32] {
+    #[inline]
+    fn rest(self, from: usize, out: &mut [f32]) {
+        out.copy_from_slice(&self[from..][..out.len()]);
+    }
 }
 
 impl Remainder for &[f16] {
@@ -161,8 +221,9 @@ mod x86 {
     use fearless_simd::prelude::*;
     use fearless_simd::{f32x8, f32x16, u16x8, u16x16, x86};
     use std::arch::x86_64::{
-        __m128i, __m256i, _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_slli_epi32,
-        _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_slli_epi32,
+        __m128i, __m256i, _MM_FROUND_CUR_DIRECTION, _mm256_castsi256_ps, _mm256_cvtepu16_epi32,
+        _mm256_cvtph_ps, _mm256_slli_epi32, _mm512_castsi512_ps, _mm512_cvt_roundph_ps,
+        _mm512_cvtepu16_epi32, _mm512_slli_epi32,
     };
 
     fearless_simd::kernel!(
@@ -177,7 +238,9 @@ mod x86 {
         #[inline(always)]
         pub(super) fn f16_avx512(token: Avx512, bits: &[u16]) -> f32x16<x86::Avx512> {
             let halves: __m256i = u16x16::from_slice(token, bits).into();
-            _mm512_cvtph_ps(halves).simd_into(token)
+            // Not `_mm512_cvtph_ps`: that one suppresses exceptions, in an encoding that cannot read memory
+            // and so costs one more operation on the ports of the multiplications.
+            _mm512_cvt_roundph_ps::<_MM_FROUND_CUR_DIRECTION>(halves).simd_into(token)
         }
     );
 

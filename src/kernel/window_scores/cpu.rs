@@ -10,6 +10,7 @@ use crate::kernel::AttentionParams;
 use crate::kernel::attend::Workspace;
 use crate::kernel::attention_mass::cpu::{head_mass, mass_len};
 use crate::kernel::simd::math::exp;
+use crate::kernel::simd::prefetch::Ahead;
 use crate::kernel::simd::tile::{BLOCK, QueryBlock, ScoreScratch, TILE, padded_bias, page_count, tiles};
 use crate::kernel::simd::{Exec, Split, take};
 use fearless_simd::{Simd, SimdBase, dispatch};
@@ -158,14 +159,14 @@ impl OneHead<'_> {
     ) {
         let (params, window) = (self.params, self.positions.len());
         let bias = padded_bias(tile);
-        tile.transpose_keys(simd, scratch.keys);
+        let mut turned = false;
         for first in (0..window).step_by(BLOCK) {
             let block =
                 QueryBlock::new(self.queries, params.d_k, self.positions, first..(first + BLOCK).min(window));
             if !tile.meets(params, &block) {
                 continue;
             }
-            block.dots(simd, params.d_k, scratch.keys, tile, scratch.scores);
+            block.dots(simd, tile, scratch.keys, &mut turned, scratch.scores, Ahead::NONE);
             for r in 0..block.rows {
                 let x = &mut scratch.scores[r * TILE..(r + 1) * TILE];
                 let top = block.logits(simd, params, tile, r, bias.as_ref(), x);
