@@ -108,6 +108,6 @@ fn prepare(options: &Options) -> Result<Bench> {
     let candle_out = (threads != physical).then(|| {
         format!("would use {physical} threads; set RAYON_NUM_THREADS={threads} in place of --threads")
     });
-    let rounds = options.rounds;
-    Ok(Bench { pool, cpu, ggml: ggml::Pool::new(threads)?, candle_out, reader, stream, rounds })
+    let (rounds, without) = (options.rounds, options.without.clone());
+    Ok(Bench { pool, cpu, ggml: ggml::Pool::new(threads)?, candle_out, reader, stream, rounds, without })
 }

@@ -14,6 +14,7 @@ Attention kernels of others beside kvsieve's, interleaved in one process.
   --group LIST     query heads per KV head         (1,4,8)
   --dim LIST       head dimension                  (64,128)
   --only PHASE     decode or prefill               (both)
+  --without LIST   leave out contestants whose names start so, for example candle
   --rounds N       runs of each contestant         (9; slow ones take part in fewer, never below 3)
   --threads N      threads of every contestant     (physical cores)
   --stream-mib N   buffer of the streaming read    (4 times the last-level cache, 512 to a quarter of free memory)
@@ -32,6 +33,8 @@ pub(crate) struct Options {
     pub(crate) dim: Vec<usize>,
     /// One phase alone.
     pub(crate) only: Option<Phase>,
+    /// Beginnings of names that are left out.
+    pub(crate) without: Vec<String>,
     /// Runs of each contestant.
     pub(crate) rounds: usize,
     /// Threads of every contestant; `None` for the physical cores.
@@ -56,6 +59,7 @@ impl Options {
                 "--group" => options.group = list(&flag, &value()?)?,
                 "--dim" => options.dim = list(&flag, &value()?)?,
                 "--only" => options.only = Some(phase(&value()?)?),
+                "--without" => options.without = value()?.split(',').map(|name| name.trim().into()).collect(),
                 "--rounds" => options.rounds = number(&flag, &value()?)?,
                 "--threads" => options.threads = Some(number(&flag, &value()?)?),
                 "--stream-mib" => options.stream_mib = Some(number(&flag, &value()?)?),

@@ -30,6 +30,14 @@ pub(crate) struct Bench {
     pub(crate) reader: Reader,
     pub(crate) stream: Arc<MmapMut>,
     pub(crate) rounds: usize,
+    /// Beginnings of names that are left out.
+    pub(crate) without: Vec<String>,
+}
+
+impl Bench {
+    fn wants(&self, name: &str) -> bool {
+        !self.without.iter().any(|start| name.starts_with(start.as_str()))
+    }
 }
 
 /// One cache in everyone's form.
@@ -70,19 +78,23 @@ impl<'a> Suite<'a> {
         };
         // No packed format is larger than the exact one.
         for (i, (label, ..)) in ours::FORMATS.iter().enumerate().skip(1) {
-            let build = || ours::Store::build(&bench.cpu, i, n, d);
-            let store = fits(&mut suite.skipped, &ours::label(label), exact, build);
-            suite.ours.extend(store);
+            let name = ours::label(label);
+            if bench.wants(&name) {
+                let build = || ours::Store::build(&bench.cpu, i, n, d);
+                suite.ours.extend(fits(&mut suite.skipped, &name, exact, build));
+            }
         }
         for format in ggml::FORMATS {
-            let build = || ggml::Store::build(*format, &suite.dense);
-            let store = fits(&mut suite.skipped, &ggml::label(format.name()), format.bytes(n, d), build);
-            suite.ggml.extend(store);
+            let name = ggml::label(format.name());
+            if bench.wants(&name) {
+                let build = || ggml::Store::build(*format, &suite.dense);
+                suite.ggml.extend(fits(&mut suite.skipped, &name, format.bytes(n, d), build));
+            }
         }
-        match (phase, &bench.candle_out) {
-            (Phase::Prefill, _) => {}
-            (Phase::Decode, Some(reason)) => suite.skipped.push(format!("candle: {reason}")),
-            (Phase::Decode, None) => {
+        match &bench.candle_out {
+            _ if phase == Phase::Prefill || !bench.wants("candle") => {}
+            Some(reason) => suite.skipped.push(format!("candle: {reason}")),
+            None => {
                 for dtype in [DType::F32, DType::F16] {
                     let name = format!("candle {}", dtype.as_str());
                     let build = || candle::Store::build(&suite.dense, dtype);
@@ -134,6 +146,8 @@ impl<'a> Suite<'a> {
                 }
             }
         }
+        // The exact store is built whatever is wanted, and `candle` names both of its paths.
+        all.retain(|contestant| self.bench.wants(&contestant.label()));
         measure(all, self.bench.rounds, &oracle, &mut outcome);
         Ok((config, outcome))
     }

@@ -52,7 +52,7 @@ fn read(pool: &ThreadPool, reader: Reader, map: &[u8]) -> u64 {
 /// Tries every way to read, prints what each reached, and returns the best.
 pub(crate) fn calibrate(pool: &ThreadPool, bytes: usize) -> Result<(Reader, Arc<MmapMut>)> {
     let rate = |reader, map: &[u8]| {
-        let mut times: Vec<f64> = (0..4)
+        let mut times: Vec<f64> = (0..6)
             .map(|_| {
                 let start = Instant::now();
                 black_box(read(pool, reader, map));
