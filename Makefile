@@ -2,13 +2,14 @@
 
 DOCUMENT ?=
 QUESTION ?=
+FLAGS ?=
 export DOCUMENT QUESTION
 
 .DEFAULT_GOAL := help
-.PHONY: demo test bench fmt lint docs clean help
+.PHONY: demo test bench bench-peers fmt lint docs clean help
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## Compare cache policies on a real model and a real document (DOCUMENT=file QUESTION="...")
 	@scripts/demo.sh
@@ -18,6 +19,9 @@ test: ## Everything that must pass: format, lints, tests, GPU conformance, docs,
 
 bench: ## Time the kernels and the decode step on this machine
 	cargo bench --features testing
+
+bench-peers: ## Attention beside ggml's, candle's and the machine's limits, in one run (FLAGS="--quick")
+	@scripts/bench-peers.sh $(FLAGS)
 
 fmt: ## Format all Rust code
 	cargo fmt --all
