@@ -36,7 +36,10 @@ fn bytes(heads: &[HeadRows]) -> u64 {
     heads
         .iter()
         .flat_map(HeadRows::pages)
-        .map(|p| (p.rows * (p.layout.k_row_bytes() + p.layout.v_row_bytes())) as u64)
+        .map(|p| {
+            let side = |side| p.layout.side_bytes(side) * p.rows / p.layout.capacity;
+            (side(Side::Key) + side(Side::Value)) as u64
+        })
         .sum()
 }
 

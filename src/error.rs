@@ -135,6 +135,36 @@ pub enum KernelError {
         /// The length the contract asks for.
         want: usize,
     },
+    /// Pages stored in a way the kernel cannot work on.
+    #[error("kernel {kernel}: {problem}")]
+    Layout {
+        /// The kernel.
+        kernel: &'static str,
+        /// What is wrong, and what would do.
+        problem: &'static str,
+    },
+    /// A number that cannot be packed.
+    #[error("kernel {kernel}: {buffer}, row {row} holds a NaN or an infinity")]
+    NotFinite {
+        /// The kernel.
+        kernel: &'static str,
+        /// The argument.
+        buffer: &'static str,
+        /// Its row.
+        row: usize,
+    },
+    /// Numbers too large for a packed format.
+    #[error(
+        "kernel {kernel}: the scale of row {row} does not fit a half, as {format} stores it; store these rows as f32"
+    )]
+    Range {
+        /// The kernel.
+        kernel: &'static str,
+        /// First row of the group.
+        row: usize,
+        /// The format.
+        format: &'static str,
+    },
     /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),

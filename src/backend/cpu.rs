@@ -145,6 +145,10 @@ impl Backend for Cpu {
         kernel::gather::cpu::run(&self.exec, args)
     }
 
+    fn pack(&self, args: &mut PackArgs<'_>) -> Result<(), KernelError> {
+        kernel::pack::cpu::run(&self.exec, args)
+    }
+
     fn rope(&self, args: &mut RopeArgs<'_>) -> Result<(), KernelError> {
         kernel::rope::cpu::run(&self.exec, args)
     }

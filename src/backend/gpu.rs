@@ -167,6 +167,10 @@ impl Backend for Gpu {
         kernel::gather::gpu::run(&self.context, args)
     }
 
+    fn pack(&self, args: &mut PackArgs<'_>) -> Result<(), KernelError> {
+        kernel::pack::gpu::run(&self.context, args)
+    }
+
     fn rope(&self, args: &mut RopeArgs<'_>) -> Result<(), KernelError> {
         kernel::rope::gpu::run(&self.context, args)
     }

@@ -26,6 +26,7 @@ use crate::kernel::attend::{AttendLane, Workspace};
 use crate::kernel::attention_mass::MassArgs;
 use crate::kernel::gather::GatherArgs;
 use crate::kernel::merge_partials::MergeArgs;
+use crate::kernel::pack::PackArgs;
 use crate::kernel::pool::PoolArgs;
 use crate::kernel::rope::RopeArgs;
 use crate::kernel::row_norms::NormArgs;
@@ -148,6 +149,12 @@ pub trait Backend: Debug + Send + Sync {
     /// # Errors
     /// [`KernelError`].
     fn gather(&self, args: &mut GatherArgs<'_>) -> Result<(), KernelError>;
+
+    /// [`crate::kernel::pack`].
+    ///
+    /// # Errors
+    /// [`KernelError`]; the page's rows are then unspecified.
+    fn pack(&self, args: &mut PackArgs<'_>) -> Result<(), KernelError>;
 
     /// [`crate::kernel::rope`].
     ///

@@ -100,6 +100,10 @@ impl Backend for Reference {
         kernel::gather::reference::run(args)
     }
 
+    fn pack(&self, args: &mut PackArgs<'_>) -> Result<(), KernelError> {
+        kernel::pack::reference::run(args)
+    }
+
     fn rope(&self, args: &mut RopeArgs<'_>) -> Result<(), KernelError> {
         kernel::rope::reference::run(args)
     }

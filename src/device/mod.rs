@@ -4,12 +4,14 @@
 //! *Helps* by being the one place that talks to the system; *hurts* nothing above it, which sees blocks
 //! and pages only.
 
+pub mod encoding;
 #[cfg(feature = "gpu")]
 pub mod gpu;
 pub mod memory;
 pub mod page;
 pub mod pool;
 
+pub use encoding::{Encoding, Format, Packing};
 pub use memory::{HostArena, HostBlock, MemoryUsage};
 pub use page::{Block, HeadRows, Page, PageLayout, Segment};
 pub use pool::Pool;

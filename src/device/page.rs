@@ -12,6 +12,7 @@
 //! *Helps* eviction: memory returns page by page, and a fork shares pages until one side writes.
 //! *Hurts* by half a page of slack per KV head on average, so pages are small (64 entries by default).
 
+use super::encoding::{Encoding, PackedLayout, PackedRows};
 use crate::device::memory::HostBlock;
 use crate::geometry::{LayerShape, RowCount};
 use crate::view::DType;
@@ -65,10 +66,10 @@ pub struct PageLayout {
     pub d_k: usize,
     /// Value dimension.
     pub d_v: usize,
-    /// Element type of keys.
-    pub k_dtype: DType,
-    /// Element type of values.
-    pub v_dtype: DType,
+    /// How keys are stored.
+    pub k: Encoding,
+    /// How values are stored.
+    pub v: Encoding,
     /// Whether the block mirrors positions and β (device backends).
     pub mirrored: bool,
     /// `u32` words of column data per entry.
@@ -80,32 +81,36 @@ impl PageLayout {
     pub fn new(
         shape: &LayerShape,
         capacity: usize,
-        k_dtype: DType,
-        v_dtype: DType,
+        k: impl Into<Encoding>,
+        v: impl Into<Encoding>,
         mirrored: bool,
         column_words: usize,
     ) -> Self {
-        Self { capacity, d_k: shape.d_k, d_v: shape.d_v, k_dtype, v_dtype, mirrored, column_words }
+        Self { capacity, d_k: shape.d_k, d_v: shape.d_v, k: k.into(), v: v.into(), mirrored, column_words }
     }
 
-    /// Bytes from one key row to the next.
-    pub fn k_row_bytes(&self) -> usize {
-        (self.d_k * self.k_dtype.bytes()).next_multiple_of(4)
+    /// Bytes of a side.
+    pub fn side_bytes(&self, side: Side) -> usize {
+        match self.packed(side) {
+            Some(packed) => packed.bytes(),
+            None => self.capacity * self.row_bytes(side),
+        }
     }
 
-    /// Bytes from one value row to the next.
-    pub fn v_row_bytes(&self) -> usize {
-        (self.d_v * self.v_dtype.bytes()).next_multiple_of(4)
+    /// Where what lies in a packed side; `None` if it is exact.
+    pub fn packed(&self, side: Side) -> Option<PackedLayout> {
+        let packing = self.encoding(side).packed()?;
+        Some(PackedLayout::new(packing, side, self.dim(side), self.capacity))
     }
 
     /// Where values start.
     pub fn v_offset(&self) -> usize {
-        self.capacity * self.k_row_bytes()
+        self.side_bytes(Side::Key)
     }
 
     /// Where the mirror of positions starts (β follows `4 * capacity` bytes later).
     pub fn mirror_offset(&self) -> usize {
-        self.v_offset() + self.capacity * self.v_row_bytes()
+        self.v_offset() + self.side_bytes(Side::Value)
     }
 
     /// Bytes a block must have.
@@ -113,9 +118,14 @@ impl PageLayout {
         self.mirror_offset() + if self.mirrored { 8 * self.capacity } else { 0 }
     }
 
-    /// Bytes one entry needs without padding: what an ideal store would use.
+    /// Bytes one entry needs without padding: what an ideal store would use. Of a packed side, its share of the
+    /// page's parameters is a part.
     pub fn entry_bytes(&self) -> usize {
-        self.d_k * self.k_dtype.bytes() + self.d_v * self.v_dtype.bytes() + 4 + 4 * self.column_words
+        let side = |side| match self.encoding(side) {
+            Encoding::Exact(dtype) => self.dim(side) * dtype.bytes(),
+            Encoding::Packed(_) => self.side_bytes(side).div_ceil(self.capacity),
+        };
+        side(Side::Key) + side(Side::Value) + 4 + 4 * self.column_words
     }
 }
 
@@ -142,6 +152,8 @@ pub enum Rows<'a> {
     F16(&'a [f16]),
     /// bfloat16.
     Bf16(&'a [bf16]),
+    /// Packed; row `i` is row `i` of it.
+    Packed(PackedRows<'a>),
 }
 
 /// Keys or values.
@@ -154,11 +166,11 @@ pub enum Side {
 }
 
 impl PageLayout {
-    /// Element type of a side.
-    pub fn dtype(&self, side: Side) -> DType {
+    /// How a side is stored.
+    pub fn encoding(&self, side: Side) -> Encoding {
         match side {
-            Side::Key => self.k_dtype,
-            Side::Value => self.v_dtype,
+            Side::Key => self.k,
+            Side::Value => self.v,
         }
     }
 
@@ -170,17 +182,21 @@ impl PageLayout {
         }
     }
 
-    /// Bytes from one row to the next.
+    /// Bytes from one row to the next of an exact side. Packed rows do not lie together: 0.
     pub fn row_bytes(&self, side: Side) -> usize {
-        match side {
-            Side::Key => self.k_row_bytes(),
-            Side::Value => self.v_row_bytes(),
+        match self.encoding(side) {
+            Encoding::Exact(dtype) => (self.dim(side) * dtype.bytes()).next_multiple_of(4),
+            Encoding::Packed(_) => 0,
         }
     }
 
-    /// Elements from one row to the next (the dimension, or one more for odd half-precision rows).
+    /// Elements from one row to the next of an exact side (the dimension, or one more for odd half-precision
+    /// rows). 1 for a packed side, whose rows are counted.
     pub fn row_stride(&self, side: Side) -> usize {
-        self.row_bytes(side) / self.dtype(side).bytes()
+        match self.encoding(side) {
+            Encoding::Exact(dtype) => self.row_bytes(side) / dtype.bytes(),
+            Encoding::Packed(_) => 1,
+        }
     }
 
     /// The byte range of a side in a block.
@@ -194,10 +210,14 @@ impl PageLayout {
     /// All rows of a side of a host page, used or not; row `i` starts at `i * row_stride`.
     pub fn rows<'a>(&self, page: &'a Page, side: Side) -> Rows<'a> {
         let bytes = &page.block.host()[self.range(side)];
-        match self.dtype(side) {
-            DType::F32 => Rows::F32(bytemuck::cast_slice(bytes)),
-            DType::F16 => Rows::F16(bytemuck::cast_slice(bytes)),
-            DType::Bf16 => Rows::Bf16(bytemuck::cast_slice(bytes)),
+        match self.encoding(side) {
+            Encoding::Exact(DType::F32) => Rows::F32(bytemuck::cast_slice(bytes)),
+            Encoding::Exact(DType::F16) => Rows::F16(bytemuck::cast_slice(bytes)),
+            Encoding::Exact(DType::Bf16) => Rows::Bf16(bytemuck::cast_slice(bytes)),
+            Encoding::Packed(packing) => {
+                let layout = PackedLayout::new(packing, side, self.dim(side), self.capacity);
+                Rows::Packed(PackedRows { layout, bytes })
+            }
         }
     }
 
@@ -210,15 +230,30 @@ impl PageLayout {
             Rows::F32(s) => out.copy_from_slice(&s[span]),
             Rows::F16(s) => s[span].convert_to_f32_slice(out),
             Rows::Bf16(s) => s[span].convert_to_f32_slice(out),
+            Rows::Packed(p) => p.read(row, out),
         }
     }
 
-    /// One row narrowed into `bytes`, which is a whole block's worth of host memory.
+    /// One row of an exact side narrowed into `bytes`, which is a whole block's worth of host memory.
+    ///
+    /// # Panics
+    /// On a packed side: its rows are written together, by [`crate::kernel::pack`].
     pub fn write_row(&self, bytes: &mut [u8], side: Side, row: usize, values: &[f32]) {
+        self.write_exact(&mut bytes[self.range(side)], side, row, values);
+    }
+
+    /// The same into the bytes of the side.
+    ///
+    /// # Panics
+    /// As [`PageLayout::write_row`].
+    pub fn write_exact(&self, bytes: &mut [u8], side: Side, row: usize, values: &[f32]) {
         use half::slice::HalfFloatSliceExt;
-        let start = self.range(side).start + row * self.row_bytes(side);
-        let target = &mut bytes[start..start + self.dim(side) * self.dtype(side).bytes()];
-        match self.dtype(side) {
+        let Encoding::Exact(dtype) = self.encoding(side) else {
+            panic!("a row was written into a packed side");
+        };
+        let start = row * self.row_bytes(side);
+        let target = &mut bytes[start..start + self.dim(side) * dtype.bytes()];
+        match dtype {
             DType::F32 => bytemuck::cast_slice_mut::<u8, f32>(target).copy_from_slice(values),
             DType::F16 => bytemuck::cast_slice_mut::<u8, f16>(target).convert_from_f32_slice(values),
             DType::Bf16 => bytemuck::cast_slice_mut::<u8, bf16>(target).convert_from_f32_slice(values),
@@ -262,6 +297,11 @@ impl HeadRows {
     /// Entries in all segments.
     pub fn rows(&self) -> usize {
         self.segments.iter().map(|s| s.rows).sum()
+    }
+
+    /// Whether any rows of a side are stored rotated.
+    pub fn rotated(&self, side: Side) -> bool {
+        self.segments.iter().any(|s| s.layout.encoding(side).packed().is_some_and(|p| p.hadamard))
     }
 
     /// The same as a newtype, for public interfaces.

@@ -12,6 +12,7 @@ pub mod attend;
 pub mod attention_mass;
 pub mod gather;
 pub mod merge_partials;
+pub mod pack;
 pub mod pool;
 pub mod rope;
 pub mod row_norms;

@@ -266,8 +266,9 @@ pub fn metadata_bytes(page: &Page) -> usize {
 pub fn bytes_read(head: &HeadRows) -> usize {
     head.pages()
         .map(|p| {
-            let row = p.layout.row_bytes(Side::Key) + p.layout.row_bytes(Side::Value) + size_of::<i32>();
-            p.rows * (row + if p.page.bias.is_some() { size_of::<f32>() } else { 0 })
+            let side = |side| p.layout.side_bytes(side) * p.rows / p.layout.capacity;
+            let row = size_of::<i32>() + if p.page.bias.is_some() { size_of::<f32>() } else { 0 };
+            side(Side::Key) + side(Side::Value) + p.rows * row
         })
         .sum()
 }

@@ -6,7 +6,9 @@
 use super::random::{Random, round_to};
 use crate::backend::Backend;
 use crate::device::page::{HeadRows, PageLayout, Segment};
-use crate::error::DeviceError;
+use crate::device::{Encoding, Format, Packing};
+use crate::error::KernelError;
+use crate::kernel::pack::PackArgs;
 use crate::view::DType;
 use std::sync::Arc;
 
@@ -23,6 +25,12 @@ pub fn poisoned(len: usize) -> Vec<f32> {
     vec![POISON; len]
 }
 
+/// Every packed format, as it is and with both treatments of rows.
+pub fn packings() -> Vec<Packing> {
+    let plain = |format| Packing { format, center: false, hadamard: false };
+    Format::ALL.into_iter().flat_map(|f| [plain(f), plain(f).centered().rotated()]).collect()
+}
+
 /// A run of entries.
 #[derive(Clone, Copy, Debug)]
 pub struct SegmentSpec {
@@ -30,16 +38,21 @@ pub struct SegmentSpec {
     pub rows: usize,
     /// Entries per page.
     pub capacity: usize,
-    /// Type of keys.
-    pub k: DType,
-    /// Type of values.
-    pub v: DType,
+    /// How keys are stored.
+    pub k: Encoding,
+    /// How values are stored.
+    pub v: Encoding,
 }
 
 impl SegmentSpec {
     /// A run of `f32` entries.
     pub fn f32(rows: usize, capacity: usize) -> Self {
-        Self { rows, capacity, k: DType::F32, v: DType::F32 }
+        Self::stored(rows, capacity, DType::F32, DType::F32)
+    }
+
+    /// A run of entries stored so.
+    pub fn stored(rows: usize, capacity: usize, k: impl Into<Encoding>, v: impl Into<Encoding>) -> Self {
+        Self { rows, capacity, k: k.into(), v: v.into() }
     }
 }
 
@@ -79,9 +92,10 @@ impl CacheSpec {
         }
     }
 
-    /// The same with other element types.
+    /// The same, stored otherwise.
     #[must_use]
-    pub fn typed(mut self, k: DType, v: DType) -> Self {
+    pub fn typed(mut self, k: impl Into<Encoding>, v: impl Into<Encoding>) -> Self {
+        let (k, v) = (k.into(), v.into());
         for segment in self.heads.iter_mut().flatten() {
             (segment.k, segment.v) = (k, v);
         }
@@ -98,7 +112,7 @@ impl CacheSpec {
     ///
     /// # Errors
     /// What the backend's page operations fail with.
-    pub fn build(&self, backend: &dyn Backend) -> Result<Vec<HeadRows>, DeviceError> {
+    pub fn build(&self, backend: &dyn Backend) -> Result<Vec<HeadRows>, KernelError> {
         let mut heads = Vec::with_capacity(self.heads.len());
         for (h, specs) in self.heads.iter().enumerate() {
             let mut random = Random::new(self.seed ^ (h as u64).wrapping_mul(0xa076_1d64_78bd_642f));
@@ -118,13 +132,13 @@ impl CacheSpec {
         spec: &SegmentSpec,
         random: &mut Random,
         position: &mut i32,
-    ) -> Result<Segment, DeviceError> {
+    ) -> Result<Segment, KernelError> {
         let layout = Arc::new(PageLayout {
             capacity: spec.capacity,
             d_k: self.d_k,
             d_v: self.d_v,
-            k_dtype: spec.k,
-            v_dtype: spec.v,
+            k: spec.k,
+            v: spec.v,
             mirrored: backend.mirrored(),
             column_words: self.column_words,
         });
@@ -150,26 +164,22 @@ impl CacheSpec {
                 page.bias = Some(bias.into());
             }
             page.columns.iter_mut().for_each(|w| *w = random.bits() as u32);
-            let mut keys = random.rows(spec.capacity * self.d_k, self.key_scale, spec.k);
-            let mut values = random.rows(spec.capacity * self.d_v, 1.0, spec.v);
-            keys[used * self.d_k..].fill(round_to(spec.k, 3e4));
-            values[used * self.d_v..].fill(round_to(spec.v, 3e4));
-            // In two calls, so that a first row other than 0 is met.
-            let first = used / 2;
-            backend.write_rows(
-                &layout,
-                &mut page,
-                0,
-                &keys[..first * self.d_k],
-                &values[..first * self.d_v],
-            )?;
-            backend.write_rows(
-                &layout,
-                &mut page,
-                first,
-                &keys[first * self.d_k..],
-                &values[first * self.d_v..],
-            )?;
+            // Exact elements of a row are numbers of their type, so that storing them rounds nothing.
+            let (k, v) = (spec.k.exact().unwrap_or(DType::F32), spec.v.exact().unwrap_or(DType::F32));
+            let mut keys = random.rows(spec.capacity * self.d_k, self.key_scale, k);
+            let mut values = random.rows(spec.capacity * self.d_v, 1.0, v);
+            if spec.k.exact().is_none() || spec.v.exact().is_none() {
+                let (keys, values) = (&keys[..used * self.d_k], &values[..used * self.d_v]);
+                backend.pack(&mut PackArgs { layout: &layout, page: &mut page, keys, values })?;
+            } else {
+                keys[used * self.d_k..].fill(round_to(k, 3e4));
+                values[used * self.d_v..].fill(round_to(v, 3e4));
+                // In two calls, so that a first row other than 0 is met.
+                let first = used / 2;
+                let (k, v) = (first * self.d_k, first * self.d_v);
+                backend.write_rows(&layout, &mut page, 0, &keys[..k], &values[..v])?;
+                backend.write_rows(&layout, &mut page, first, &keys[k..], &values[v..])?;
+            }
             backend.sync_metadata(&layout, &mut page, 0..spec.capacity)?;
             segment.pages.push(Arc::new(page));
             segment.rows += used;

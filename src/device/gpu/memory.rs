@@ -278,7 +278,19 @@ impl Memory {
         });
     }
 
-    /// Stages rows of one side, narrowed to its type.
+    /// Stages all bytes of one side.
+    pub(crate) fn write_side(&self, block: &DeviceBlock, layout: &PageLayout, side: Side, bytes: &[u8]) {
+        let mut state = lock(&self.state);
+        let start = state.staged.len();
+        let words = bytes.chunks_exact(4).map(|w| u32::from_le_bytes([w[0], w[1], w[2], w[3]]));
+        state.staged.extend(words);
+        state.write(block.buffer(), block.offset + layout.range(side).start as u64, start);
+    }
+
+    /// Stages rows of one exact side, narrowed to its type.
+    ///
+    /// # Panics
+    /// On a packed side.
     pub(crate) fn write_rows(
         &self,
         block: &DeviceBlock,
@@ -287,13 +299,16 @@ impl Memory {
         first: usize,
         rows: &[f32],
     ) {
+        let Some(dtype) = layout.encoding(side).exact() else {
+            panic!("a row was written into a packed side");
+        };
         let (dim, words) = (layout.dim(side), layout.row_bytes(side) / 4);
         let count = rows.len() / dim;
         let mut state = lock(&self.state);
         let start = state.staged.len();
         state.staged.resize(start + count * words, 0);
         for (row, target) in rows.chunks_exact(dim).zip(state.staged[start..].chunks_exact_mut(words)) {
-            match layout.dtype(side) {
+            match dtype {
                 DType::F32 => bytemuck::cast_slice_mut(target).copy_from_slice(row),
                 DType::F16 => {
                     bytemuck::cast_slice_mut::<u32, half::f16>(target)[..dim].convert_from_f32_slice(row);

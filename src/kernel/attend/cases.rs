@@ -5,10 +5,10 @@
 //! everything at random. *Helps* name what broke; *hurts* nothing.
 
 use super::{AttendLane, Share};
-use crate::device::HeadRows;
+use crate::device::{Encoding, HeadRows};
 use crate::kernel::AttentionParams;
 use crate::testing::Random;
-use crate::testing::cache::{CacheSpec, SegmentSpec, end_position, poisoned};
+use crate::testing::cache::{CacheSpec, SegmentSpec, end_position, packings, poisoned};
 use crate::view::DType;
 
 /// One sequence of a case.
@@ -142,6 +142,7 @@ impl AttentionCase {
 pub fn cases() -> Vec<AttentionCase> {
     let mut cases = Vec::new();
     one_axis(&mut cases);
+    packed(&mut cases);
     combined(&mut cases);
     extremes(&mut cases);
     lanes(&mut cases);
@@ -192,6 +193,34 @@ fn one_axis(cases: &mut Vec<AttentionCase>) {
     }
 }
 
+/// Every packed format between exact runs, from one query to a prompt.
+fn packed(cases: &mut Vec<AttentionCase>) {
+    for (i, packing) in packings().into_iter().enumerate() {
+        for (tokens, group) in [(1, 4), (2, 9), (40, 1)] {
+            let (d_k, d_v) = [(128, 128), (64, 64), (80, 96), (33, 7)][(i + tokens) % 4];
+            let mut cache = CacheSpec::f32(60 + i as u64, d_k, &[], 64);
+            cache.d_v = d_v;
+            cache.bias = i % 3 == 0;
+            cache.gaps = true;
+            cache.heads = vec![
+                vec![
+                    SegmentSpec::stored(4, 16, DType::F16, DType::F32),
+                    SegmentSpec::stored(170, 128, packing, packing),
+                    SegmentSpec::stored(19, 16, DType::F32, DType::F16),
+                ],
+                vec![SegmentSpec::stored(70, 128, packing, DType::F16)],
+                vec![SegmentSpec::stored(70, 32, DType::Bf16, packing)],
+            ];
+            cases.push(AttentionCase::new(
+                format!("{packing}, d {d_k}/{d_v}, tokens {tokens}"),
+                cache,
+                tokens,
+                group,
+            ));
+        }
+    }
+}
+
 fn combined(cases: &mut Vec<AttentionCase>) {
     for tokens in [1, 9, 70] {
         let base = |name: &str, seed| {
@@ -226,13 +255,13 @@ fn combined(cases: &mut Vec<AttentionCase>) {
         let mut case = base("several segments", 18);
         case.lanes[0].cache.heads = vec![
             vec![
-                SegmentSpec { rows: 4, capacity: 8, k: DType::F32, v: DType::F32 },
-                SegmentSpec { rows: 75, capacity: 32, k: DType::F16, v: DType::Bf16 },
-                SegmentSpec { rows: 0, capacity: 16, k: DType::F16, v: DType::F16 },
-                SegmentSpec { rows: 19, capacity: 16, k: DType::F32, v: DType::F16 },
+                SegmentSpec::stored(4, 8, DType::F32, DType::F32),
+                SegmentSpec::stored(75, 32, DType::F16, DType::Bf16),
+                SegmentSpec::stored(0, 16, DType::F16, DType::F16),
+                SegmentSpec::stored(19, 16, DType::F32, DType::F16),
             ],
             vec![],
-            vec![SegmentSpec { rows: 30, capacity: 64, k: DType::Bf16, v: DType::Bf16 }],
+            vec![SegmentSpec::stored(30, 64, DType::Bf16, DType::Bf16)],
         ];
         cases.push(case);
     }
@@ -294,7 +323,7 @@ fn random_case(index: u64) -> AttentionCase {
     let seed = 1000 + index;
     let mut random = Random::new(seed);
     let dims = [1, 2, 4, 5, 8, 12, 16, 20, 24, 32, 40, 64, 72, 96, 112, 128];
-    let types = [DType::F32, DType::F16, DType::Bf16];
+    let types = [DType::F32, DType::F16, DType::Bf16].map(Encoding::from);
     let d_k = random.pick(&dims);
     let d_v = if random.one_in(2) { d_k } else { random.pick(&dims) };
     let group = 1 + random.below(9);

@@ -18,16 +18,17 @@
 
 use super::{AttendLane, Workspace};
 use crate::device::HeadRows;
+use crate::device::encoding::rotate;
 use crate::device::page::Side;
 use crate::error::KernelError;
 use crate::kernel::AttentionParams;
 use crate::kernel::attention_mass::cpu::{HeadMass, mass_len};
 use crate::kernel::merge_partials::cpu::merge;
 use crate::kernel::simd::gemm::PAD;
-use crate::kernel::simd::math::{exp, scale};
+use crate::kernel::simd::math::{add_scaled, exp, scale};
 use crate::kernel::simd::prefetch::Ahead;
 use crate::kernel::simd::tile::{
-    BLOCK, QueryBlock, ScoreScratch, TILE, first_slot, padded_bias, page_count, tiles,
+    BLOCK, QueryBlock, ScoreScratch, TILE, first_slot, padded_bias, page_count, rotation_len, tiles,
 };
 use crate::kernel::simd::{Exec, take};
 use fearless_simd::{Simd, SimdBase, dispatch};
@@ -361,7 +362,9 @@ impl Items<'_> {
                 params: self.context.params,
                 head: self.head,
                 pages: self.cut.chunk_pages(i),
-                block: QueryBlock::new(self.queries, self.context.params.d_k, self.positions, rows.clone()),
+                rows: rows.clone(),
+                queries: self.queries,
+                positions: self.positions,
                 // The sink joins the first chunk only.
                 sinks: self
                     .sinks
@@ -382,14 +385,20 @@ impl Items<'_> {
 /// Scratch of one task.
 struct Scratch<'a> {
     score: ScoreScratch<'a>,
+    /// Rotated queries, `[BLOCK, d_k]`.
+    rotation: &'a mut [f32],
     /// Widened values, `[TILE, d_v padded]`.
     values: &'a mut [f32],
     /// Running outputs, `[BLOCK, d_v padded]`.
     sums: &'a mut [f32],
+    /// The same over values that are stored rotated.
+    rotated: &'a mut [f32],
 }
 
 fn scratch_len(params: &AttentionParams<'_>) -> usize {
-    let attend = ScoreScratch::len(params.d_k) + (TILE + BLOCK) * params.d_v.next_multiple_of(PAD);
+    let attend = rotation_len(params.d_k)
+        + ScoreScratch::len(params.d_k, params.d_k.max(params.d_v))
+        + (TILE + 2 * BLOCK) * params.d_v.next_multiple_of(PAD);
     attend.max(mass_len(params)).next_multiple_of(PAD)
 }
 
@@ -397,9 +406,11 @@ impl<'a> Scratch<'a> {
     fn cut(mut memory: &'a mut [f32], params: &AttentionParams<'_>) -> Self {
         let padded = params.d_v.next_multiple_of(PAD);
         Self {
-            score: ScoreScratch::cut(&mut memory, params.d_k),
+            rotation: take(&mut memory, rotation_len(params.d_k)),
+            score: ScoreScratch::cut(&mut memory, params.d_k, params.d_k.max(params.d_v)),
             values: take(&mut memory, TILE * padded),
             sums: take(&mut memory, BLOCK * padded),
+            rotated: take(&mut memory, BLOCK * padded),
         }
     }
 }
@@ -409,7 +420,11 @@ struct Item<'a> {
     params: &'a AttentionParams<'a>,
     head: &'a HeadRows,
     pages: Range<usize>,
-    block: QueryBlock<'a>,
+    /// Which rows of the group's queries.
+    rows: Range<usize>,
+    /// Of the whole group.
+    queries: &'a [f32],
+    positions: &'a [i32],
     /// Sink logits of the group, first row of the block, tokens.
     sinks: Option<(&'a [f32], usize, usize)>,
     out: &'a mut [f32],
@@ -420,10 +435,17 @@ struct Item<'a> {
 impl Item<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S, scratch: Scratch<'_>) {
-        let (params, rows) = (self.params, self.block.rows);
+        let (params, rows) = (self.params, self.rows.len());
         let (d_v, padded) = (params.d_v, params.d_v.next_multiple_of(PAD));
-        let Scratch { score, values, sums } = scratch;
+        let Scratch { mut score, rotation, values, sums, rotated } = scratch;
+        let block =
+            QueryBlock::new(self.queries, params.d_k, self.positions, self.rows.clone(), self.head, rotation);
         sums[..rows * padded].fill(0.0);
+        // Values stored rotated are summed apart and turned back once.
+        let apart = self.head.rotated(Side::Value);
+        if apart {
+            rotated[..rows * padded].fill(0.0);
+        }
         let mut most = [f32::NEG_INFINITY; BLOCK];
         let mut total = [0.0f32; BLOCK];
         if let Some((sinks, first, tokens)) = self.sinks {
@@ -437,16 +459,15 @@ impl Item<'_> {
         if let Some(kept) = &mut self.kept {
             kept.fill(f32::NEG_INFINITY);
         }
-        let mut tiles =
-            tiles(self.head, self.pages.clone()).filter(|t| t.meets(params, &self.block)).peekable();
+        let mut tiles = tiles(self.head, self.pages.clone()).filter(|t| t.meets(params, &block)).peekable();
         while let Some(tile) = tiles.next() {
             let next = tiles.peek();
             let ahead = |side| next.map_or(Ahead::NONE, |t| t.ahead(side));
-            self.block.dots(simd, &tile, score.keys, &mut false, score.scores, ahead(Side::Key));
+            block.dots(simd, &tile, &mut score, &mut false, ahead(Side::Key));
             let bias = padded_bias(&tile);
             for r in 0..rows {
                 let x = &mut score.scores[r * TILE..(r + 1) * TILE];
-                let top = self.block.logits(simd, params, &tile, r, bias.as_ref(), x);
+                let top = block.logits(simd, params, &tile, r, bias.as_ref(), x);
                 if let Some(kept) = &mut self.kept {
                     kept[r * entries + tile.slot() - start..][..tile.len].copy_from_slice(&x[..tile.len]);
                 }
@@ -459,11 +480,24 @@ impl Item<'_> {
                     let factor = (most[r] - top).exp();
                     total[r] *= factor;
                     scale(simd, &mut sums[r * padded..(r + 1) * padded], factor);
+                    if apart {
+                        scale(simd, &mut rotated[r * padded..(r + 1) * padded], factor);
+                    }
                     most[r] = top;
                 }
                 total[r] += weights(simd, x, most[r]);
             }
-            tile.add_values(simd, score.scores, rows, values, sums, ahead(Side::Value));
+            let sums = if tile.rotated(Side::Value) { &mut *rotated } else { &mut *sums };
+            let ScoreScratch { scores, unpack, .. } = &mut score;
+            tile.add_values(simd, scores, rows, values, unpack, sums, ahead(Side::Value));
+        }
+        if apart {
+            for (sum, rotated) in
+                sums.chunks_exact_mut(padded).zip(rotated.chunks_exact_mut(padded)).take(rows)
+            {
+                rotate(&mut rotated[..d_v]);
+                add_scaled(simd, &mut sum[..d_v], &rotated[..d_v], 1.0);
+            }
         }
         for (r, (out, lse)) in self.out.chunks_exact_mut(d_v).zip(self.lse).enumerate() {
             if total[r] > 0.0 {

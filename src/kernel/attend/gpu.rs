@@ -11,8 +11,9 @@
 //! The mass kernels use the same tiles, so they find queries and log-sum-exp where this one left them.
 
 use super::{AttendLane, NAME};
+use crate::device::Encoding;
 use crate::device::gpu::{Binding, Call, Context, DeviceBlock, Scratch};
-use crate::device::page::{HeadRows, PageLayout};
+use crate::device::page::{HeadRows, PageLayout, Side};
 use crate::error::KernelError;
 use crate::kernel::AttentionParams;
 use crate::kernel::{attention_mass, merge_partials};
@@ -65,8 +66,8 @@ impl Params {
         Self {
             d_k: params.d_k as u32,
             d_v: params.d_v as u32,
-            k_words: words(layout.k_row_bytes()),
-            v_words: words(layout.v_row_bytes()),
+            k_words: words(layout.row_bytes(Side::Key)),
+            v_words: words(layout.row_bytes(Side::Value)),
             v_offset: words(layout.v_offset()),
             mirror: words(layout.mirror_offset()),
             capacity: layout.capacity as u32,
@@ -94,12 +95,24 @@ pub(crate) struct Stretch {
     resume: u32,
 }
 
-/// The number a shader knows an element type by.
-pub(in crate::kernel) fn kind(dtype: DType) -> u32 {
-    match dtype {
-        DType::F32 => 0,
-        DType::F16 => 1,
-        DType::Bf16 => 2,
+/// The number a shader knows the encoding of a side by.
+///
+/// # Errors
+/// [`KernelError::Unsupported`] for packed rows.
+pub(in crate::kernel) fn kind(
+    layout: &PageLayout,
+    side: Side,
+    kernel: &'static str,
+) -> Result<u32, KernelError> {
+    match layout.encoding(side) {
+        Encoding::Exact(DType::F32) => Ok(0),
+        Encoding::Exact(DType::F16) => Ok(1),
+        Encoding::Exact(DType::Bf16) => Ok(2),
+        Encoding::Packed(packing) => Err(KernelError::Unsupported {
+            backend: "gpu",
+            kernel,
+            detail: format!("rows packed as {}", packing.format.name()),
+        }),
     }
 }
 
@@ -414,7 +427,10 @@ pub(in crate::kernel) fn record(
     for batch in rounds(&plan).iter().flatten() {
         let count = batch.stretches.len();
         let block = Params::new(&params, batch.layout, 0, 0..count);
-        let constants = [("K_TYPE", kind(batch.layout.k_dtype)), ("V_TYPE", kind(batch.layout.v_dtype))];
+        let constants = [
+            ("K_TYPE", kind(batch.layout, Side::Key, NAME)?),
+            ("V_TYPE", kind(batch.layout, Side::Value, NAME)?),
+        ];
         let bindings = [
             Binding::Slab(batch.slab.clone()),
             pages.clone(),

@@ -12,7 +12,9 @@ use crate::kernel::attend::Workspace;
 use crate::kernel::attend::cpu::add_weights;
 use crate::kernel::simd::gemm::PAD;
 use crate::kernel::simd::prefetch::Ahead;
-use crate::kernel::simd::tile::{BLOCK, QueryBlock, ScoreScratch, TILE, padded_bias, page_count, tiles};
+use crate::kernel::simd::tile::{
+    BLOCK, QueryBlock, ScoreScratch, TILE, padded_bias, page_count, rotation_len, tiles,
+};
 use crate::kernel::simd::{Exec, Split, take};
 use fearless_simd::{Simd, dispatch};
 
@@ -95,7 +97,7 @@ impl Split for Heads<'_> {
 
 /// Floats of scratch one task needs.
 pub(in crate::kernel) fn mass_len(params: &AttentionParams<'_>) -> usize {
-    ScoreScratch::len(params.d_k).next_multiple_of(PAD)
+    (ScoreScratch::len(params.d_k, params.d_k) + rotation_len(params.d_k)).next_multiple_of(PAD)
 }
 
 /// The mass of query heads `first .. end` of a group on one KV head.
@@ -137,10 +139,22 @@ impl HeadMass<'_> {
         for (g, mass) in (self.first..self.end).zip(self.mass.chunks_exact_mut(entries.max(1))) {
             let (queries, lse) = (&self.queries[g * tokens * params.d_k..], &self.lse[g * tokens..]);
             let mut memory = &mut *scratch;
-            let scratch = ScoreScratch::cut(&mut memory, params.d_k);
+            let rotation = take(&mut memory, rotation_len(params.d_k));
+            let scratch = ScoreScratch::cut(&mut memory, params.d_k, params.d_k);
             simd.vectorize(
                 #[inline(always)]
-                || head_mass(simd, params, self.head, queries, self.positions, lse, scratch, mass),
+                || {
+                    head_mass(
+                        simd,
+                        params,
+                        self.head,
+                        queries,
+                        self.positions,
+                        lse,
+                        (scratch, rotation),
+                        mass,
+                    )
+                },
             );
         }
     }
@@ -156,7 +170,7 @@ pub(in crate::kernel) fn head_mass<S: Simd>(
     queries: &[f32],
     positions: &[i32],
     lse: &[f32],
-    scratch: ScoreScratch<'_>,
+    (mut scratch, rotation): (ScoreScratch<'_>, &mut [f32]),
     mass: &mut [f32],
 ) {
     mass.fill(0.0);
@@ -166,11 +180,12 @@ pub(in crate::kernel) fn head_mass<S: Simd>(
         let target = &mut mass[tile.slot()..tile.slot() + tile.len];
         let mut turned = false;
         for first in (0..tokens).step_by(BLOCK) {
-            let block = QueryBlock::new(queries, params.d_k, positions, first..(first + BLOCK).min(tokens));
+            let rows = first..(first + BLOCK).min(tokens);
+            let block = QueryBlock::new(queries, params.d_k, positions, rows, head, rotation);
             if !tile.meets(params, &block) {
                 continue;
             }
-            block.dots(simd, &tile, scratch.keys, &mut turned, scratch.scores, Ahead::NONE);
+            block.dots(simd, &tile, &mut scratch, &mut turned, Ahead::NONE);
             for r in 0..block.rows {
                 let x = &mut scratch.scores[r * TILE..(r + 1) * TILE];
                 let top = block.logits(simd, params, &tile, r, bias.as_ref(), x);

@@ -5,7 +5,7 @@
 
 use super::{MassArgs, NAME};
 use crate::device::gpu::{Binding, Call, Context, DeviceBlock, Scratch};
-use crate::device::page::PageLayout;
+use crate::device::page::{PageLayout, Side};
 use crate::error::{DeviceError, KernelError};
 use crate::kernel::AttentionParams;
 use crate::kernel::attend::Share;
@@ -139,7 +139,13 @@ pub(in crate::kernel) fn record_weights(
             lse.clone(),
             Binding::from(&mass),
         ];
-        call.dispatch(output.shader(), &[("K_TYPE", kind(layout.k_dtype))], &block, &bindings, chunks.len())?;
+        call.dispatch(
+            output.shader(),
+            &[("K_TYPE", kind(layout, Side::Key, NAME)?)],
+            &block,
+            &bindings,
+            chunks.len(),
+        )?;
     }
     Ok(mass)
 }

@@ -78,8 +78,8 @@ fn record(
         let params = Params {
             d_k: layout.d_k as u32,
             d_v: layout.d_v as u32,
-            k_words: words(layout.k_row_bytes()),
-            v_words: words(layout.v_row_bytes()),
+            k_words: words(layout.row_bytes(Side::Key)),
+            v_words: words(layout.row_bytes(Side::Value)),
             v_offset: words(layout.v_offset()),
             mirror: words(layout.mirror_offset()),
             capacity: layout.capacity as u32,
@@ -91,7 +91,8 @@ fn record(
             biases: packed.biases as u32,
             spare: [0; 3],
         };
-        let constants = [("K_TYPE", kind(layout.k_dtype)), ("V_TYPE", kind(layout.v_dtype))];
+        let constants =
+            [("K_TYPE", kind(layout, Side::Key, NAME)?), ("V_TYPE", kind(layout, Side::Value, NAME)?)];
         let bindings = [Binding::Slab(slab.clone()), call.upload(&entries), Binding::from(&buffer)];
         call.dispatch("gather", &constants, &params, &bindings, entries.len())?;
     }
@@ -105,7 +106,7 @@ fn into_pages(
     layout: &PageLayout,
     pages: &mut [Page],
 ) -> Result<(), KernelError> {
-    let (k, v) = (layout.k_row_bytes() / 4, layout.v_row_bytes() / 4);
+    let (k, v) = (layout.row_bytes(Side::Key) / 4, layout.row_bytes(Side::Value) / 4);
     let pages_per_call = (context.batch_bytes() / (4 * layout.capacity * (k + v + 2))).max(1);
     for (slots, pages) in slots.chunks(pages_per_call * layout.capacity).zip(pages.chunks_mut(pages_per_call))
     {

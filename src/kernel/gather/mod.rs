@@ -67,6 +67,13 @@ impl GatherArgs<'_> {
         }
         match &self.target {
             GatherTarget::Pages { layout, pages } => {
+                let exact = layout.k.exact().is_some() && layout.v.exact().is_some();
+                if !exact || self.head.segments.iter().any(|s| *s.layout != **layout) {
+                    return Err(KernelError::Layout {
+                        kernel: NAME,
+                        problem: "rows are copied between pages of one exact layout; gather packed ones into dense buffers and pack them",
+                    });
+                }
                 expect_len(NAME, "pages", pages.len(), self.slots.len().div_ceil(layout.capacity))
             }
             GatherTarget::Dense { keys, values } => {

@@ -2,10 +2,10 @@
 
 use super::{NAME, RopeArgs, RopeTarget};
 use crate::device::gpu::{Binding, Call, Context, DeviceBlock};
+use crate::device::page::Side;
 use crate::error::KernelError;
 use crate::geometry::RotaryLayout;
 use crate::kernel::attend::gpu::kind;
-use crate::view::DType;
 
 /// The uniform block of `shaders/rope.wgsl`.
 #[repr(C)]
@@ -42,12 +42,18 @@ pub(crate) fn run(context: &Context, args: &mut RopeArgs<'_>) -> Result<(), Kern
         RopeTarget::Keys { layout, page, rows } => {
             let block = DeviceBlock::of(page, NAME)?;
             params.base = block.word();
-            params.row_words = (layout.k_row_bytes() / 4) as u32;
+            params.row_words = (layout.row_bytes(Side::Key) / 4) as u32;
             params.dim = layout.d_k as u32;
             params.count = *rows as u32;
             let mut call = Call::new(context, NAME);
             let bindings = [Binding::Slab(block.buffer().clone()), call.upload(args.table)];
-            call.dispatch("rope", &[("ROW_TYPE", kind(layout.k_dtype))], &params, &bindings, *rows)?;
+            call.dispatch(
+                "rope",
+                &[("ROW_TYPE", kind(layout, Side::Key, NAME)?)],
+                &params,
+                &bindings,
+                *rows,
+            )?;
             call.finish()?;
         }
         RopeTarget::Dense { rows, dim } => {
@@ -60,7 +66,7 @@ pub(crate) fn run(context: &Context, args: &mut RopeArgs<'_>) -> Result<(), Kern
                 let mut call = Call::new(context, NAME);
                 let turned = call.load(rows);
                 let bindings = [Binding::from(&turned), call.upload(table)];
-                call.dispatch("rope", &[("ROW_TYPE", kind(DType::F32))], &params, &bindings, count)?;
+                call.dispatch("rope", &[("ROW_TYPE", 0)], &params, &bindings, count)?;
                 call.read(&turned);
                 let len = rows.len();
                 rows.copy_from_slice(&call.finish()?.floats(0)[..len]);

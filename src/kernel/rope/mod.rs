@@ -63,7 +63,15 @@ impl RopeArgs<'_> {
     /// [`KernelError::Length`] names the buffer.
     pub fn validate(&self) -> Result<(), KernelError> {
         let (rows, dim) = match &self.target {
-            RopeTarget::Keys { layout, rows, .. } => (*rows, layout.d_k),
+            RopeTarget::Keys { layout, rows, .. } => {
+                if layout.k.exact().is_none() {
+                    return Err(KernelError::Layout {
+                        kernel: NAME,
+                        problem: "packed keys cannot be rotated in place",
+                    });
+                }
+                (*rows, layout.d_k)
+            }
             RopeTarget::Dense { rows, dim } => {
                 expect_len(NAME, "rows (multiple of dim)", rows.len() % (*dim).max(1), 0)?;
                 (rows.len() / (*dim).max(1), *dim)

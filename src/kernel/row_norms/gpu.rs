@@ -77,7 +77,7 @@ pub(crate) fn run(context: &Context, args: &mut NormArgs<'_>) -> Result<(), Kern
             spare: [0; 3],
         };
         let bindings = [Binding::Slab(slab.clone()), call.upload(&chunks), Binding::from(&norms)];
-        let constants = [("ROW_TYPE", kind(layout.dtype(args.side)))];
+        let constants = [("ROW_TYPE", kind(layout, args.side, NAME)?)];
         call.dispatch("row_norms", &constants, &params, &bindings, chunks.len())?;
     }
     call.read(&norms);

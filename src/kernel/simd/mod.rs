@@ -10,6 +10,7 @@ pub(crate) mod gemm;
 pub(crate) mod math;
 pub(crate) mod prefetch;
 pub(crate) mod tile;
+pub(crate) mod unpack;
 pub(crate) mod widen;
 
 use crate::device::Pool;

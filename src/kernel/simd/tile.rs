@@ -13,12 +13,13 @@ use super::dots;
 use super::gemm::{self, Matrix, PAD};
 use super::math::soft_cap;
 use super::prefetch::Ahead;
-use super::widen::{Source, widen};
+use super::unpack::UnpackScratch;
+use super::widen::{Remainder, Source, widen};
 use crate::device::HeadRows;
+use crate::device::encoding::rotate;
 use crate::device::page::{PageRef, Rows, Side};
 use crate::kernel::AttentionParams;
 use fearless_simd::{Simd, SimdBase};
-use half::{bf16, f16};
 use std::ops::Range;
 
 /// Entries of a tile: four of the widest vectors, and a multiple of all.
@@ -82,12 +83,13 @@ impl<'a> Tile<'a> {
         self.page.first + self.from
     }
 
-    /// The stored rows of a side, to be requested ahead of their use.
+    /// The stored rows of a side, to be requested ahead of their use. Of a packed side, which lies in planes, an
+    /// equal share.
     pub(crate) fn ahead(&self, side: Side) -> Ahead<'a> {
         let layout = self.page.layout;
         let bytes = &self.page.page.block.host()[layout.range(side)];
-        let row = layout.row_bytes(side);
-        Ahead::new(&bytes[self.from * row..(self.from + self.len) * row])
+        let at = |row: usize| bytes.len() * row / layout.capacity;
+        Ahead::new(&bytes[at(self.from)..at(self.from + self.len)])
     }
 
     fn positions(&self) -> &'a [i32] {
@@ -133,70 +135,30 @@ impl<'a> Tile<'a> {
                 .is_none_or(|w| i64::from(entries[self.len - 1]) > i64::from(least) - i64::from(w))
     }
 
-    /// Writes the keys transposed: dimension `i` of entry `j` to `keys[i * TILE + j]`. Columns up to the next
-    /// whole vector repeat the last entry, so that a block product may run over them.
+    /// The rows of a side from the tile's first, with their stride in elements: where they are stored, or
+    /// decoded into `scratch` if they are packed (and then still rotated).
     #[inline(always)]
-    fn transpose_keys<S: Simd>(&self, simd: S, keys: &mut [f32]) {
-        match self.page.layout.rows(self.page.page, Side::Key) {
-            Rows::F32(stored) => self.transpose_any(simd, stored, keys, |x| x),
-            Rows::F16(stored) => self.transpose_any(simd, stored, keys, f16::to_f32),
-            Rows::Bf16(stored) => self.transpose_any(simd, stored, keys, bf16::to_f32),
-        }
-    }
-
-    #[inline(always)]
-    fn transpose_any<'s, S: Simd, T: Copy>(
-        &self,
-        simd: S,
-        stored: &'s [T],
-        keys: &mut [f32],
-        one: impl Fn(T) -> f32,
-    ) where
-        &'s [T]: Source,
-    {
-        match S::f32s::LEN {
-            16 => self.transpose::<S, T, 16>(simd, stored, keys, one),
-            8 => self.transpose::<S, T, 8>(simd, stored, keys, one),
-            _ => self.transpose::<S, T, 4>(simd, stored, keys, one),
-        }
-    }
-
-    /// `one` widens a single element: what is left of a row after its last whole vector.
-    #[inline(always)]
-    fn transpose<'s, S: Simd, T: Copy, const N: usize>(
-        &self,
-        simd: S,
-        stored: &'s [T],
-        keys: &mut [f32],
-        one: impl Fn(T) -> f32,
-    ) where
-        &'s [T]: Source,
+    fn rows<'s, S: Simd>(&self, simd: S, side: Side, scratch: &'s mut UnpackScratch<'_>) -> (Rows<'s>, usize)
+    where
+        'a: 's,
     {
         let layout = self.page.layout;
-        let (d, stride) = (layout.d_k, layout.row_stride(Side::Key));
-        for j in (0..self.len).step_by(N) {
-            let mut rows: [&[T]; N] = [&[]; N];
-            for (r, row) in rows.iter_mut().enumerate() {
-                let index = (j + r).min(self.len - 1);
-                *row = &stored[(self.from + index) * stride..][..d];
-            }
-            let whole = d - d % N;
-            for i in (0..whole).step_by(N) {
-                let mut block = [S::f32s::splat(simd, 0.0); N];
-                for (vector, row) in block.iter_mut().zip(&rows) {
-                    *vector = row.slice(i..i + N).vector(simd);
-                }
-                for (c, column) in turn(block).iter().enumerate() {
-                    column.store_slice(&mut keys[(i + c) * TILE + j..][..N]);
-                }
-            }
-            for i in whole..d {
-                let column = &mut keys[i * TILE + j..][..N];
-                for (c, row) in column.iter_mut().zip(&rows) {
-                    *c = one(row[i]);
-                }
+        let stride = layout.row_stride(side);
+        let span = self.from * stride..(self.from + self.len - 1) * stride + layout.dim(side);
+        match layout.rows(self.page.page, side) {
+            Rows::F32(s) => (Rows::F32(&s[span]), stride),
+            Rows::F16(s) => (Rows::F16(&s[span]), stride),
+            Rows::Bf16(s) => (Rows::Bf16(&s[span]), stride),
+            Rows::Packed(p) => {
+                let stride = scratch.decode(simd, &p, self.from, self.len);
+                (Rows::F32(scratch.rows()), stride)
             }
         }
+    }
+
+    /// Whether rows of a side are stored rotated.
+    pub(crate) fn rotated(&self, side: Side) -> bool {
+        self.page.layout.encoding(side).packed().is_some_and(|p| p.hadamard)
     }
 
     /// `sums += weights · values` for the first `rows` rows. Values are read in place where their rows are
@@ -208,37 +170,122 @@ impl<'a> Tile<'a> {
         weights: &[f32],
         rows: usize,
         scratch: &mut [f32],
+        unpack: &mut UnpackScratch<'_>,
         sums: &mut [f32],
         ahead: Ahead<'_>,
     ) {
-        let layout = self.page.layout;
-        let (d, stride) = (layout.d_v, layout.row_stride(Side::Value));
+        let d = self.page.layout.d_v;
         let padded = d.next_multiple_of(PAD);
         let weights = Matrix { data: weights, stride: TILE };
-        let span = self.from * stride..(self.from + self.len) * stride;
         let extent = (rows, self.len, d);
         let whole = d % S::f32s::LEN == 0;
-        let stored = layout.rows(self.page.page, Side::Value);
+        let (stored, stride) = self.rows(simd, Side::Value, unpack);
         match stored {
-            Rows::F32(s) if whole => {
-                let values = Matrix { data: &s[span], stride };
-                return gemm::multiply(simd, weights, values, sums, padded, extent, true, ahead);
+            Rows::F32(data) if whole => {
+                return gemm::multiply(
+                    simd,
+                    weights,
+                    Matrix { data, stride },
+                    sums,
+                    padded,
+                    extent,
+                    true,
+                    ahead,
+                );
             }
-            Rows::F16(s) if whole && rows <= IN_PLACE_ROWS => {
-                let values = Matrix { data: &s[span], stride };
-                return gemm::multiply(simd, weights, values, sums, padded, extent, true, ahead);
+            Rows::F16(data) if whole && rows <= IN_PLACE_ROWS => {
+                return gemm::multiply(
+                    simd,
+                    weights,
+                    Matrix { data, stride },
+                    sums,
+                    padded,
+                    extent,
+                    true,
+                    ahead,
+                );
             }
-            Rows::Bf16(s) if whole && rows <= IN_PLACE_ROWS => {
-                let values = Matrix { data: &s[span], stride };
-                return gemm::multiply(simd, weights, values, sums, padded, extent, true, ahead);
+            Rows::Bf16(data) if whole && rows <= IN_PLACE_ROWS => {
+                return gemm::multiply(
+                    simd,
+                    weights,
+                    Matrix { data, stride },
+                    sums,
+                    padded,
+                    extent,
+                    true,
+                    ahead,
+                );
             }
             _ => {}
         }
         for (i, row) in scratch.chunks_exact_mut(padded).take(self.len).enumerate() {
-            widen(simd, stored, (self.from + i) * stride, &mut row[..d]);
+            widen(simd, stored, i * stride, &mut row[..d]);
         }
         let values = Matrix { data: &*scratch, stride: padded };
         gemm::multiply(simd, weights, values, sums, padded, extent, true, ahead);
+    }
+}
+
+/// Writes keys transposed: dimension `i` of entry `j` of the first `len` to `keys[i * TILE + j]`. Columns up to the
+/// next whole vector repeat the last entry, so that a block product may run over them.
+#[inline(always)]
+fn transpose_keys<S: Simd>(simd: S, stored: Rows<'_>, stride: usize, d: usize, len: usize, keys: &mut [f32]) {
+    match stored {
+        Rows::F32(stored) => transpose_any(simd, stored, stride, (d, len), keys),
+        Rows::F16(stored) => transpose_any(simd, stored, stride, (d, len), keys),
+        Rows::Bf16(stored) => transpose_any(simd, stored, stride, (d, len), keys),
+        Rows::Packed(_) => unreachable!("packed rows were decoded"),
+    }
+}
+
+#[inline(always)]
+fn transpose_any<S: Simd, B: Source + Remainder>(
+    simd: S,
+    stored: B,
+    stride: usize,
+    extent: (usize, usize),
+    keys: &mut [f32],
+) {
+    match S::f32s::LEN {
+        16 => transpose::<S, B, 16>(simd, stored, stride, extent, keys),
+        8 => transpose::<S, B, 8>(simd, stored, stride, extent, keys),
+        _ => transpose::<S, B, 4>(simd, stored, stride, extent, keys),
+    }
+}
+
+#[inline(always)]
+fn transpose<S: Simd, B: Source + Remainder, const N: usize>(
+    simd: S,
+    stored: B,
+    stride: usize,
+    (d, len): (usize, usize),
+    keys: &mut [f32],
+) {
+    let whole = d - d % N;
+    for j in (0..len).step_by(N) {
+        let mut rows: [B; N] = [stored; N];
+        for (r, row) in rows.iter_mut().enumerate() {
+            let at = (j + r).min(len - 1) * stride;
+            *row = stored.slice(at..at + d);
+        }
+        for i in (0..whole).step_by(N) {
+            let mut block = [S::f32s::splat(simd, 0.0); N];
+            for (vector, row) in block.iter_mut().zip(&rows) {
+                *vector = row.slice(i..i + N).vector(simd);
+            }
+            for (c, column) in turn(block).iter().enumerate() {
+                column.store_slice(&mut keys[(i + c) * TILE + j..][..N]);
+            }
+        }
+        for (r, row) in rows.iter().enumerate() {
+            let mut rest = [0.0f32; PAD];
+            let rest = &mut rest[..d - whole];
+            row.rest(whole, rest);
+            for (i, x) in rest.iter().enumerate() {
+                keys[(whole + i) * TILE + j + r] = *x;
+            }
+        }
     }
 }
 
@@ -263,6 +310,8 @@ fn turn<V: SimdBase<S>, S: Simd, const N: usize>(mut rows: [V; N]) -> [V; N] {
 pub(crate) struct QueryBlock<'a> {
     /// `[rows, d_k]`.
     queries: &'a [f32],
+    /// The same rotated, for keys that were packed so; empty if there are none.
+    rotated: &'a [f32],
     /// Positions of the `T` queries.
     positions: &'a [i32],
     /// Index of the first row among the `G·T`.
@@ -274,16 +323,28 @@ pub(crate) struct QueryBlock<'a> {
 }
 
 impl<'a> QueryBlock<'a> {
-    /// Rows `range` of the `[G, T, d_k]` queries of a KV head.
-    pub(crate) fn new(queries: &'a [f32], d_k: usize, positions: &'a [i32], range: Range<usize>) -> Self {
+    /// Rows `range` of the `[G, T, d_k]` queries of a KV head. `rotation`, [`BLOCK`] rows long, is written if
+    /// `head` holds rotated keys.
+    pub(crate) fn new(
+        queries: &'a [f32],
+        d_k: usize,
+        positions: &'a [i32],
+        range: Range<usize>,
+        head: &HeadRows,
+        rotation: &'a mut [f32],
+    ) -> Self {
         let rows = range.len();
-        let mut block = Self {
-            queries: &queries[range.start * d_k..range.end * d_k],
-            positions,
-            first: range.start,
-            rows,
-            span: (i32::MAX, i32::MIN),
+        let queries = &queries[range.start * d_k..range.end * d_k];
+        let rotated = if head.rotated(Side::Key) {
+            let rotated = &mut rotation[..queries.len()];
+            rotated.copy_from_slice(queries);
+            rotated.chunks_exact_mut(d_k).for_each(rotate);
+            rotated
+        } else {
+            &mut []
         };
+        let mut block =
+            Self { queries, rotated, positions, first: range.start, rows, span: (i32::MAX, i32::MIN) };
         // At most T rows differ.
         for row in 0..rows.min(positions.len()) {
             let p = block.position(row);
@@ -297,40 +358,41 @@ impl<'a> QueryBlock<'a> {
     }
 
     /// Writes the dot products with every key of a tile to `scores[row * TILE + entry]`: straight from the
-    /// stored rows for few query rows, else by way of the tile transposed into `keys`, which is done unless it
+    /// stored rows for few query rows, else by way of the tile transposed into scratch, which is done unless it
     /// is `turned` already.
     #[inline(always)]
     pub(crate) fn dots<S: Simd>(
         &self,
         simd: S,
         tile: &Tile<'_>,
-        keys: &mut [f32],
+        scratch: &mut ScoreScratch<'_>,
         turned: &mut bool,
-        scores: &mut [f32],
         ahead: Ahead<'_>,
     ) {
-        let layout = tile.page.layout;
-        let (d, stride) = (layout.d_k, layout.row_stride(Side::Key));
-        let q = Matrix { data: self.queries, stride: d };
+        let d = tile.page.layout.d_k;
+        let data = if tile.rotated(Side::Key) { self.rotated } else { self.queries };
+        let q = Matrix { data, stride: d };
+        let extent = (self.rows, d, tile.len);
+        let ScoreScratch { keys, scores, unpack } = scratch;
         if self.rows > dots::ROWS_MAX {
             if !std::mem::replace(turned, true) {
-                tile.transpose_keys(simd, keys);
+                let (stored, stride) = tile.rows(simd, Side::Key, unpack);
+                transpose_keys(simd, stored, stride, d, tile.len, keys);
             }
-            let k = Matrix { data: &*keys, stride: TILE };
-            return gemm::multiply(simd, q, k, scores, TILE, (self.rows, d, tile.len), false, ahead);
+            let k = Matrix { data: &**keys, stride: TILE };
+            return gemm::multiply(simd, q, k, scores, TILE, extent, false, ahead);
         }
-        let span = tile.from * stride..(tile.from + tile.len) * stride;
-        let extent = (self.rows, d, tile.len);
-        match layout.rows(tile.page.page, Side::Key) {
-            Rows::F32(s) => {
-                dots::dots(simd, q, Matrix { data: &s[span], stride }, extent, scores, TILE, ahead);
+        match tile.rows(simd, Side::Key, unpack) {
+            (Rows::F32(data), stride) => {
+                dots::dots(simd, q, Matrix { data, stride }, extent, scores, TILE, ahead);
             }
-            Rows::F16(s) => {
-                dots::dots(simd, q, Matrix { data: &s[span], stride }, extent, scores, TILE, ahead);
+            (Rows::F16(data), stride) => {
+                dots::dots(simd, q, Matrix { data, stride }, extent, scores, TILE, ahead);
             }
-            Rows::Bf16(s) => {
-                dots::dots(simd, q, Matrix { data: &s[span], stride }, extent, scores, TILE, ahead);
+            (Rows::Bf16(data), stride) => {
+                dots::dots(simd, q, Matrix { data, stride }, extent, scores, TILE, ahead);
             }
+            (Rows::Packed(_), _) => unreachable!("packed rows were decoded"),
         }
     }
 
@@ -392,19 +454,30 @@ pub(crate) fn padded_bias(tile: &Tile<'_>) -> Option<[f32; TILE]> {
 #[derive(Debug)]
 pub(crate) struct ScoreScratch<'a> {
     /// A transposed tile of keys.
-    pub keys: &'a mut [f32],
+    keys: &'a mut [f32],
     /// `[BLOCK, TILE]`.
     pub scores: &'a mut [f32],
+    /// A decoded tile.
+    pub unpack: UnpackScratch<'a>,
+}
+
+/// Rotated queries of a block.
+pub(crate) fn rotation_len(d_k: usize) -> usize {
+    BLOCK * d_k
 }
 
 impl<'a> ScoreScratch<'a> {
-    /// Floats it takes.
-    pub(crate) fn len(d_k: usize) -> usize {
-        d_k * TILE + BLOCK * TILE
+    /// Floats it takes; `d` is the larger of the dimensions of keys and of values that it will decode.
+    pub(crate) fn len(d_k: usize, d: usize) -> usize {
+        d_k * TILE + BLOCK * TILE + UnpackScratch::len(d)
     }
 
     /// Cuts it out of the front of `memory`.
-    pub(crate) fn cut(memory: &mut &'a mut [f32], d_k: usize) -> Self {
-        Self { keys: super::take(memory, d_k * TILE), scores: super::take(memory, BLOCK * TILE) }
+    pub(crate) fn cut(memory: &mut &'a mut [f32], d_k: usize, d: usize) -> Self {
+        Self {
+            keys: super::take(memory, d_k * TILE),
+            scores: super::take(memory, BLOCK * TILE),
+            unpack: UnpackScratch::cut(memory, d),
+        }
     }
 }

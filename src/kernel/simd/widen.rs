@@ -23,6 +23,8 @@ pub(crate) fn widen<S: Simd>(simd: S, source: Rows<'_>, start: usize, out: &mut 
         Rows::F32(s) => out.copy_from_slice(&s[span]),
         Rows::F16(s) => widen_slice(simd, &s[span], out),
         Rows::Bf16(s) => widen_slice(simd, &s[span], out),
+        // Its rows are counted, not its elements.
+        Rows::Packed(p) => p.read(start, out),
     }
 }
 

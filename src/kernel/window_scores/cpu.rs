@@ -11,7 +11,9 @@ use crate::kernel::attend::Workspace;
 use crate::kernel::attention_mass::cpu::{head_mass, mass_len};
 use crate::kernel::simd::math::exp;
 use crate::kernel::simd::prefetch::Ahead;
-use crate::kernel::simd::tile::{BLOCK, QueryBlock, ScoreScratch, TILE, padded_bias, page_count, tiles};
+use crate::kernel::simd::tile::{
+    BLOCK, QueryBlock, ScoreScratch, TILE, padded_bias, page_count, rotation_len, tiles,
+};
 use crate::kernel::simd::{Exec, Split, take};
 use fearless_simd::{Simd, SimdBase, dispatch};
 
@@ -116,7 +118,8 @@ impl OneHead<'_> {
         let (window, entries) = (self.positions.len(), self.head.rows());
         let (mut memory, running) = memory.split_at_mut(mass_len(self.params));
         let (most, total) = running.split_at_mut(window);
-        let mut scratch = ScoreScratch::cut(&mut memory, self.params.d_k);
+        let rotation = take(&mut memory, rotation_len(self.params.d_k));
+        let mut scratch = ScoreScratch::cut(&mut memory, self.params.d_k, self.params.d_k);
         most.fill(self.sink);
         total.fill(if self.sink == f32::NEG_INFINITY { 0.0 } else { 1.0 });
         let rows = reduce == WindowReduce::Rows;
@@ -124,7 +127,7 @@ impl OneHead<'_> {
             out.fill(f32::NEG_INFINITY);
         }
         for tile in tiles(self.head, 0..page_count(self.head)) {
-            self.tile(simd, &tile, &mut scratch, |row, top, x| {
+            self.tile(simd, &tile, (&mut scratch, &mut *rotation), |row, top, x| {
                 if rows {
                     out[row * entries + tile.slot()..][..tile.len].copy_from_slice(&x[..tile.len]);
                 }
@@ -144,6 +147,7 @@ impl OneHead<'_> {
                 into_weights(simd, row, lse);
             }
         } else {
+            let scratch = (scratch, rotation);
             head_mass(simd, self.params, self.head, self.queries, self.positions, most, scratch, out);
         }
     }
@@ -154,19 +158,19 @@ impl OneHead<'_> {
         &self,
         simd: S,
         tile: &crate::kernel::simd::tile::Tile<'_>,
-        scratch: &mut ScoreScratch<'_>,
+        (scratch, rotation): (&mut ScoreScratch<'_>, &mut [f32]),
         mut each: impl FnMut(usize, f32, &[f32]),
     ) {
         let (params, window) = (self.params, self.positions.len());
         let bias = padded_bias(tile);
         let mut turned = false;
         for first in (0..window).step_by(BLOCK) {
-            let block =
-                QueryBlock::new(self.queries, params.d_k, self.positions, first..(first + BLOCK).min(window));
+            let rows = first..(first + BLOCK).min(window);
+            let block = QueryBlock::new(self.queries, params.d_k, self.positions, rows, self.head, rotation);
             if !tile.meets(params, &block) {
                 continue;
             }
-            block.dots(simd, tile, scratch.keys, &mut turned, scratch.scores, Ahead::NONE);
+            block.dots(simd, tile, scratch, &mut turned, Ahead::NONE);
             for r in 0..block.rows {
                 let x = &mut scratch.scores[r * TILE..(r + 1) * TILE];
                 let top = block.logits(simd, params, tile, r, bias.as_ref(), x);

@@ -4,14 +4,17 @@
 
 use super::{Effort, Failure, KernelReport, compare, expect_length_error, expect_same_bits, expect_written};
 use crate::backend::{Backend, Reference};
+use crate::device::encoding::{Format, Packing};
 use crate::device::page::{HeadRows, Page, PageLayout, Segment, Side};
+use crate::error::KernelError;
 use crate::geometry::RotaryLayout;
 use crate::kernel::gather::{self, GatherArgs, GatherTarget};
+use crate::kernel::pack::{self, PackArgs};
 use crate::kernel::rope::{self, RopeArgs, RopeTarget};
 use crate::kernel::row_norms::{self, NormArgs};
 use crate::kernel::total_rows;
 use crate::testing::Random;
-use crate::testing::cache::{CacheSpec, SegmentSpec, poisoned};
+use crate::testing::cache::{CacheSpec, SegmentSpec, packings, poisoned};
 use crate::testing::random::round_to;
 use crate::view::DType;
 use std::sync::Arc;
@@ -45,7 +48,7 @@ fn specs() -> Vec<CacheSpec> {
 
 fn name(spec: &CacheSpec) -> String {
     let segment = spec.heads[0][0];
-    format!("d_k {}, d_v {}, {}/{}", spec.d_k, spec.d_v, segment.k.name(), segment.v.name())
+    format!("d_k {}, d_v {}, {}/{}", spec.d_k, spec.d_v, segment.k, segment.v)
 }
 
 /// All entries of a head, widened.
@@ -165,17 +168,80 @@ fn layout_of(backend: &dyn Backend, d: usize, dtype: DType) -> PageLayout {
         capacity: 32,
         d_k: d,
         d_v: d,
-        k_dtype: dtype,
-        v_dtype: dtype,
+        k: dtype.into(),
+        v: dtype.into(),
         mirrored: backend.mirrored(),
         column_words: 1,
     }
 }
 
+/// One cache per packed format and treatment, in dimensions that end inside every kind of group.
+fn packed_specs() -> Vec<CacheSpec> {
+    let mut specs = Vec::new();
+    for (i, packing) in packings().into_iter().enumerate() {
+        let (d_k, d_v) = [(64, 64), (128, 80), (40, 96), (7, 128)][i % 4];
+        let mut spec = CacheSpec::f32(200 + i as u64, d_k, &[150, 0, 3], 64).typed(packing, packing);
+        spec.d_v = d_v;
+        specs.push(spec);
+    }
+    specs
+}
+
+/// Cases of [`crate::kernel::pack`], read back by [`crate::kernel::gather`].
+pub fn pack(backend: &dyn Backend, _: Effort) -> KernelReport {
+    let mut report = KernelReport::new(pack::NAME);
+    for spec in packed_specs() {
+        report.case(name(&spec), || {
+            let (ours, theirs) = (spec.build(&Reference::default())?, spec.build(backend)?);
+            let mut worst = 0.0f64;
+            for (a, b) in ours.iter().zip(&theirs) {
+                let want = dense(&Reference::default(), a, spec.d_k, spec.d_v)?;
+                let got = dense(backend, b, spec.d_k, spec.d_v)?;
+                worst = worst.max(compare("key", &got.0, &want.0, pack::allowed)?);
+                worst = worst.max(compare("value", &got.1, &want.1, pack::allowed)?);
+            }
+            Ok(worst)
+        });
+    }
+    for (what, bad) in [("NaN", f32::NAN), ("infinity", f32::NEG_INFINITY), ("too large", f32::MAX)] {
+        report.case(what, || {
+            let layout =
+                PageLayout { k: Packing::new(Format::Int4).into(), ..layout_of(backend, 64, DType::F32) };
+            let mut page = backend.allocate(&layout)?;
+            let (mut keys, values) = (vec![1.0; 2 * 64], vec![1.0; 2 * 64]);
+            keys[70] = bad;
+            let args = &mut PackArgs { layout: &layout, page: &mut page, keys: &keys, values: &values };
+            match backend.pack(args) {
+                Err(KernelError::NotFinite { row: 1, .. } | KernelError::Range { row: 1, .. }) => Ok(0.0),
+                other => Err(format!("{other:?}").into()),
+            }
+        });
+    }
+    for rows in [33, 0] {
+        report.case(format!("{rows} rows in a page of 32"), || {
+            let layout = layout_of(backend, 4, DType::F32);
+            let mut page = backend.allocate(&layout)?;
+            let (keys, values) = (vec![0.0; 4 * rows], vec![0.0; 4 * rows]);
+            let packed = backend.pack(&mut PackArgs {
+                layout: &layout,
+                page: &mut page,
+                keys: &keys,
+                values: &values,
+            });
+            if rows == 0 {
+                packed.map(|()| 0.0).map_err(Failure::from)
+            } else {
+                expect_length_error("rows", packed)
+            }
+        });
+    }
+    report
+}
+
 /// Cases of [`crate::kernel::row_norms`].
 pub fn row_norms(backend: &dyn Backend, _: Effort) -> KernelReport {
     let mut report = KernelReport::new(row_norms::NAME);
-    for spec in specs() {
+    for spec in specs().into_iter().chain(packed_specs()) {
         for side in [Side::Key, Side::Value] {
             report.case(format!("{side:?}, {}", name(&spec)), || {
                 let (ours, theirs) = (spec.build(&Reference::default())?, spec.build(backend)?);
@@ -207,9 +273,9 @@ pub fn gather(backend: &dyn Backend, _: Effort) -> KernelReport {
     report.case("dense from several segments", || {
         let mut spec = CacheSpec::f32(73, 40, &[], 16);
         spec.heads = vec![vec![
-            SegmentSpec { rows: 3, capacity: 16, k: DType::F32, v: DType::F32 },
-            SegmentSpec { rows: 50, capacity: 8, k: DType::F16, v: DType::Bf16 },
-            SegmentSpec { rows: 9, capacity: 64, k: DType::F32, v: DType::F16 },
+            SegmentSpec::stored(3, 16, DType::F32, DType::F32),
+            SegmentSpec::stored(50, 8, DType::F16, DType::Bf16),
+            SegmentSpec::stored(9, 64, DType::F32, DType::F16),
         ]];
         let (ours, theirs) = (spec.build(&Reference::default())?, spec.build(backend)?);
         let (want, got) =
@@ -217,6 +283,17 @@ pub fn gather(backend: &dyn Backend, _: Effort) -> KernelReport {
         expect_same_bits("keys", &got.0, &want.0)?;
         expect_same_bits("values", &got.1, &want.1)?;
         Ok(0.0)
+    });
+    report.case("into pages of a packed layout", || {
+        let packing = Packing::new(Format::Int8);
+        let heads = CacheSpec::f32(76, 32, &[20], 32).typed(packing, packing).build(backend)?;
+        let layout = heads[0].segments[0].layout.clone();
+        let mut pages = vec![backend.allocate(&layout)?];
+        let target = GatherTarget::Pages { layout: &layout, pages: &mut pages };
+        match backend.gather(&mut GatherArgs { head: &heads[0], slots: &[1], target }) {
+            Err(KernelError::Layout { .. }) => Ok(0.0),
+            other => Err(format!("{other:?}").into()),
+        }
     });
     for (i, what) in ["pages", "keys", "values", "slots"].into_iter().enumerate() {
         report.case(format!("wrong {what}"), || {

@@ -10,7 +10,7 @@ mod layout;
 mod selection;
 
 pub use attention::{attend, attention_mass, merge_partials, window_scores};
-pub use layout::{gather, rope, row_norms, storage};
+pub use layout::{gather, pack, rope, row_norms, storage};
 pub use selection::{pool, top_k};
 
 use super::cache::is_poison;
@@ -158,8 +158,9 @@ impl fmt::Display for Report {
 
 /// Every kernel on `backend`.
 pub fn run(backend: &dyn Backend, effort: Effort) -> Report {
-    let kernels: [fn(&dyn Backend, Effort) -> KernelReport; 10] = [
+    let kernels: [fn(&dyn Backend, Effort) -> KernelReport; 11] = [
         storage,
+        pack,
         attend,
         merge_partials,
         attention_mass,
