@@ -175,10 +175,9 @@ impl Format {
         matches!(self, Self::Int4 | Self::Kivi4 | Self::Kivi2 | Self::Q4_1 | Self::Q5_1)
     }
 
-    /// The code that stands for 0 before scaling, in linear formats.
+    /// The code that stands for 0 before scaling, in linear formats. Codes of 8 bits are signed bytes.
     pub const fn zero(self) -> u8 {
         match self {
-            Self::Int8 | Self::Q8_0 => 128,
             Self::Q5_0 => 16,
             Self::Q4_0 => 8,
             _ => 0,
@@ -380,7 +379,7 @@ pub struct PackedRows<'a> {
     pub bytes: &'a [u8],
 }
 
-impl PackedRows<'_> {
+impl<'a> PackedRows<'a> {
     /// The code of an element.
     pub fn code(&self, row: usize, dim: usize) -> u8 {
         let (mut code, mut from) = (0, 0);
@@ -390,6 +389,24 @@ impl PackedRows<'_> {
             from += width;
         }
         code
+    }
+
+    /// All rows of plane `index`.
+    pub fn plane_rows(&self, index: usize) -> &'a [u8] {
+        let bytes = self.layout.capacity * self.layout.plane_row(self.layout.packing.format.planes()[index]);
+        &self.bytes[self.layout.plane(index)..][..bytes]
+    }
+
+    /// The parameters of `count` groups from `first` on: per group a scale, then a minimum if there is one.
+    pub fn halves(&self, first: usize, count: usize) -> &'a [f16] {
+        let size = 2 * self.layout.group_halves();
+        bytemuck::cast_slice(&self.bytes[self.layout.parameters() + first * size..][..count * size])
+    }
+
+    /// The mean; empty if there is none.
+    pub fn means(&self) -> &'a [f16] {
+        let count = if self.layout.packing.center { self.layout.d } else { 0 };
+        bytemuck::cast_slice(&self.bytes[self.layout.mean()..][..2 * count])
     }
 
     fn half(&self, at: usize) -> f32 {
@@ -408,7 +425,7 @@ impl PackedRows<'_> {
     }
 
     /// The bytes of a row in plane `index`.
-    pub fn plane_row(&self, index: usize, row: usize) -> &[u8] {
+    pub fn plane_row(&self, index: usize, row: usize) -> &'a [u8] {
         let bytes = self.layout.plane_row(self.layout.packing.format.planes()[index]);
         &self.bytes[self.layout.plane(index) + row * bytes..][..bytes]
     }

@@ -39,7 +39,7 @@ fn symmetric(values: &[f32], codes: &mut [u8]) -> (f16, f16) {
     let scale = f16::from_f32(peak(values) / 127.0);
     let inverse = inverse(scale.to_f32());
     for (code, x) in codes.iter_mut().zip(values) {
-        *code = ((x * inverse).round_ties_even().clamp(-127.0, 127.0) + 128.0) as u8;
+        *code = (x * inverse).round_ties_even().clamp(-127.0, 127.0) as i8 as u8;
     }
     (scale, f16::ZERO)
 }
@@ -78,7 +78,7 @@ fn llama_symmetric(values: &[f32], codes: &mut [u8]) -> (f16, f16) {
     let scale = peak(values) / 127.0;
     let inverse = inverse(scale);
     for (code, x) in codes.iter_mut().zip(values) {
-        *code = ((x * inverse).round() + 128.0) as u8;
+        *code = (x * inverse).round() as i8 as u8;
     }
     (f16::from_f32(scale), f16::ZERO)
 }
@@ -140,11 +140,11 @@ mod tests {
         assert_eq!(c[0], 8);
         values[3] = 127.0;
         let (c, scale, _) = codes(Format::Q8_0, &values);
-        assert_eq!((c[3], scale, c[0]), (255, 1.0, 128));
+        assert_eq!((c[3], scale, c[0]), (127, 1.0, 0));
         // Half away from zero where ours takes the even one.
         values[0] = 2.5;
-        assert_eq!(codes(Format::Q8_0, &values).0[0], 131);
-        assert_eq!(codes(Format::Int8, &values).0[0], 130);
+        assert_eq!(codes(Format::Q8_0, &values).0[0], 3);
+        assert_eq!(codes(Format::Int8, &values).0[0], 2);
         // The last code of q4_1 is the maximum.
         let ramp: Vec<f32> = (0..32).map(|i| i as f32).collect();
         let (c, scale, min) = codes(Format::Q4_1, &ramp);

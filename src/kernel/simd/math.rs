@@ -57,6 +57,31 @@ pub(crate) fn sum_of_squares<S: Simd>(simd: S, row: &[f32]) -> f32 {
     (sums[0] + sums[1]).reduce_sum() + tail
 }
 
+/// Dot product of the first elements, as many as the shorter has.
+#[inline(always)]
+pub(crate) fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
+    let len = a.len().min(b.len());
+    let (a, b) = (&a[..len], &b[..len]);
+    let (mut a, mut b) = (a.chunks_exact(S::f32s::LEN), b.chunks_exact(S::f32s::LEN));
+    let mut total = S::f32s::splat(simd, 0.0);
+    for (a, b) in (&mut a).zip(&mut b) {
+        total = S::f32s::from_slice(simd, a).mul_add(S::f32s::from_slice(simd, b), total);
+    }
+    let tail: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b).sum();
+    total.reduce_sum() + tail
+}
+
+/// Sum of the elements.
+#[inline(always)]
+pub(crate) fn sum<S: Simd>(simd: S, row: &[f32]) -> f32 {
+    let mut chunks = row.chunks_exact(S::f32s::LEN);
+    let mut total = S::f32s::splat(simd, 0.0);
+    for chunk in &mut chunks {
+        total += S::f32s::from_slice(simd, chunk);
+    }
+    total.reduce_sum() + chunks.remainder().iter().sum::<f32>()
+}
+
 /// `target += factor · row`.
 #[inline(always)]
 pub(crate) fn add_scaled<S: Simd>(simd: S, target: &mut [f32], row: &[f32], factor: f32) {

@@ -13,10 +13,10 @@ use super::dots;
 use super::gemm::{self, Matrix, PAD};
 use super::math::soft_cap;
 use super::prefetch::Ahead;
-use super::unpack::UnpackScratch;
+use super::unpack::{self, UnpackScratch};
 use super::widen::{Remainder, Source, widen};
 use crate::device::HeadRows;
-use crate::device::encoding::rotate;
+use crate::device::encoding::{PackedRows, rotate};
 use crate::device::page::{PageRef, Rows, Side};
 use crate::kernel::AttentionParams;
 use fearless_simd::{Simd, SimdBase};
@@ -156,6 +156,14 @@ impl<'a> Tile<'a> {
         }
     }
 
+    /// A packed side whose rows have one scale each.
+    fn by_row(&self, side: Side) -> Option<PackedRows<'a>> {
+        match self.page.layout.rows(self.page.page, side) {
+            Rows::Packed(p) if unpack::by_row(p.layout.packing.format) => Some(p),
+            _ => None,
+        }
+    }
+
     /// Whether rows of a side are stored rotated.
     pub(crate) fn rotated(&self, side: Side) -> bool {
         self.page.layout.encoding(side).packed().is_some_and(|p| p.hadamard)
@@ -176,6 +184,15 @@ impl<'a> Tile<'a> {
     ) {
         let d = self.page.layout.d_v;
         let padded = d.next_multiple_of(PAD);
+        if let Some(packed) = self.by_row(Side::Value) {
+            let (levels, scaled) = unpack.levels(simd, &packed, self.from, self.len);
+            levels.scale_weights(simd, weights, rows, scaled);
+            let scaled = Matrix { data: &*scaled, stride: TILE };
+            let values = Matrix { data: levels.levels, stride: levels.stride };
+            // Columns to whole vectors: levels are there up to `stride`, sums up to `padded`.
+            gemm::multiply(simd, scaled, values, sums, padded, (rows, self.len, d), true, ahead);
+            return levels.finish_sums(simd, weights, (rows, self.len), sums, padded);
+        }
         let weights = Matrix { data: weights, stride: TILE };
         let extent = (rows, self.len, d);
         let whole = d % S::f32s::LEN == 0;
@@ -374,6 +391,20 @@ impl<'a> QueryBlock<'a> {
         let q = Matrix { data, stride: d };
         let extent = (self.rows, d, tile.len);
         let ScoreScratch { keys, scores, unpack } = scratch;
+        if let Some(packed) = tile.by_row(Side::Key) {
+            let (levels, _) = unpack.levels(simd, &packed, tile.from, tile.len);
+            let k = Matrix { data: levels.levels, stride: levels.stride };
+            if self.rows > dots::ROWS_MAX {
+                if !std::mem::replace(turned, true) {
+                    transpose_any(simd, k.data, k.stride, (d, tile.len), keys);
+                }
+                let k = Matrix { data: &**keys, stride: TILE };
+                gemm::multiply(simd, q, k, scores, TILE, extent, false, ahead);
+            } else {
+                dots::dots(simd, q, k, extent, scores, TILE, ahead);
+            }
+            return levels.finish_dots(simd, q, extent, scores);
+        }
         if self.rows > dots::ROWS_MAX {
             if !std::mem::replace(turned, true) {
                 let (stored, stride) = tile.rows(simd, Side::Key, unpack);

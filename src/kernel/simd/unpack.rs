@@ -1,38 +1,136 @@
-//! Packed rows back into numbers: what [`crate::device::encoding`] describes, a tile at a time.
+//! Packed rows back into numbers, a tile at a time: what [`crate::device::encoding`] describes.
 //!
-//! Codes are spread into bytes, turned into levels (a subtraction, or a table in a register) and only then widened,
-//! so that all formats share one loop. Rows stay in the space they were packed in: who multiplies them with a query
-//! rotates the query instead. *Helps* every kernel read packed pages through the code it has for exact ones.
-//! *Hurts* decode with few query rows, where widening costs as much as the products.
+//! Codes are spread into bytes and turned into levels by a subtraction or a table in a register. Where a row has one
+//! scale and one minimum that is all that happens to its elements: the levels are multiplied with queries and
+//! weights as they are, and scale, minimum and mean are applied to the products, `TILE` of them instead of
+//! `TILE · d` elements. Formats with more parameters are widened to `f32` rows. All of it stays in the space the rows
+//! were packed in: who multiplies them with a query rotates the query instead.
+//!
+//! *Helps* every kernel read packed pages through the code it has for exact ones. *Hurts* formats with a scale per 32
+//! elements or per channel, which pay for widening.
 
-use super::gemm::PAD;
+use super::gemm::{Matrix, PAD};
+use super::math::{add_scaled, dot, sum};
 use super::take;
-use super::tile::TILE;
-use crate::device::encoding::PackedRows;
+use super::tile::{BLOCK, TILE};
+use super::widen::widen;
+use crate::device::encoding::{Format, PackedRows};
+use crate::device::page::Rows;
 use bytemuck::{cast_slice, cast_slice_mut};
+use fearless_simd::prelude::*;
 use fearless_simd::{Simd, SimdBase};
 
 /// Bytes of the widest vector: levels are computed for whole vectors.
 const BYTES: usize = 64;
 
-/// Memory to decode a tile into.
+/// Memory to unpack a tile into.
 #[derive(Debug)]
 pub(crate) struct UnpackScratch<'a> {
     /// `[TILE, d padded]`.
     rows: &'a mut [f32],
-    /// Scale, minimum and mean of each element of a row.
+    /// Levels, `[TILE, d padded]` bytes.
+    levels: &'a mut [f32],
+    /// Parameters of a tile's rows, or of a row's elements, as stored.
+    pairs: &'a mut [f32],
+    /// Scales and minimums of a tile's rows, or of a row's elements.
     scales: &'a mut [f32],
     mins: &'a mut [f32],
+    /// Of a row's elements.
     means: &'a mut [f32],
-    /// Levels of a row: bytes.
-    levels: &'a mut [f32],
+    /// `[BLOCK, TILE]`.
+    weights: &'a mut [f32],
+}
+
+/// Rows with one scale and one minimum each: element `c` of row `j` is `level[j,c] · scale[j] + min[j] + mean[c]`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Levels<'s> {
+    /// Row `j` at `j * stride`, to whole vectors.
+    pub levels: &'s [i8],
+    pub stride: usize,
+    /// `TILE` long, 0 behind the tile's last row.
+    pub scales: &'s [f32],
+    /// As `scales`, if the format has minimums.
+    pub mins: Option<&'s [f32]>,
+    /// `d` long, if rows were centred.
+    pub means: Option<&'s [f32]>,
+}
+
+impl Levels<'_> {
+    /// Turns dot products with levels into dot products with rows: `· scale[j] + min[j] Σq + q·mean`.
+    #[inline(always)]
+    pub(crate) fn finish_dots<S: Simd>(
+        &self,
+        simd: S,
+        queries: Matrix<&[f32]>,
+        (rows, d, len): (usize, usize, usize),
+        scores: &mut [f32],
+    ) {
+        for row in 0..rows {
+            let q = &queries.data[row * queries.stride..][..d];
+            let base = S::f32s::splat(simd, self.means.map_or(0.0, |m| dot(simd, q, m)));
+            let sum = self.mins.map(|mins| (mins, S::f32s::splat(simd, sum(simd, q))));
+            let scores = &mut scores[row * TILE..][..len.next_multiple_of(S::f32s::LEN)];
+            for (i, x) in scores.chunks_exact_mut(S::f32s::LEN).enumerate() {
+                let at = i * S::f32s::LEN;
+                let mut offset = base;
+                if let Some((mins, sum)) = sum {
+                    offset = S::f32s::from_slice(simd, &mins[at..at + S::f32s::LEN]).mul_add(sum, offset);
+                }
+                let scale = S::f32s::from_slice(simd, &self.scales[at..at + S::f32s::LEN]);
+                S::f32s::from_slice(simd, x).mul_add(scale, offset).store_slice(x);
+            }
+        }
+    }
+
+    /// `scaled[row, j] = weights[row, j] · scale[j]`.
+    #[inline(always)]
+    pub(crate) fn scale_weights<S: Simd>(&self, simd: S, weights: &[f32], rows: usize, scaled: &mut [f32]) {
+        for (w, out) in weights.chunks_exact(TILE).zip(scaled.chunks_exact_mut(TILE)).take(rows) {
+            for ((w, s), out) in w
+                .chunks_exact(S::f32s::LEN)
+                .zip(self.scales.chunks_exact(S::f32s::LEN))
+                .zip(out.chunks_exact_mut(S::f32s::LEN))
+            {
+                (S::f32s::from_slice(simd, w) * S::f32s::from_slice(simd, s)).store_slice(out);
+            }
+        }
+    }
+
+    /// Adds what minimums and mean contribute to the weighted sums: `Σ_j w[j] (min[j] + mean)`.
+    #[inline(always)]
+    pub(crate) fn finish_sums<S: Simd>(
+        &self,
+        simd: S,
+        weights: &[f32],
+        (rows, len): (usize, usize),
+        sums: &mut [f32],
+        padded: usize,
+    ) {
+        for (w, out) in weights.chunks_exact(TILE).zip(sums.chunks_exact_mut(padded)).take(rows) {
+            let w = &w[..len];
+            if let Some(mins) = self.mins {
+                let offset = S::f32s::splat(simd, dot(simd, w, mins));
+                for out in out.chunks_exact_mut(S::f32s::LEN) {
+                    (S::f32s::from_slice(simd, out) + offset).store_slice(out);
+                }
+            }
+            if let Some(means) = self.means {
+                add_scaled(simd, &mut out[..means.len()], means, sum(simd, w));
+            }
+        }
+    }
+}
+
+/// Whether a format's rows have one scale each.
+pub(crate) const fn by_row(format: Format) -> bool {
+    matches!(format, Format::Int8 | Format::Int4 | Format::Lm4 | Format::Lm3 | Format::Lm2)
 }
 
 impl<'a> UnpackScratch<'a> {
     /// Floats it takes for rows of up to `d` elements.
     pub(crate) fn len(d: usize) -> usize {
         let padded = d.next_multiple_of(BYTES);
-        (TILE + 3) * padded + padded / 4
+        TILE * padded + TILE * padded / 4 + 3 * padded + 2 * padded.max(TILE) + BLOCK * TILE
     }
 
     /// Cuts it out of the front of `memory`.
@@ -40,10 +138,12 @@ impl<'a> UnpackScratch<'a> {
         let padded = d.next_multiple_of(BYTES);
         Self {
             rows: take(memory, TILE * padded),
+            levels: take(memory, TILE * padded / 4),
+            pairs: take(memory, 2 * padded.max(TILE)),
             scales: take(memory, padded),
             mins: take(memory, padded),
             means: take(memory, padded),
-            levels: take(memory, padded / 4),
+            weights: take(memory, BLOCK * TILE),
         }
     }
 
@@ -52,7 +152,72 @@ impl<'a> UnpackScratch<'a> {
         self.rows
     }
 
-    /// Decodes rows `from .. from + len`, still rotated if they were packed so. Gives their stride.
+    fn means<S: Simd>(&mut self, simd: S, packed: &PackedRows<'_>) {
+        let d = packed.layout.d;
+        match packed.layout.packing.center {
+            true => widen(simd, Rows::F16(packed.means()), 0, &mut self.means[..d]),
+            false => self.means[..d].fill(0.0),
+        }
+    }
+
+    /// Scales and minimums of `count` groups from `first` on.
+    #[inline(always)]
+    fn parameters<S: Simd>(&mut self, simd: S, packed: &PackedRows<'_>, first: usize, count: usize) {
+        let halves = packed.layout.group_halves();
+        let pairs = &mut self.pairs[..count * halves];
+        widen(simd, Rows::F16(packed.halves(first, count)), 0, pairs);
+        if halves == 1 {
+            self.scales[..count].copy_from_slice(pairs);
+            self.mins[..count].fill(0.0);
+            return;
+        }
+        for ((pair, scale), min) in pairs.chunks_exact(2).zip(&mut *self.scales).zip(&mut *self.mins) {
+            (*scale, *min) = (pair[0], pair[1]);
+        }
+    }
+
+    /// Levels and parameters of rows `from .. from + len` of a format with one scale per row, and room for
+    /// `[BLOCK, TILE]` weights.
+    #[inline(always)]
+    pub(crate) fn levels<'s, S: Simd>(
+        &'s mut self,
+        simd: S,
+        packed: &PackedRows<'s>,
+        from: usize,
+        len: usize,
+    ) -> (Levels<'s>, &'s mut [f32]) {
+        let layout = packed.layout;
+        self.parameters(simd, packed, from, len);
+        self.scales[len..TILE].fill(0.0);
+        self.mins[len..TILE].fill(0.0);
+        if layout.packing.center {
+            self.means(simd, packed);
+        }
+        let Self { levels, scales, mins, means, weights, .. } = self;
+        let (levels, stride) = match layout.packing.format {
+            // Bytes as they are.
+            Format::Int8 => (cast_slice(&packed.plane_rows(0)[from * layout.padded()..]), layout.padded()),
+            _ => {
+                let stride = layout.padded().next_multiple_of(BYTES);
+                let levels: &mut [i8] = cast_slice_mut(levels);
+                simd.vectorize(
+                    #[inline(always)]
+                    || spread(simd, packed, from, len, levels, stride),
+                );
+                (&*levels, stride)
+            }
+        };
+        let levels = Levels {
+            levels,
+            stride,
+            scales: &scales[..TILE],
+            mins: layout.packing.format.has_min().then_some(&mins[..TILE]),
+            means: layout.packing.center.then_some(&means[..layout.d]),
+        };
+        (levels, weights)
+    }
+
+    /// Decodes rows `from .. from + len` to `f32`. Gives their stride.
     #[inline(always)]
     pub(crate) fn decode<S: Simd>(
         &mut self,
@@ -63,37 +228,34 @@ impl<'a> UnpackScratch<'a> {
     ) -> usize {
         let layout = packed.layout;
         let (d, stride) = (layout.d, layout.d.next_multiple_of(PAD));
-        let means = &mut self.means[..d];
-        means.iter_mut().enumerate().for_each(|(c, m)| *m = packed.mean(c));
+        let level_stride = layout.padded().next_multiple_of(BYTES);
+        self.means(simd, packed);
         simd.vectorize(
             #[inline(always)]
             || {
+                spread(simd, packed, from, len, cast_slice_mut(self.levels), level_stride);
                 for i in 0..len {
                     let row = from + i;
-                    let levels: &mut [i8] = cast_slice_mut(self.levels);
-                    spread(simd, packed, row, levels);
+                    if i == 0 || row.is_multiple_of(layout.group_rows) {
+                        self.parameters(simd, packed, layout.group(row, 0), layout.row_groups());
+                    }
+                    let levels: &[i8] = &cast_slice(self.levels)[i * level_stride..][..d];
                     let out = &mut self.rows[i * stride..][..d];
                     if layout.group_dims == 1 {
-                        if i == 0 || row.is_multiple_of(layout.group_rows) {
-                            for c in 0..d {
-                                (self.scales[c], self.mins[c]) = packed.parameters(layout.group(row, c));
-                            }
-                        }
                         let (scales, mins) = (&self.scales[..d], &self.mins[..d]);
                         for c in 0..d {
-                            out[c] = f32::from(levels[c]) * scales[c] + mins[c] + means[c];
+                            out[c] = f32::from(levels[c]) * scales[c] + mins[c];
                         }
-                        continue;
+                    } else {
+                        let groups = out.chunks_mut(layout.group_dims).zip(levels.chunks(layout.group_dims));
+                        for ((out, levels), (scale, min)) in groups.zip(self.scales.iter().zip(&*self.mins)) {
+                            for (out, level) in out.iter_mut().zip(levels) {
+                                *out = f32::from(*level) * scale + min;
+                            }
+                        }
                     }
-                    let groups = out.chunks_mut(layout.group_dims).zip(levels.chunks(layout.group_dims));
-                    let mut first = 0;
-                    for (out, levels) in groups {
-                        let (scale, min) = packed.parameters(layout.group(row, first));
-                        let means = &means[first..first + out.len()];
-                        first += out.len();
-                        for c in 0..out.len() {
-                            out[c] = f32::from(levels[c]) * scale + min + means[c];
-                        }
+                    if layout.packing.center {
+                        out.iter_mut().zip(&*self.means).for_each(|(x, m)| *x += m);
                     }
                 }
             },
@@ -102,51 +264,60 @@ impl<'a> UnpackScratch<'a> {
     }
 }
 
-/// The levels of a row, in order; what follows up to the next whole vector is unspecified.
+/// The levels of rows `from .. from + len`, row `i` at `i * stride`; what follows a row up to `stride` is
+/// unspecified.
 #[inline(always)]
-fn spread<S: Simd>(simd: S, packed: &PackedRows<'_>, row: usize, out: &mut [i8]) {
+fn spread<S: Simd>(simd: S, packed: &PackedRows<'_>, from: usize, len: usize, out: &mut [i8], stride: usize) {
     let format = packed.layout.packing.format;
-    let out = &mut out[..packed.layout.padded().next_multiple_of(S::u8s::LEN)];
-    match *format.planes() {
-        [8] => {
-            // Less 128, in bytes.
-            for (level, code) in out.iter_mut().zip(packed.plane_row(0, row)) {
-                *level = (code ^ 0x80) as i8;
-            }
-            return;
-        }
-        [width] => codes(packed.plane_row(0, row), width, 0, out),
-        [low, high] => {
-            codes(packed.plane_row(0, row), low, 0, out);
-            codes(packed.plane_row(1, row), high, low, out);
-        }
-        _ => unreachable!("codes have one or two planes"),
-    }
-    if format.lloyd().is_some() {
+    let table = format.lloyd().map(|_| {
         let mut table = [0u8; 16];
         for (code, level) in table.iter_mut().enumerate().take(1 << format.bits()) {
             *level = format.level(code as u8) as u8;
         }
-        let table = S::u8s::block_splat(fearless_simd::u8x16::from_slice(simd, &table));
-        for chunk in out.chunks_exact_mut(S::u8s::LEN) {
-            let codes = S::u8s::from_slice(simd, cast_slice(chunk));
-            table.swizzle_dyn_within_blocks(codes).store_slice(cast_slice_mut(chunk));
+        S::u8s::block_splat(fearless_simd::u8x16::from_slice(simd, &table))
+    });
+    for (i, out) in out.chunks_exact_mut(stride).take(len).enumerate() {
+        let row = from + i;
+        match format.planes() {
+            [8] => {
+                let codes: &[i8] = cast_slice(packed.plane_row(0, row));
+                out[..codes.len()].copy_from_slice(codes);
+                continue;
+            }
+            [4] => codes::<4, 0>(packed.plane_row(0, row), out),
+            [2] => codes::<2, 0>(packed.plane_row(0, row), out),
+            [4, 1] => {
+                codes::<4, 0>(packed.plane_row(0, row), out);
+                codes::<1, 4>(packed.plane_row(1, row), out);
+            }
+            [2, 1] => {
+                codes::<2, 0>(packed.plane_row(0, row), out);
+                codes::<1, 2>(packed.plane_row(1, row), out);
+            }
+            _ => unreachable!("no format has other planes"),
         }
-    } else if format.zero() > 0 {
-        for level in out {
-            *level = level.wrapping_sub(format.zero() as i8);
+        if let Some(table) = table {
+            for chunk in out.chunks_exact_mut(S::u8s::LEN) {
+                let codes = S::u8s::from_slice(simd, cast_slice(chunk));
+                table.swizzle_dyn_within_blocks(codes).store_slice(cast_slice_mut(chunk));
+            }
+        } else if format.zero() > 0 {
+            for level in out {
+                *level = level.wrapping_sub(format.zero() as i8);
+            }
         }
     }
 }
 
-/// Puts the fields of a plane's row into bytes, from bit `to` up; `to = 0` overwrites.
+/// Puts the `WIDTH`-bit fields of a plane's row into bytes, from bit `TO` up; 0 overwrites.
 #[inline(always)]
-fn codes(plane: &[u8], width: usize, to: usize, out: &mut [i8]) {
-    let mask = ((1u16 << width) - 1) as u8;
-    for (field, out) in out.chunks_mut(plane.len()).take(8 / width).enumerate() {
+fn codes<const WIDTH: usize, const TO: usize>(plane: &[u8], out: &mut [i8]) {
+    let mask = ((1u16 << WIDTH) - 1) as u8;
+    for field in 0..8 / WIDTH {
+        let out = &mut out[field * plane.len()..][..plane.len()];
         for (out, byte) in out.iter_mut().zip(plane) {
-            let code = ((byte >> (field * width)) & mask) << to;
-            *out = if to == 0 { code as i8 } else { *out | code as i8 };
+            let code = (((byte >> (field * WIDTH)) & mask) << TO) as i8;
+            *out = if TO == 0 { code } else { *out | code };
         }
     }
 }
