@@ -13,12 +13,12 @@ use super::gemm::{Matrix, PAD};
 use super::math::{add_scaled, dot, sum};
 use super::take;
 use super::tile::{BLOCK, TILE};
-use super::widen::widen;
-use crate::device::encoding::{Format, PackedRows};
+use super::widen::{Source, widen};
+use crate::device::encoding::{Format, GROUP, PackedRows};
 use crate::device::page::Rows;
 use bytemuck::{cast_slice, cast_slice_mut};
 use fearless_simd::prelude::*;
-use fearless_simd::{Simd, SimdBase};
+use fearless_simd::{Simd, SimdBase, u8x16, u8x32, u8x64};
 
 /// Bytes of the widest vector: levels are computed for whole vectors.
 const BYTES: usize = 64;
@@ -130,7 +130,12 @@ impl<'a> UnpackScratch<'a> {
     /// Floats it takes for rows of up to `d` elements.
     pub(crate) fn len(d: usize) -> usize {
         let padded = d.next_multiple_of(BYTES);
-        TILE * padded + TILE * padded / 4 + 3 * padded + 2 * padded.max(TILE) + BLOCK * TILE
+        TILE * padded + TILE * padded / 4 + padded + 4 * Self::groups(d) + BLOCK * TILE
+    }
+
+    /// Groups whose parameters are unpacked at once: those of a tile, or the channels of a row.
+    fn groups(d: usize) -> usize {
+        (TILE * d.div_ceil(GROUP)).max(d.next_multiple_of(BYTES))
     }
 
     /// Cuts it out of the front of `memory`.
@@ -139,9 +144,9 @@ impl<'a> UnpackScratch<'a> {
         Self {
             rows: take(memory, TILE * padded),
             levels: take(memory, TILE * padded / 4),
-            pairs: take(memory, 2 * padded.max(TILE)),
-            scales: take(memory, padded),
-            mins: take(memory, padded),
+            pairs: take(memory, 2 * Self::groups(d)),
+            scales: take(memory, Self::groups(d)),
+            mins: take(memory, Self::groups(d)),
             means: take(memory, padded),
             weights: take(memory, BLOCK * TILE),
         }
@@ -152,11 +157,12 @@ impl<'a> UnpackScratch<'a> {
         self.rows
     }
 
+    #[inline(always)]
     fn means<S: Simd>(&mut self, simd: S, packed: &PackedRows<'_>) {
         let d = packed.layout.d;
         match packed.layout.packing.center {
             true => widen(simd, Rows::F16(packed.means()), 0, &mut self.means[..d]),
-            false => self.means[..d].fill(0.0),
+            false => self.means.fill(0.0),
         }
     }
 
@@ -234,28 +240,38 @@ impl<'a> UnpackScratch<'a> {
             #[inline(always)]
             || {
                 spread(simd, packed, from, len, cast_slice_mut(self.levels), level_stride);
+                let by_channel = layout.group_dims == 1;
+                if !by_channel {
+                    self.parameters(simd, packed, layout.group(from, 0), len * layout.row_groups());
+                }
                 for i in 0..len {
                     let row = from + i;
-                    if i == 0 || row.is_multiple_of(layout.group_rows) {
-                        self.parameters(simd, packed, layout.group(row, 0), layout.row_groups());
+                    if by_channel && (i == 0 || row.is_multiple_of(layout.group_rows)) {
+                        self.parameters(simd, packed, layout.group(row, 0), d);
                     }
-                    let levels: &[i8] = &cast_slice(self.levels)[i * level_stride..][..d];
-                    let out = &mut self.rows[i * stride..][..d];
-                    if layout.group_dims == 1 {
-                        let (scales, mins) = (&self.scales[..d], &self.mins[..d]);
-                        for c in 0..d {
-                            out[c] = f32::from(levels[c]) * scales[c] + mins[c];
+                    let levels: &[i8] = &cast_slice(self.levels)[i * level_stride..][..level_stride];
+                    let out = &mut self.rows[i * stride..][..stride];
+                    let (lanes, means) = (S::f32s::LEN, &self.means[..stride]);
+                    let part = |x: &[f32], at: usize| S::f32s::from_slice(simd, &x[at..at + lanes]);
+                    if by_channel {
+                        for at in (0..stride).step_by(lanes) {
+                            let (scale, min) = (part(self.scales, at), part(self.mins, at));
+                            let level = levels[at..at + lanes].vector(simd);
+                            (level.mul_add(scale, min) + part(means, at))
+                                .store_slice(&mut out[at..at + lanes]);
                         }
-                    } else {
-                        let groups = out.chunks_mut(layout.group_dims).zip(levels.chunks(layout.group_dims));
-                        for ((out, levels), (scale, min)) in groups.zip(self.scales.iter().zip(&*self.mins)) {
-                            for (out, level) in out.iter_mut().zip(levels) {
-                                *out = f32::from(*level) * scale + min;
-                            }
-                        }
+                        continue;
                     }
-                    if layout.packing.center {
-                        out.iter_mut().zip(&*self.means).for_each(|(x, m)| *x += m);
+                    // Groups are whole vectors, but for the last of a row, behind which nothing is read.
+                    let first = i * layout.row_groups();
+                    for (group, start) in (0..stride).step_by(layout.group_dims).enumerate() {
+                        let scale = S::f32s::splat(simd, self.scales[first + group]);
+                        let min = S::f32s::splat(simd, self.mins[first + group]);
+                        for at in (start..(start + layout.group_dims).min(stride)).step_by(lanes) {
+                            let level = levels[at..at + lanes].vector(simd);
+                            (level.mul_add(scale, min) + part(means, at))
+                                .store_slice(&mut out[at..at + lanes]);
+                        }
                     }
                 }
             },
@@ -274,50 +290,111 @@ fn spread<S: Simd>(simd: S, packed: &PackedRows<'_>, from: usize, len: usize, ou
         for (code, level) in table.iter_mut().enumerate().take(1 << format.bits()) {
             *level = format.level(code as u8) as u8;
         }
-        S::u8s::block_splat(fearless_simd::u8x16::from_slice(simd, &table))
+        S::u8s::block_splat(u8x16::from_slice(simd, &table))
     });
-    for (i, out) in out.chunks_exact_mut(stride).take(len).enumerate() {
-        let row = from + i;
-        match format.planes() {
-            [8] => {
-                let codes: &[i8] = cast_slice(packed.plane_row(0, row));
-                out[..codes.len()].copy_from_slice(codes);
-                continue;
+    let plane = |index: usize, width: usize| {
+        let bytes = packed.layout.plane_row(width);
+        (&packed.plane_rows(index)[from * bytes..][..len * bytes], bytes)
+    };
+    match format.planes() {
+        [8] => {
+            let (codes, bytes) = plane(0, 8);
+            for (row, out) in codes.chunks_exact(bytes).zip(out.chunks_exact_mut(stride)) {
+                out[..bytes].copy_from_slice(cast_slice(row));
             }
-            [4] => codes::<4, 0>(packed.plane_row(0, row), out),
-            [2] => codes::<2, 0>(packed.plane_row(0, row), out),
-            [4, 1] => {
-                codes::<4, 0>(packed.plane_row(0, row), out);
-                codes::<1, 4>(packed.plane_row(1, row), out);
-            }
-            [2, 1] => {
-                codes::<2, 0>(packed.plane_row(0, row), out);
-                codes::<1, 2>(packed.plane_row(1, row), out);
-            }
-            _ => unreachable!("no format has other planes"),
         }
-        if let Some(table) = table {
-            for chunk in out.chunks_exact_mut(S::u8s::LEN) {
-                let codes = S::u8s::from_slice(simd, cast_slice(chunk));
-                table.swizzle_dyn_within_blocks(codes).store_slice(cast_slice_mut(chunk));
-            }
-        } else if format.zero() > 0 {
-            for level in out {
-                *level = level.wrapping_sub(format.zero() as i8);
+        [4] => fields::<S, 4, 0>(simd, plane(0, 4), out, stride),
+        [2] => fields::<S, 2, 0>(simd, plane(0, 2), out, stride),
+        [4, 1] => {
+            fields::<S, 4, 0>(simd, plane(0, 4), out, stride);
+            fields::<S, 1, 4>(simd, plane(1, 1), out, stride);
+        }
+        [2, 1] => {
+            fields::<S, 2, 0>(simd, plane(0, 2), out, stride);
+            fields::<S, 1, 2>(simd, plane(1, 1), out, stride);
+        }
+        _ => unreachable!("no format has other planes"),
+    }
+    if let Some(table) = table {
+        for chunk in out[..len * stride].chunks_exact_mut(S::u8s::LEN) {
+            let codes = S::u8s::from_slice(simd, cast_slice(chunk));
+            table.swizzle_dyn_within_blocks(codes).store_slice(cast_slice_mut(chunk));
+        }
+    } else if format.zero() > 0 {
+        let zero = S::u8s::splat(simd, format.zero());
+        for chunk in out[..len * stride].chunks_exact_mut(S::u8s::LEN) {
+            (S::u8s::from_slice(simd, cast_slice(chunk)) - zero).store_slice(cast_slice_mut(chunk));
+        }
+    }
+}
+
+/// Puts the `WIDTH`-bit fields of the rows of a plane into bytes, from bit `TO` up; 0 overwrites.
+#[inline(always)]
+fn fields<S: Simd, const WIDTH: usize, const TO: usize>(
+    simd: S,
+    (plane, bytes): (&[u8], usize),
+    out: &mut [i8],
+    stride: usize,
+) {
+    // The widest vector that divides a row.
+    if bytes.is_multiple_of(64) && S::u8s::LEN >= 64 {
+        wide_fields::<S, u8x64<S>, WIDTH, TO>(simd, (plane, bytes), out, stride);
+    } else if bytes.is_multiple_of(32) && S::u8s::LEN >= 32 {
+        wide_fields::<S, u8x32<S>, WIDTH, TO>(simd, (plane, bytes), out, stride);
+    } else if bytes.is_multiple_of(16) {
+        wide_fields::<S, u8x16<S>, WIDTH, TO>(simd, (plane, bytes), out, stride);
+    } else {
+        byte_fields::<WIDTH, TO>((plane, bytes), out, stride);
+    }
+}
+
+#[inline(always)]
+fn wide_fields<S: Simd, V, const WIDTH: usize, const TO: usize>(
+    simd: S,
+    (plane, bytes): (&[u8], usize),
+    out: &mut [i8],
+    stride: usize,
+) where
+    V: SimdBase<S, Element = u8>
+        + std::ops::Shr<u32, Output = V>
+        + std::ops::Shl<u32, Output = V>
+        + std::ops::BitAnd<Output = V>
+        + std::ops::BitOr<Output = V>,
+{
+    let mask = V::splat(simd, ((1u16 << WIDTH) - 1) as u8);
+    for (row, out) in plane.chunks_exact(bytes).zip(out.chunks_exact_mut(stride)) {
+        for (at, chunk) in row.chunks_exact(V::LEN).enumerate() {
+            let packed = V::from_slice(simd, chunk);
+            for field in 0..8 / WIDTH {
+                let out: &mut [u8] = cast_slice_mut(&mut out[field * bytes + at * V::LEN..][..V::LEN]);
+                let code = (packed >> (field * WIDTH) as u32) & mask;
+                let code = if TO == 0 { code } else { V::from_slice(simd, out) | (code << TO as u32) };
+                code.store_slice(out);
             }
         }
     }
 }
 
-/// Puts the `WIDTH`-bit fields of a plane's row into bytes, from bit `TO` up; 0 overwrites.
+/// The same for rows that no vector divides, eight bytes at a time where that goes.
 #[inline(always)]
-fn codes<const WIDTH: usize, const TO: usize>(plane: &[u8], out: &mut [i8]) {
-    let mask = ((1u16 << WIDTH) - 1) as u8;
-    for field in 0..8 / WIDTH {
-        let out = &mut out[field * plane.len()..][..plane.len()];
-        for (out, byte) in out.iter_mut().zip(plane) {
-            let code = (((byte >> (field * WIDTH)) & mask) << TO) as i8;
-            *out = if TO == 0 { code } else { *out | code };
+fn byte_fields<const WIDTH: usize, const TO: usize>(
+    (plane, bytes): (&[u8], usize),
+    out: &mut [i8],
+    stride: usize,
+) {
+    let mask = u64::from_le_bytes([((1u16 << WIDTH) - 1) as u8; 8]);
+    for (row, out) in plane.chunks_exact(bytes).zip(out.chunks_exact_mut(stride)) {
+        for field in 0..8 / WIDTH {
+            let out: &mut [u8] = cast_slice_mut(&mut out[field * bytes..][..bytes]);
+            for (row, out) in row.chunks(8).zip(out.chunks_mut(8)) {
+                let mut word = [0; 8];
+                word[..row.len()].copy_from_slice(row);
+                // What a shift drags over from the byte above is masked away.
+                let code = ((u64::from_le_bytes(word) >> (field * WIDTH)) & mask) << TO;
+                for (out, code) in out.iter_mut().zip(code.to_le_bytes()) {
+                    *out = if TO == 0 { code } else { *out | code };
+                }
+            }
         }
     }
 }
