@@ -89,6 +89,11 @@ fn top_k() {
 }
 
 #[test]
+fn pack() {
+    conforms(conformance::pack);
+}
+
+#[test]
 fn gather() {
     conforms(conformance::gather);
 }
