@@ -133,6 +133,17 @@ fn main(
             var j = 0u;
             if V_TYPE == PACKED {
                 let column = column_of(VALUES, page, d);
+                for (; j + 4u <= n; j += 4u) {
+                    let w = 2u * j;
+                    let v = vec4<f32>(
+                        packed_element(VALUES, page, local + j, column),
+                        packed_element(VALUES, page, local + j + 1u, column),
+                        packed_element(VALUES, page, local + j + 2u, column),
+                        packed_element(VALUES, page, local + j + 3u, column),
+                    );
+                    a += v.x * weights[w] + v.y * weights[w + 2u] + v.z * weights[w + 4u] + v.w * weights[w + 6u];
+                    b += v.x * weights[w + 1u] + v.y * weights[w + 3u] + v.z * weights[w + 5u] + v.w * weights[w + 7u];
+                }
                 for (; j < n; j++) {
                     let v = packed_element(VALUES, page, local + j, column);
                     a += v * weights[2u * j];
