@@ -11,6 +11,7 @@
 #import element
 #import group
 #import logit
+#import packed
 
 override K_TYPE: u32 = 0u;
 override V_TYPE: u32 = 0u;
@@ -37,6 +38,7 @@ struct Stretch {
 @group(0) @binding(6) var<storage, read_write> sums: array<vec4<f32>>;
 // [run][maximum of 8 rows, sum of 8 rows]
 @group(0) @binding(7) var<storage, read_write> states: array<vec4<f32>>;
+@group(0) @binding(8) var<uniform> packs: array<Pack, 2>;
 
 const CHUNK: u32 = 64u;
 const SPLIT: u32 = 8u;
@@ -129,6 +131,25 @@ fn main(
             }
             var value = page + params.v_offset + local * params.v_words;
             var j = 0u;
+            if V_TYPE == PACKED {
+                let column = column_of(VALUES, page, d);
+                for (; j + 4u <= n; j += 4u) {
+                    let w = 2u * j;
+                    let v = vec4<f32>(
+                        packed_element(VALUES, page, local + j, column),
+                        packed_element(VALUES, page, local + j + 1u, column),
+                        packed_element(VALUES, page, local + j + 2u, column),
+                        packed_element(VALUES, page, local + j + 3u, column),
+                    );
+                    a += v.x * weights[w] + v.y * weights[w + 2u] + v.z * weights[w + 4u] + v.w * weights[w + 6u];
+                    b += v.x * weights[w + 1u] + v.y * weights[w + 3u] + v.z * weights[w + 5u] + v.w * weights[w + 7u];
+                }
+                for (; j < n; j++) {
+                    let v = packed_element(VALUES, page, local + j, column);
+                    a += v * weights[2u * j];
+                    b += v * weights[2u * j + 1u];
+                }
+            }
             for (; j + 4u <= n; j += 4u) {
                 let w = 2u * j;
                 let v = vec4<f32>(

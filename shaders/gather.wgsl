@@ -1,10 +1,11 @@
 // Copies chosen rows of pages into one dense buffer: one workgroup per entry, threads over words. Raw words
-// when they go on into other pages, widened to f32 when they go to the host.
+// when they go on into other pages, widened to f32 when they go to the host, which turns back rotated ones.
 //
 // packed: | keys [entries][k] | values [entries][v] | positions [entries] | bias [entries] |  (no tail if widened)
 
 #import element
 #import group
+#import packed
 
 override K_TYPE: u32 = 0u;
 override V_TYPE: u32 = 0u;
@@ -41,6 +42,14 @@ struct Entry {
 @group(0) @binding(1) var<storage, read> slab: array<u32>;
 @group(0) @binding(2) var<storage, read> entries: array<Entry>;
 @group(0) @binding(3) var<storage, read_write> packed: array<u32>;
+@group(0) @binding(4) var<uniform> packs: array<Pack, 2>;
+
+fn widened(side: u32, entry: Entry, row: u32, d: u32, kind: u32) -> u32 {
+    if kind == PACKED {
+        return bitcast<u32>(packed_element(side, entry.page, entry.row, column_of(side, entry.page, d)));
+    }
+    return bitcast<u32>(load_element(row, d, kind));
+}
 
 @compute @workgroup_size(64)
 fn main(
@@ -57,10 +66,10 @@ fn main(
     let value = entry.page + params.v_offset + entry.row * params.v_words;
     if params.widen != 0u {
         for (var d = t; d < params.d_k; d += 64u) {
-            packed[entry.to * params.d_k + d] = bitcast<u32>(load_element(key, d, K_TYPE));
+            packed[entry.to * params.d_k + d] = widened(KEYS, entry, key, d, K_TYPE);
         }
         for (var d = t; d < params.d_v; d += 64u) {
-            packed[params.values + entry.to * params.d_v + d] = bitcast<u32>(load_element(value, d, V_TYPE));
+            packed[params.values + entry.to * params.d_v + d] = widened(VALUES, entry, value, d, V_TYPE);
         }
         return;
     }

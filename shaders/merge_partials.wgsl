@@ -1,6 +1,9 @@
 // Merges partial attentions row by row: every part is (maximum, sum, unnormalised output); a normalised
 // partial is (lse, 1, output). Strides describe both the layout of attend's runs and the dense one of the
 // host's call. One workgroup per row, threads over value dimensions.
+//
+// Parts whose values are stored rotated come last in a row; their sum is turned back here, once per row of the
+// output instead of once per part or per stored entry.
 
 #import group
 
@@ -16,13 +19,17 @@ struct Params {
     // Floats from one part's state to the next, and from its maxima to its sums.
     state_stride: u32,
     sum_offset: u32,
-    spare: u32,
+    // Elements a rotation spans.
+    block: u32,
 }
 
 struct Row {
-    // First part, number of parts, row within a part, row of the output.
+    // First part, number of parts.
     part: u32,
     parts: u32,
+    // How many parts, at the end, are rotated.
+    rotated: u32,
+    // Row within a part, row of the output.
     lane: u32,
     target_row: u32,
     // Logit that joins the denominator, or NONE.
@@ -35,6 +42,23 @@ struct Row {
 @group(0) @binding(3) var<storage, read> sums: array<f32>;
 @group(0) @binding(4) var<storage, read_write> out: array<f32>;
 @group(0) @binding(5) var<storage, read_write> lses: array<f32>;
+
+// One block of a rotated row; as long as `TURNED` in src/kernel/merge_partials/gpu.rs.
+var<workgroup> turned: array<f32, 1024>;
+
+// Weighted sum of parts in one dimension.
+fn sum_of(row: Row, begin: u32, end: u32, peak: f32, d: u32) -> f32 {
+    var sum = 0.0;
+    for (var p = begin; p < end; p++) {
+        let state = states[p * params.state_stride + row.lane];
+        let weight = exp(state - peak);
+        // A part that saw nothing has no defined output, so it is skipped rather than multiplied by 0.
+        if state != NONE && weight != 0.0 {
+            sum += weight * sums[p * params.part_stride + row.lane * params.row_stride + d * params.dim_stride];
+        }
+    }
+    return sum;
+}
 
 @compute @workgroup_size(64)
 fn main(
@@ -63,17 +87,38 @@ fn main(
         }
     }
     let seen = peak != NONE;
-    for (var d = t; d < params.d_v; d += 64u) {
-        var sum = 0.0;
-        for (var p = row.part; p < row.part + row.parts; p++) {
-            let state = states[p * params.state_stride + row.lane];
-            let weight = exp(state - peak);
-            // A part that saw nothing has no defined output, so it is skipped rather than multiplied by 0.
-            if state != NONE && weight != 0.0 {
-                sum += weight * sums[p * params.part_stride + row.lane * params.row_stride + d * params.dim_stride];
-            }
+    let end = row.part + row.parts;
+    let straight = end - row.rotated;
+    if row.rotated == 0u {
+        for (var d = t; d < params.d_v; d += 64u) {
+            let sum = sum_of(row, row.part, end, peak, d);
+            out[row.target_row * params.d_v + d] = select(0.0, sum / total, seen);
         }
-        out[row.target_row * params.d_v + d] = select(0.0, sum / total, seen);
+    } else {
+        let block = params.block;
+        let factor = 1.0 / sqrt(f32(block));
+        for (var first = 0u; first < params.d_v; first += block) {
+            for (var i = t; i < block; i += 64u) {
+                turned[i] = sum_of(row, straight, end, peak, first + i);
+            }
+            workgroupBarrier();
+            for (var width = 1u; width < block; width *= 2u) {
+                for (var pair = t; pair < block / 2u; pair += 64u) {
+                    // `width` is a power of two: a zero bit goes in at its place.
+                    let i = ((pair & ~(width - 1u)) << 1u) | (pair & (width - 1u));
+                    let a = turned[i];
+                    let b = turned[i + width];
+                    turned[i] = a + b;
+                    turned[i + width] = a - b;
+                }
+                workgroupBarrier();
+            }
+            for (var i = t; i < block; i += 64u) {
+                let sum = sum_of(row, row.part, straight, peak, first + i) + factor * turned[i];
+                out[row.target_row * params.d_v + first + i] = select(0.0, sum / total, seen);
+            }
+            workgroupBarrier();
+        }
     }
     if t == 0u {
         lses[row.target_row] = select(NONE, peak + log(total), seen);

@@ -3,6 +3,7 @@
 #import element
 #import group
 #import logit
+#import packed
 #import weights
 
 override K_TYPE: u32 = 0u;
@@ -14,6 +15,7 @@ override K_TYPE: u32 = 0u;
 @group(0) @binding(4) var<storage, read> queries: array<vec4<f32>>;
 @group(0) @binding(5) var<storage, read> lses: array<vec4<f32>>;
 @group(0) @binding(6) var<storage, read_write> mass: array<f32>;
+@group(0) @binding(7) var<uniform> packs: array<Pack, 2>;
 
 @compute @workgroup_size(64)
 fn main(

@@ -1,6 +1,7 @@
 // Logits of one stored key for the eight query rows of a tile: two vec4, rows 0..4 and 4..8.
 // The importing shader declares `params` (an AttentionParams), `slab`, `queries` ([tile][d_k][8] as vec4
-// pairs), `positions` ([tile][8] as vec4 pairs) and the override K_TYPE.
+// pairs, rotated if the keys are), `positions` ([tile][8] as vec4 pairs) and the override K_TYPE.
+// Imported together with element and packed.
 
 // "Sees nothing": shading languages may assume that infinities do not happen, so -infinity is spelled as the
 // lowest finite number on the device and translated on the host.
@@ -61,7 +62,14 @@ fn logits_of(tile: u32, page: u32, row: u32) -> Logits {
     var b = vec4<f32>(0.0);
     // Four dimensions at a time: loops of portable shaders carry a guard, and it is paid per round.
     let whole = params.d_k & ~3u;
-    if K_TYPE == F32 {
+    if K_TYPE == PACKED {
+        for (var d = 0u; d < whole; d += 4u) {
+            let q = first + 2u * d;
+            let k = packed_four(KEYS, page, row, d);
+            a += k.x * queries[q] + k.y * queries[q + 2u] + k.z * queries[q + 4u] + k.w * queries[q + 6u];
+            b += k.x * queries[q + 1u] + k.y * queries[q + 3u] + k.z * queries[q + 5u] + k.w * queries[q + 7u];
+        }
+    } else if K_TYPE == F32 {
         for (var d = 0u; d < whole; d += 4u) {
             let q = first + 2u * d;
             let k = vec4<f32>(
@@ -89,7 +97,12 @@ fn logits_of(tile: u32, page: u32, row: u32) -> Logits {
         }
     }
     for (var d = whole; d < params.d_k; d++) {
-        let k = load_element(key, d, K_TYPE);
+        var k: f32;
+        if K_TYPE == PACKED {
+            k = packed_element(KEYS, page, row, column_of(KEYS, page, d));
+        } else {
+            k = load_element(key, d, K_TYPE);
+        }
         a += k * queries[first + 2u * d];
         b += k * queries[first + 2u * d + 1u];
     }

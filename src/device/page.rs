@@ -103,6 +103,11 @@ impl PageLayout {
         Some(PackedLayout::new(packing, side, self.dim(side), self.capacity))
     }
 
+    /// Whether rows of a side are stored rotated.
+    pub fn rotated(&self, side: Side) -> bool {
+        self.encoding(side).packed().is_some_and(|p| p.hadamard)
+    }
+
     /// Where values start.
     pub fn v_offset(&self) -> usize {
         self.side_bytes(Side::Key)
@@ -301,7 +306,7 @@ impl HeadRows {
 
     /// Whether any rows of a side are stored rotated.
     pub fn rotated(&self, side: Side) -> bool {
-        self.segments.iter().any(|s| s.layout.encoding(side).packed().is_some_and(|p| p.hadamard))
+        self.segments.iter().any(|s| s.layout.rotated(side))
     }
 
     /// The same as a newtype, for public interfaces.

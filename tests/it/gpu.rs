@@ -7,6 +7,7 @@
 
 use crate::support;
 use kvsieve::backend::{Backend, Gpu, Reference};
+use kvsieve::device::encoding::{Format, Packing};
 use kvsieve::error::{DeviceError, KernelError};
 use kvsieve::geometry::{LayerShape, ModelShape};
 use kvsieve::kernel::AttentionParams;
@@ -86,6 +87,11 @@ fn pool() {
 #[test]
 fn top_k() {
     conforms(conformance::top_k);
+}
+
+#[test]
+fn pack() {
+    conforms(conformance::pack);
 }
 
 #[test]
@@ -185,6 +191,21 @@ fn pages_of_another_backend_are_refused() {
     let heads = spec.build(&Reference::default()).unwrap();
     let error = decode(gpu, &spec, &heads, 1).unwrap_err();
     assert!(matches!(error, KernelError::Unsupported { backend: "gpu", kernel: "attend", .. }), "{error}");
+}
+
+#[test]
+fn rotations_too_long_for_the_merge_are_refused() {
+    let Some(gpu) = gpu() else { return };
+    let rotated = Packing::new(Format::Int8).rotated();
+    let spec = |d| CacheSpec::f32(3, d, &[20], 16).typed(DType::F32, rotated);
+    let on = |backend: &dyn Backend, d| decode(backend, &spec(d), &spec(d).build(backend).unwrap(), 1);
+    let (got, want) = (on(gpu, 1024).unwrap(), on(&Reference::default(), 1024).unwrap());
+    assert!(got.0.iter().zip(&want.0).all(|(a, b)| (a - b).abs() < 1e-4));
+    let error = on(gpu, 2048).unwrap_err();
+    let limit = |e: &KernelError| {
+        matches!(e, KernelError::Device(DeviceError::Limit { need: 2048, limit: 1024, .. }))
+    };
+    assert!(limit(&error), "{error}");
 }
 
 #[test]

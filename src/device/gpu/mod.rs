@@ -11,10 +11,12 @@
 mod call;
 mod memory;
 pub(crate) mod shader;
+mod side;
 
 pub(crate) use call::{Binding, Call, Scratch};
 pub use memory::DeviceBlock;
 pub(crate) use memory::Memory;
+pub(crate) use side::{kind, packs};
 
 use crate::error::DeviceError;
 use std::collections::HashMap;

@@ -23,6 +23,7 @@ const SHARED: &[(&str, &str)] = &[
     ("group", include_str!("../../../shaders/shared/group.wgsl")),
     ("logit", include_str!("../../../shaders/shared/logit.wgsl")),
     ("narrow", include_str!("../../../shaders/shared/narrow.wgsl")),
+    ("packed", include_str!("../../../shaders/shared/packed.wgsl")),
     ("weights", include_str!("../../../shaders/shared/weights.wgsl")),
 ];
 
@@ -139,7 +140,11 @@ mod tests {
 
     #[test]
     fn structs_have_the_layout_of_their_rust_twins() {
+        use crate::device::gpu::side::Pack;
         use crate::kernel;
+        for shader in ["attend", "attention_mass", "gather", "row_norms", "window_scores"] {
+            matches::<Pack>(shader, "Pack");
+        }
         matches::<kernel::attend::gpu::Params>("attend", "AttentionParams");
         matches::<kernel::attend::gpu::Params>("attention_mass", "AttentionParams");
         matches::<kernel::attend::gpu::Stretch>("attend", "Stretch");

@@ -11,13 +11,12 @@
 //! The mass kernels use the same tiles, so they find queries and log-sum-exp where this one left them.
 
 use super::{AttendLane, NAME};
-use crate::device::Encoding;
-use crate::device::gpu::{Binding, Call, Context, DeviceBlock, Scratch};
+use crate::device::encoding::{rotate, rotation_block};
+use crate::device::gpu::{Binding, Call, Context, DeviceBlock, Scratch, kind, packs};
 use crate::device::page::{HeadRows, PageLayout, Side};
 use crate::error::KernelError;
 use crate::kernel::AttentionParams;
 use crate::kernel::{attention_mass, merge_partials};
-use crate::view::DType;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -93,27 +92,6 @@ pub(crate) struct Stretch {
     begin: u32,
     end: u32,
     resume: u32,
-}
-
-/// The number a shader knows the encoding of a side by.
-///
-/// # Errors
-/// [`KernelError::Unsupported`] for packed rows.
-pub(in crate::kernel) fn kind(
-    layout: &PageLayout,
-    side: Side,
-    kernel: &'static str,
-) -> Result<u32, KernelError> {
-    match layout.encoding(side) {
-        Encoding::Exact(DType::F32) => Ok(0),
-        Encoding::Exact(DType::F16) => Ok(1),
-        Encoding::Exact(DType::Bf16) => Ok(2),
-        Encoding::Packed(packing) => Err(KernelError::Unsupported {
-            backend: "gpu",
-            kernel,
-            detail: format!("rows packed as {}", packing.format.name()),
-        }),
-    }
 }
 
 /// The pages of one encoding of one KV head that a call reads.
@@ -222,7 +200,16 @@ pub(in crate::kernel) fn tiles(params: &AttentionParams<'_>, units: &[Unit<'_>])
 #[derive(Debug)]
 pub(in crate::kernel) struct Uploaded {
     pub(in crate::kernel) positions: Binding,
-    pub(in crate::kernel) queries: Binding,
+    queries: Binding,
+    /// The queries as keys are that are stored rotated; the plain ones if none are.
+    rotated: Binding,
+}
+
+impl Uploaded {
+    /// The queries for keys of `layout`.
+    pub(in crate::kernel) fn queries(&self, layout: &PageLayout) -> Binding {
+        if layout.rotated(Side::Key) { self.rotated.clone() } else { self.queries.clone() }
+    }
 }
 
 /// Brings the tiles' queries to the device as `[tile][d_k][8]`.
@@ -236,19 +223,32 @@ pub(in crate::kernel) fn upload(
     // Rows past the last one of a head stand at a position before everything and see nothing.
     let mut positions = vec![i32::MIN; tiles.len() * TILE];
     let mut queries = vec![0.0f32; tiles.len() * TILE * d_k];
+    let turns: Vec<bool> = units.iter().map(|u| u.head.rotated(Side::Key)).collect();
+    // Rotated here rather than every stored key there: a dot product does not change.
+    let mut rotated = vec![0.0f32; if turns.contains(&true) { queries.len() } else { 0 }];
+    let mut turned = vec![0.0f32; d_k];
     for (i, tile) in tiles.iter().enumerate() {
         let unit = &units[tile.unit];
-        let block = &mut queries[i * TILE * d_k..(i + 1) * TILE * d_k];
+        let span = i * TILE * d_k..(i + 1) * TILE * d_k;
         for r in 0..tile.rows {
             let row = tile.first + r;
             positions[i * TILE + r] = unit.positions[row / params.group];
             let dense = unit.dense(params, row);
-            for (d, &q) in unit.queries[dense * d_k..(dense + 1) * d_k].iter().enumerate() {
-                block[d * TILE + r] = q;
+            let row = &unit.queries[dense * d_k..(dense + 1) * d_k];
+            let put = |block: &mut [f32], row: &[f32]| {
+                row.iter().enumerate().for_each(|(d, &q)| block[d * TILE + r] = q);
+            };
+            put(&mut queries[span.clone()], row);
+            if turns[tile.unit] {
+                turned.copy_from_slice(row);
+                rotate(&mut turned);
+                put(&mut rotated[span.clone()], &turned);
             }
         }
     }
-    Uploaded { positions: call.upload(&positions), queries: call.upload(&queries) }
+    let queries = call.upload(&queries);
+    let rotated = if rotated.is_empty() { queries.clone() } else { call.upload(&rotated) };
+    Uploaded { positions: call.upload(&positions), queries, rotated }
 }
 
 /// A run: a tile on a range of entries of a segment.
@@ -344,6 +344,8 @@ fn plan<'a>(
                     begin = end;
                 }
             }
+            // The merge wants those of rotated values last.
+            runs.sort_by_key(|run: &Run| all[run.segment].layout.rotated(Side::Value));
             runs
         })
         .collect();
@@ -427,18 +429,17 @@ pub(in crate::kernel) fn record(
     for batch in rounds(&plan).iter().flatten() {
         let count = batch.stretches.len();
         let block = Params::new(&params, batch.layout, 0, 0..count);
-        let constants = [
-            ("K_TYPE", kind(batch.layout, Side::Key, NAME)?),
-            ("V_TYPE", kind(batch.layout, Side::Value, NAME)?),
-        ];
+        let constants =
+            [("K_TYPE", kind(batch.layout, Side::Key)), ("V_TYPE", kind(batch.layout, Side::Value))];
         let bindings = [
             Binding::Slab(batch.slab.clone()),
             pages.clone(),
             call.upload(&batch.stretches),
             uploaded.positions.clone(),
-            uploaded.queries.clone(),
+            uploaded.queries(batch.layout),
             Binding::from(&sums),
             Binding::from(&states),
+            call.upload(&packs(batch.layout, [Side::Key, Side::Value])),
         ];
         call.dispatch("attend", &constants, &block, &bindings, count)?;
     }
@@ -447,6 +448,8 @@ pub(in crate::kernel) fn record(
     let mut part = 0;
     for (i, (tile, runs)) in tiles.iter().zip(&plan.runs).enumerate() {
         let unit = &units[tile.unit];
+        let turned = |run: &&Run| plan.segments[run.segment].layout.rotated(Side::Value);
+        let rotated = runs.iter().filter(turned).count() as u32;
         for r in 0..tile.rows {
             let query_head = unit.index * params.group + (tile.first + r) % params.group;
             let sink = params
@@ -456,6 +459,7 @@ pub(in crate::kernel) fn record(
             rows.push(merge_partials::gpu::Row {
                 part,
                 parts: runs.len() as u32,
+                rotated,
                 lane: r as u32,
                 target_row: (i * TILE + r) as u32,
                 sink,
@@ -471,7 +475,7 @@ pub(in crate::kernel) fn record(
         dim_stride: TILE as u32,
         state_stride: 2 * TILE as u32,
         sum_offset: TILE as u32,
-        spare: 0,
+        block: rotation_block(params.d_v) as u32,
     };
     let out = call.scratch(tiles.len() * TILE * params.d_v);
     let lse = call.scratch(tiles.len() * TILE);

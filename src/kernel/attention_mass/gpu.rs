@@ -4,12 +4,12 @@
 //! *Hurts* when there are few entries and many queries: then few threads have long loops.
 
 use super::{MassArgs, NAME};
-use crate::device::gpu::{Binding, Call, Context, DeviceBlock, Scratch};
+use crate::device::gpu::{Binding, Call, Context, DeviceBlock, Scratch, kind, packs};
 use crate::device::page::{PageLayout, Side};
 use crate::error::{DeviceError, KernelError};
 use crate::kernel::AttentionParams;
 use crate::kernel::attend::Share;
-use crate::kernel::attend::gpu::{self as attend, Params, TILE, Tile, Unit, Uploaded, kind, to_device};
+use crate::kernel::attend::gpu::{self as attend, Params, TILE, Tile, Unit, Uploaded, to_device};
 use std::collections::BTreeMap;
 
 /// Entries per workgroup.
@@ -135,13 +135,14 @@ pub(in crate::kernel) fn record_weights(
             Binding::Slab(slab.clone()),
             call.upload(&chunks),
             uploaded.positions.clone(),
-            uploaded.queries.clone(),
+            uploaded.queries(layout),
             lse.clone(),
             Binding::from(&mass),
+            call.upload(&packs(layout, [Side::Key, Side::Value])),
         ];
         call.dispatch(
             output.shader(),
-            &[("K_TYPE", kind(layout, Side::Key, NAME)?)],
+            &[("K_TYPE", kind(layout, Side::Key))],
             &block,
             &bindings,
             chunks.len(),
@@ -210,6 +211,7 @@ pub(in crate::kernel) fn batches<'s, 'a>(
     for (i, unit) in units.iter().enumerate() {
         let out = 4 * output.lines(params, unit) * unit.head.rows();
         let queries = 4 * unit.rows(params).next_multiple_of(TILE) * params.d_k;
+        let copies = 1 + usize::from(unit.head.rotated(Side::Key));
         if out.max(queries) as u64 > context.binding_limit() {
             return Err(DeviceError::Limit {
                 what: "attention weights of one KV head",
@@ -218,11 +220,11 @@ pub(in crate::kernel) fn batches<'s, 'a>(
                 hint: "ask for fewer queries at once",
             });
         }
-        if held + out + queries > context.batch_bytes() && i > first {
+        if held + out + copies * queries > context.batch_bytes() && i > first {
             batches.push(&units[first..i]);
             (first, held) = (i, 0);
         }
-        held += out + queries;
+        held += out + copies * queries;
     }
     if first < units.len() {
         batches.push(&units[first..]);

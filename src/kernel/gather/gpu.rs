@@ -5,10 +5,10 @@
 //! in between, so large gathers run in parts.
 
 use super::{GatherArgs, GatherTarget, NAME, copy_metadata};
-use crate::device::gpu::{Binding, Call, Context, DeviceBlock, Scratch};
+use crate::device::encoding::rotate;
+use crate::device::gpu::{Binding, Call, Context, DeviceBlock, Scratch, kind, packs};
 use crate::device::page::{HeadRows, Page, PageLayout, Side};
 use crate::error::KernelError;
-use crate::kernel::attend::gpu::kind;
 use std::collections::BTreeMap;
 
 /// The uniform block of `shaders/gather.wgsl`.
@@ -91,9 +91,13 @@ fn record(
             biases: packed.biases as u32,
             spare: [0; 3],
         };
-        let constants =
-            [("K_TYPE", kind(layout, Side::Key, NAME)?), ("V_TYPE", kind(layout, Side::Value, NAME)?)];
-        let bindings = [Binding::Slab(slab.clone()), call.upload(&entries), Binding::from(&buffer)];
+        let constants = [("K_TYPE", kind(layout, Side::Key)), ("V_TYPE", kind(layout, Side::Value))];
+        let bindings = [
+            Binding::Slab(slab.clone()),
+            call.upload(&entries),
+            Binding::from(&buffer),
+            call.upload(&packs(layout, [Side::Key, Side::Value])),
+        ];
         call.dispatch("gather", &constants, &params, &bindings, entries.len())?;
     }
     Ok(buffer)
@@ -144,6 +148,21 @@ fn into_pages(
     Ok(())
 }
 
+/// Turns rows back that are stored rotated: `rows [slots, d]`.
+fn turn_back(head: &HeadRows, slots: &[u32], side: Side, rows: &mut [f32]) {
+    if !head.rotated(side) {
+        return;
+    }
+    let sources: Vec<_> = head.pages().collect();
+    let d = rows.len() / slots.len();
+    for (&slot, row) in slots.iter().zip(rows.chunks_exact_mut(d)) {
+        let source = sources.partition_point(|p| p.first + p.rows <= slot as usize);
+        if sources[source].layout.rotated(side) {
+            rotate(row);
+        }
+    }
+}
+
 fn into_dense(
     context: &Context,
     head: &HeadRows,
@@ -164,6 +183,8 @@ fn into_dense(
         keys[i * step * d_k..][..n * d_k].copy_from_slice(from_k);
         values[i * step * d_v..][..n * d_v].copy_from_slice(from_v);
     }
+    turn_back(head, slots, Side::Key, keys);
+    turn_back(head, slots, Side::Value, values);
     Ok(())
 }
 

@@ -16,7 +16,7 @@ pub(crate) struct Params {
     pub(in crate::kernel) dim_stride: u32,
     pub(in crate::kernel) state_stride: u32,
     pub(in crate::kernel) sum_offset: u32,
-    pub(in crate::kernel) spare: u32,
+    pub(in crate::kernel) block: u32,
 }
 
 /// One output row and its parts.
@@ -25,15 +25,19 @@ pub(crate) struct Params {
 pub(crate) struct Row {
     pub(in crate::kernel) part: u32,
     pub(in crate::kernel) parts: u32,
+    pub(in crate::kernel) rotated: u32,
     pub(in crate::kernel) lane: u32,
     pub(in crate::kernel) target_row: u32,
     pub(in crate::kernel) sink: f32,
 }
 
+/// Elements of a rotated block the shader can hold in workgroup memory.
+const TURNED: u32 = 1024;
+
 /// Records a merge of `rows` into (out, lse).
 ///
 /// # Errors
-/// A device error.
+/// A device error; [`DeviceError::Limit`] if some rows are rotated in blocks of more than 1024 elements.
 pub(in crate::kernel) fn record(
     call: &mut Call<'_>,
     params: &Params,
@@ -42,6 +46,14 @@ pub(in crate::kernel) fn record(
     sums: &Binding,
     (out, lse): (&Scratch, &Scratch),
 ) -> Result<(), DeviceError> {
+    if params.block > TURNED && rows.iter().any(|row| row.rotated > 0) {
+        return Err(DeviceError::Limit {
+            what: "rotated elements of a value",
+            need: params.block.into(),
+            limit: TURNED.into(),
+            hint: "pack these values without `hadamard`",
+        });
+    }
     let bindings = [call.upload(rows), states.clone(), sums.clone(), Binding::from(out), Binding::from(lse)];
     call.dispatch("merge_partials", &[], params, &bindings, rows.len())
 }
@@ -67,7 +79,7 @@ pub(crate) fn run(context: &Context, args: &mut MergeArgs<'_>) -> Result<(), Ker
             states.resize(states.len() + n, 1.0);
         }
         let table: Vec<Row> = (0..n as u32)
-            .map(|r| Row { part: 0, parts: parts as u32, lane: r, target_row: r, sink: NONE })
+            .map(|r| Row { part: 0, parts: parts as u32, rotated: 0, lane: r, target_row: r, sink: NONE })
             .collect();
         let strides = Params {
             d_v: d_v as u32,
@@ -77,7 +89,7 @@ pub(crate) fn run(context: &Context, args: &mut MergeArgs<'_>) -> Result<(), Ker
             dim_stride: 1,
             state_stride: 2 * n as u32,
             sum_offset: n as u32,
-            spare: 0,
+            block: 1,
         };
         let mut call = Call::new(context, NAME);
         let (sums, states) = (call.upload(&sums), call.upload(&states));

@@ -1,11 +1,10 @@
 //! Rotation on the device: keys of a page in place, without a wait; dense rows there and back.
 
 use super::{NAME, RopeArgs, RopeTarget};
-use crate::device::gpu::{Binding, Call, Context, DeviceBlock};
+use crate::device::gpu::{Binding, Call, Context, DeviceBlock, kind};
 use crate::device::page::Side;
 use crate::error::KernelError;
 use crate::geometry::RotaryLayout;
-use crate::kernel::attend::gpu::kind;
 
 /// The uniform block of `shaders/rope.wgsl`.
 #[repr(C)]
@@ -47,13 +46,7 @@ pub(crate) fn run(context: &Context, args: &mut RopeArgs<'_>) -> Result<(), Kern
             params.count = *rows as u32;
             let mut call = Call::new(context, NAME);
             let bindings = [Binding::Slab(block.buffer().clone()), call.upload(args.table)];
-            call.dispatch(
-                "rope",
-                &[("ROW_TYPE", kind(layout, Side::Key, NAME)?)],
-                &params,
-                &bindings,
-                *rows,
-            )?;
+            call.dispatch("rope", &[("ROW_TYPE", kind(layout, Side::Key))], &params, &bindings, *rows)?;
             call.finish()?;
         }
         RopeTarget::Dense { rows, dim } => {

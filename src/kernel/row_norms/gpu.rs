@@ -1,10 +1,9 @@
 //! Row norms on the device: one thread per row.
 
 use super::{NAME, NormArgs};
-use crate::device::gpu::{Binding, Call, Context, DeviceBlock};
+use crate::device::gpu::{Binding, Call, Context, DeviceBlock, kind, packs};
 use crate::device::page::PageLayout;
 use crate::error::KernelError;
-use crate::kernel::attend::gpu::kind;
 use crate::kernel::{expect_len, total_rows};
 use std::collections::BTreeMap;
 
@@ -76,8 +75,13 @@ pub(crate) fn run(context: &Context, args: &mut NormArgs<'_>) -> Result<(), Kern
             first: 0,
             spare: [0; 3],
         };
-        let bindings = [Binding::Slab(slab.clone()), call.upload(&chunks), Binding::from(&norms)];
-        let constants = [("ROW_TYPE", kind(layout, args.side, NAME)?)];
+        let bindings = [
+            Binding::Slab(slab.clone()),
+            call.upload(&chunks),
+            Binding::from(&norms),
+            call.upload(&packs(layout, [args.side; 2])),
+        ];
+        let constants = [("ROW_TYPE", kind(layout, args.side))];
         call.dispatch("row_norms", &constants, &params, &bindings, chunks.len())?;
     }
     call.read(&norms);
