@@ -38,12 +38,13 @@ struct Pack {
     levels_b: u32,
     levels_c: u32,
     levels_d: u32,
-    spare: u32,
+    // Turns the sign bit of codes that are signed bytes, so that `zero` fits them too.
+    flip: u32,
 }
 
 fn level_of(side: u32, code: u32) -> f32 {
     if packs[side].tabled == 0u {
-        return f32(i32(code) - i32(packs[side].zero));
+        return f32(i32(code ^ packs[side].flip) - i32(packs[side].zero));
     }
     let levels = vec4<u32>(
         packs[side].levels_a,

@@ -4,6 +4,7 @@
 
 mod cache;
 mod conformance;
+mod encodings;
 #[cfg(feature = "gpu")]
 mod gpu;
 mod hostile;

@@ -14,6 +14,14 @@ pub fn noise(seed: u64) -> f32 {
     ((z ^ (z >> 31)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
 }
 
+/// Normally distributed, unit variance, a function of the seed.
+pub fn noise_normal(seed: u64) -> f32 {
+    // Box and Muller.
+    let uniform = |x: u64| f64::from(noise(x)) * 0.5 + 0.5;
+    let radius = (-2.0 * (uniform(2 * seed) + 1e-9).ln()).sqrt();
+    (radius * (std::f64::consts::TAU * uniform(2 * seed + 1)).cos()) as f32
+}
+
 /// Which tensor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {

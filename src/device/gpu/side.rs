@@ -39,7 +39,7 @@ pub(crate) struct Pack {
     zero: u32,
     tabled: u32,
     levels: [u32; 4],
-    spare: u32,
+    flip: u32,
 }
 
 /// Where what lies in two sides.
@@ -79,10 +79,10 @@ impl Pack {
             row_shift: layout.group_rows.trailing_zeros(),
             dim_shift: if layout.row_groups() == 1 { 31 } else { layout.group_dims.trailing_zeros() },
             row_groups: layout.row_groups() as u32,
-            zero: format.zero().into(),
+            zero: if format.bits() == 8 { 128 } else { format.zero().into() },
             tabled: u32::from(format.lloyd().is_some()),
             levels,
-            spare: 0,
+            flip: if format.bits() == 8 { 128 } else { 0 },
         }
     }
 }

@@ -153,7 +153,7 @@ impl HeadMass<'_> {
                         lse,
                         (scratch, rotation),
                         mass,
-                    )
+                    );
                 },
             );
         }

@@ -171,6 +171,7 @@ impl<'a> Tile<'a> {
 
     /// `sums += weights · values` for the first `rows` rows. Values are read in place where their rows are
     /// whole vectors and few query rows share them; otherwise they are first widened into `scratch`.
+    #[allow(clippy::too_many_arguments, reason = "three kinds of scratch that the caller owns")]
     #[inline(always)]
     pub(crate) fn add_values<S: Simd>(
         &self,
@@ -195,7 +196,7 @@ impl<'a> Tile<'a> {
         }
         let weights = Matrix { data: weights, stride: TILE };
         let extent = (rows, self.len, d);
-        let whole = d % S::f32s::LEN == 0;
+        let whole = d.is_multiple_of(S::f32s::LEN);
         let (stored, stride) = self.rows(simd, Side::Value, unpack);
         match stored {
             Rows::F32(data) if whole => {
