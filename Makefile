@@ -27,6 +27,7 @@ fmt: ## Format all Rust code
 	cargo fmt --all
 	rustfmt --edition 2024 src/policy/score/*.rs src/policy/allocate/*.rs src/policy/whole/*.rs
 	cargo fmt --manifest-path examples/candle/Cargo.toml
+	cargo fmt --manifest-path benches/peers/Cargo.toml
 
 lint: ## Format check and clippy, without running anything
 	@scripts/test.sh fmt clippy

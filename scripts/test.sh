@@ -23,6 +23,7 @@ part_fmt() {
     # The registry's macros declare these modules, where cargo fmt does not look.
     rustfmt --check --edition 2024 src/policy/{score,allocate,whole}/*.rs
     cargo fmt "${candle[@]}" --check
+    cargo fmt --manifest-path benches/peers/Cargo.toml --check
 }
 
 part_clippy() {

@@ -6,18 +6,33 @@ use crate::config::{Config, KV_HEADS};
 use crate::contestant::{Contestant, Kind, Result, Side};
 use crate::data::Dense;
 use kvsieve::backend::{Backend, Cpu};
-use kvsieve::device::HeadRows;
-use kvsieve::device::page;
+use kvsieve::device::page::{self, PageRef};
+use kvsieve::device::{Encoding, Format, HeadRows, Packing};
 use kvsieve::kernel::AttentionParams;
 use kvsieve::kernel::attend::{AttendLane, Share, Workspace};
 use kvsieve::testing::cache::{CacheSpec, end_position};
 use kvsieve::view::DType;
 use std::rc::Rc;
 
-/// Storage formats: label, type of keys, type of values. The first holds the data exactly: the others, and the
-/// peers, are made from or compared with it.
-pub(crate) const FORMATS: &[(&str, DType, DType)] =
-    &[("f32", DType::F32, DType::F32), ("f16", DType::F16, DType::F16), ("bf16", DType::Bf16, DType::Bf16)];
+/// Storage formats: label, keys, values. The first holds the data exactly: the others, and the peers, are made from
+/// or compared with it.
+pub(crate) const FORMATS: &[(&str, Encoding, Encoding)] = &[
+    ("f32", Encoding::Exact(DType::F32), Encoding::Exact(DType::F32)),
+    ("f16", Encoding::Exact(DType::F16), Encoding::Exact(DType::F16)),
+    ("bf16", Encoding::Exact(DType::Bf16), Encoding::Exact(DType::Bf16)),
+    ("int8", packed(Format::Int8), packed(Format::Int8)),
+    ("int4", packed(Format::Int4), packed(Format::Int4)),
+    ("lm3", packed(Format::Lm3), packed(Format::Lm3)),
+    ("lm2", packed(Format::Lm2), packed(Format::Lm2)),
+    ("kivi2", packed(Format::Kivi2), packed(Format::Kivi2)),
+    ("ours q8_0", packed(Format::Q8_0), packed(Format::Q8_0)),
+    ("ours q4_0", packed(Format::Q4_0), packed(Format::Q4_0)),
+];
+
+/// A format with what its name brings.
+const fn packed(format: Format) -> Encoding {
+    Encoding::Packed(Packing::new(format))
+}
 
 /// Entries per page, the library's default.
 const PAGE: usize = 64;
@@ -42,7 +57,8 @@ impl Store {
     /// Bytes of all keys and values.
     fn bytes(&self) -> u64 {
         let pages = self.heads.iter().flat_map(HeadRows::pages);
-        pages.map(|p| (p.rows * (p.layout.k_row_bytes() + p.layout.v_row_bytes())) as u64).sum()
+        let side = |p: &PageRef<'_>, side: page::Side| p.layout.side_bytes(side) * p.rows / p.layout.capacity;
+        pages.map(|p| (side(&p, page::Side::Key) + side(&p, page::Side::Value)) as u64).sum()
     }
 
     /// Rows of a head, widened.
