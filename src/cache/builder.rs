@@ -6,12 +6,15 @@
 use super::KvCache;
 use super::scratch::Scratch;
 use crate::backend::{Backend, Cpu};
+use crate::codec::{Exact, PACK_ENTRIES};
 use crate::columns::ColumnLayout;
+use crate::device::encoding::Encoding;
 use crate::device::page::PageLayout;
 use crate::error::{Error, RecipeError};
-use crate::geometry::{KeyPhase, ModelShape};
+use crate::geometry::{KeyPhase, LayerShape, ModelShape};
 use crate::policy::Policy;
 use crate::recipe::{Budget, PositionMode, Recipe};
+use crate::store::{Packed, Storage};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -99,7 +102,8 @@ impl CacheBuilder {
         self
     }
 
-    /// Entries per page, 64 by default: smaller wastes less on ragged heads, larger costs fewer system calls.
+    /// Entries per page of exact entries, 64 by default: smaller wastes less on ragged heads, larger costs fewer
+    /// system calls. Packed pages hold [`PACK_ENTRIES`].
     #[must_use]
     pub fn page_entries(mut self, entries: usize) -> Self {
         self.page_entries = entries;
@@ -131,27 +135,17 @@ impl CacheBuilder {
         };
         KvCache::check(&self.shape, &recipe, self.budget, &*backend)?;
         let columns = ColumnLayout::new(recipe.policy.columns());
-        let layouts = self
-            .shape
-            .iter()
-            .map(|layer| {
-                Arc::new(PageLayout::new(
-                    layer,
-                    self.page_entries,
-                    recipe.k,
-                    recipe.v,
-                    backend.mirrored(),
-                    columns.words(),
-                ))
-            })
-            .collect();
+        let storage = storage(&self.shape, &recipe, self.page_entries, |shape, capacity, (k, v)| {
+            Arc::new(PageLayout::new(shape, capacity, k, v, backend.mirrored(), columns.words()))
+        });
         Ok(KvCache {
             shape: Arc::new(self.shape),
             needs: recipe.policy.needs(),
             recipe,
             budget: self.budget,
             backend,
-            layouts,
+            storage,
+            page_entries: self.page_entries,
             columns,
             sequences: BTreeMap::new(),
             next_id: 0,
@@ -187,6 +181,33 @@ impl KvCache {
     pub fn needs(&self) -> crate::policy::Needs {
         self.needs
     }
+}
+
+/// The storage of every KV head of every layer, from the recipe's rules.
+fn storage(
+    model: &ModelShape,
+    recipe: &Recipe,
+    page_entries: usize,
+    layout: impl Fn(&LayerShape, usize, (Encoding, Encoding)) -> Arc<PageLayout>,
+) -> Vec<Vec<Storage>> {
+    let Exact { sinks, tail, .. } = recipe.precision.exact;
+    let of_head = |layer: usize, head: usize| {
+        let shape = model.layer(layer);
+        let precision = recipe.precision.head((layer, model.layers()), (head, shape.kv_heads), shape.group());
+        let exact = (precision.exact.0.into(), precision.exact.1.into());
+        Storage {
+            exact: layout(shape, page_entries, exact),
+            packed: precision.packs().then(|| Packed {
+                layout: layout(shape, PACK_ENTRIES, (precision.k, precision.v)),
+                sinks,
+                sink_layout: layout(shape, sinks.clamp(1, page_entries), exact),
+                tail,
+            }),
+        }
+    };
+    (0..model.layers())
+        .map(|layer| (0..model.layer(layer).kv_heads).map(|head| of_head(layer, head)).collect())
+        .collect()
 }
 
 fn check_budget(recipe: &Recipe, budget: Option<Budget>) -> Result<(), RecipeError> {

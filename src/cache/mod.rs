@@ -24,11 +24,11 @@ pub use step::{PartialWorkspace, SPECULATIVE_TOKENS, Step};
 
 use crate::backend::Backend;
 use crate::columns::ColumnLayout;
-use crate::device::page::PageLayout;
 use crate::error::{CacheError, Error};
 use crate::geometry::{ModelShape, Position, RowCount};
 use crate::policy::FeedKind;
 use crate::recipe::{Budget, Recipe};
+use crate::store::Storage;
 use scratch::{Pending, Scratch};
 use sequence::{LayerCounters, QueryLog, Sequence};
 use std::collections::BTreeMap;
@@ -66,7 +66,10 @@ pub struct KvCache {
     pub(crate) recipe: Recipe,
     pub(crate) budget: Option<Budget>,
     pub(crate) backend: Arc<dyn Backend>,
-    pub(crate) layouts: Vec<Arc<PageLayout>>,
+    /// Per layer, per KV head.
+    pub(crate) storage: Vec<Vec<Storage>>,
+    /// Entries per page of exact entries.
+    pub(crate) page_entries: usize,
     pub(crate) columns: ColumnLayout,
     /// The policy's needs, asked once.
     needs: crate::policy::Needs,

@@ -12,5 +12,6 @@ mod peers;
 mod policies;
 mod recipes;
 mod state_machine;
+mod storage;
 mod support;
 mod tidy;

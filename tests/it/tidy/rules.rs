@@ -32,6 +32,8 @@ const SIBLINGS: &[(&str, &str)] = &[
     // A recipe is the text form of a policy: the two are one level in two files.
     ("policy", "recipe"),
     ("recipe", "policy"),
+    // A recipe names storage.
+    ("recipe", "codec"),
     // An index searches encoded entries.
     ("index", "codec"),
     // Messages carry numbers in their own types (a position, the extents of a tensor) instead of strings.
