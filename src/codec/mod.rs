@@ -7,6 +7,7 @@
 //! out: two to eight bits instead of sixteen or thirty-two. *Hurts* by an error that `kvsieve eval` measures; keys
 //! need more bits than values, and below four bits it is often better to evict and keep the rest at four to eight.
 
+pub mod llama;
 mod precision;
 mod presets;
 
