@@ -11,7 +11,7 @@ use crate::columns::ColumnLayout;
 use crate::device::encoding::Encoding;
 use crate::device::page::PageLayout;
 use crate::error::{Error, RecipeError};
-use crate::geometry::{KeyPhase, LayerShape, ModelShape};
+use crate::geometry::{KeyPhase, ModelShape};
 use crate::policy::Policy;
 use crate::recipe::{Budget, PositionMode, Recipe};
 use crate::store::{Packed, Storage};
@@ -135,26 +135,42 @@ impl CacheBuilder {
         };
         KvCache::check(&self.shape, &recipe, self.budget, &*backend)?;
         let columns = ColumnLayout::new(recipe.policy.columns());
-        let storage = storage(&self.shape, &recipe, self.page_entries, |shape, capacity, (k, v)| {
-            Arc::new(PageLayout::new(shape, capacity, k, v, backend.mirrored(), columns.words()))
-        });
-        Ok(KvCache {
+        let mut cache = KvCache {
             shape: Arc::new(self.shape),
             needs: recipe.policy.needs(),
             recipe,
             budget: self.budget,
             backend,
-            storage,
+            storage: Vec::new(),
             page_entries: self.page_entries,
             columns,
             sequences: BTreeMap::new(),
             next_id: 0,
             scratch: Scratch::default(),
-        })
+        };
+        cache.storage = (0..cache.shape.layers())
+            .map(|layer| {
+                let heads = 0..cache.shape.layer(layer).kv_heads;
+                let of =
+                    |head| head_storage(&cache.shape, &cache.recipe, (layer, head), cache.layout_of(layer));
+                heads.map(of).collect()
+            })
+            .collect();
+        Ok(cache)
     }
 }
 
 impl KvCache {
+    /// Makes layouts of a layer's pages.
+    pub(super) fn layout_of(
+        &self,
+        layer: usize,
+    ) -> impl Fn(Option<usize>, (Encoding, Encoding)) -> PageLayout {
+        let (shape, page_entries) = (self.shape.layer(layer).clone(), self.page_entries);
+        let (mirrored, words) = (self.backend.mirrored(), self.columns.words());
+        move |entries, (k, v)| PageLayout::new(&shape, entries.unwrap_or(page_entries), k, v, mirrored, words)
+    }
+
     /// Whether a recipe works for a model with a budget on a backend, without building anything.
     ///
     /// # Errors
@@ -183,31 +199,27 @@ impl KvCache {
     }
 }
 
-/// The storage of every KV head of every layer, from the recipe's rules.
-fn storage(
+/// The storage of a KV head of a layer, from the recipe's rules. `layout` makes layouts of that layer, of so many
+/// entries or as many as pages of exact ones hold.
+pub(super) fn head_storage(
     model: &ModelShape,
     recipe: &Recipe,
-    page_entries: usize,
-    layout: impl Fn(&LayerShape, usize, (Encoding, Encoding)) -> Arc<PageLayout>,
-) -> Vec<Vec<Storage>> {
+    (layer, head): (usize, usize),
+    layout: impl Fn(Option<usize>, (Encoding, Encoding)) -> PageLayout,
+) -> Storage {
+    let shape = model.layer(layer);
+    let precision = recipe.precision.head((layer, model.layers()), (head, shape.kv_heads), shape.group());
     let Exact { sinks, tail, .. } = recipe.precision.exact;
-    let of_head = |layer: usize, head: usize| {
-        let shape = model.layer(layer);
-        let precision = recipe.precision.head((layer, model.layers()), (head, shape.kv_heads), shape.group());
-        let exact = (precision.exact.0.into(), precision.exact.1.into());
-        Storage {
-            exact: layout(shape, page_entries, exact),
-            packed: precision.packs().then(|| Packed {
-                layout: layout(shape, PACK_ENTRIES, (precision.k, precision.v)),
-                sinks,
-                sink_layout: layout(shape, sinks.clamp(1, page_entries), exact),
-                tail,
-            }),
-        }
-    };
-    (0..model.layers())
-        .map(|layer| (0..model.layer(layer).kv_heads).map(|head| of_head(layer, head)).collect())
-        .collect()
+    let exact = layout(None, (precision.exact.0.into(), precision.exact.1.into()));
+    Storage {
+        packed: precision.packs().then(|| Packed {
+            layout: Arc::new(layout(Some(PACK_ENTRIES), (precision.k, precision.v))),
+            sinks,
+            sink_layout: Arc::new(PageLayout { capacity: sinks.clamp(1, exact.capacity), ..exact.clone() }),
+            tail,
+        }),
+        exact: Arc::new(exact),
+    }
 }
 
 fn check_budget(recipe: &Recipe, budget: Option<Budget>) -> Result<(), RecipeError> {

@@ -45,8 +45,11 @@ impl KvCache {
         for (index, &accepted) in accepted.iter().enumerate() {
             let lane = self.scratch.lanes[index];
             if accepted > 0 {
-                self.compress_if_due(SequenceId(lane.id), accepted)?;
-                self.seal(SequenceId(lane.id))?;
+                let id = SequenceId(lane.id);
+                let watched = self.watches(id);
+                self.compress_if_due(id, accepted)?;
+                self.seal(id)?;
+                self.advance_guard(id, watched, accepted)?;
             }
         }
         Ok(())
@@ -59,7 +62,7 @@ impl KvCache {
         }
         let end = lane.start + accepted as i32;
         if let Some(sequence) = self.sequences.get_mut(&lane.id) {
-            for head in sequence.layers.iter_mut().flatten() {
+            for head in sequence.stores().flatten().flatten() {
                 let rows = store::rows_below(head, end);
                 store::truncate_rows(head, rows);
             }
@@ -225,14 +228,17 @@ impl KvCache {
     ///
     /// A prompt that is to be compressed at its end stays exact until then: what is dropped need not be packed, and
     /// what is moved is packed once.
-    fn seal(&mut self, id: SequenceId) -> Result<(), Error> {
+    ///
+    /// Of a guarded sequence only the shadow is packed.
+    pub(super) fn seal(&mut self, id: SequenceId) -> Result<(), Error> {
         let waits = self.recipe.schedule.prefill && self.recipe.policy.compresses();
         let (backend, storage) = (&*self.backend, &self.storage);
         let Some(sequence) = self.sequences.get_mut(&id.0) else { return Ok(()) };
         if sequence.prefill_open && waits {
             return Ok(());
         }
-        for (heads, storage) in sequence.layers.iter_mut().zip(storage) {
+        let Some(layers) = sequence.stores().last() else { return Ok(()) };
+        for (heads, storage) in layers.iter_mut().zip(storage) {
             for (head, storage) in heads.iter_mut().zip(storage) {
                 store::seal(backend, storage, head)?;
             }
@@ -365,11 +371,12 @@ impl KvCache {
     fn apply(&mut self, id: SequenceId, layer: usize, plan: &LayerPlan) -> Result<bool, Error> {
         let backend = &*self.backend;
         let Some(sequence) = self.sequences.get_mut(&id.0) else { return Ok(false) };
-        let mut dropped = 0;
-        for (head, plan) in sequence.layers[layer].iter_mut().zip(&plan.heads) {
-            store::compact(backend, head, &plan.keep)?;
-            dropped += plan.rows - plan.keep.len();
+        for layers in sequence.stores() {
+            for (head, plan) in layers[layer].iter_mut().zip(&plan.heads) {
+                store::compact(backend, head, &plan.keep)?;
+            }
         }
+        let dropped = plan.heads.iter().map(|plan| plan.rows - plan.keep.len()).sum::<usize>();
         let counters = &mut sequence.counters[layer];
         counters.dropped += dropped as u64;
         counters.compactions += u64::from(dropped > 0);
@@ -381,10 +388,12 @@ impl KvCache {
         let (backend, shape) = (&*self.backend, &self.shape);
         let Some(sequence) = self.sequences.get_mut(&id.0) else { return Ok(()) };
         let mut next = 0;
-        for (layer, heads) in sequence.layers.iter_mut().enumerate() {
-            for head in heads {
-                next = next.max(head.rows() as i32);
-                store::renumber(backend, shape.layer(layer), head, |slot, _| slot as i32)?;
+        for layers in sequence.stores() {
+            for (layer, heads) in layers.iter_mut().enumerate() {
+                for head in heads {
+                    next = next.max(head.rows() as i32);
+                    store::renumber(backend, shape.layer(layer), head, |slot, _| slot as i32)?;
+                }
             }
         }
         let shift = next - sequence.next;

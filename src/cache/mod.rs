@@ -10,6 +10,7 @@
 
 mod builder;
 mod compress;
+mod guard;
 mod ops;
 mod scratch;
 mod sequence;
@@ -17,6 +18,7 @@ mod stats;
 mod step;
 
 pub use builder::{CacheBuilder, RecipeSource};
+pub use guard::{Guard, GuardReport, HeadReport};
 pub use ops::{RemoveMode, Selection};
 pub use sequence::SequenceId;
 pub use stats::{EffectiveConfig, LayerStats, SequenceStats};
@@ -30,7 +32,7 @@ use crate::policy::FeedKind;
 use crate::recipe::{Budget, Recipe};
 use crate::store::Storage;
 use scratch::{Pending, Scratch};
-use sequence::{LayerCounters, QueryLog, Sequence};
+use sequence::{LayerCounters, QueryLog, Sequence, Watched};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use step::Lane;
@@ -117,6 +119,7 @@ impl KvCache {
             prefill_open: true,
             since: 0,
             compacted: None,
+            watched: Watched::default(),
         })
     }
 

@@ -68,7 +68,7 @@ impl KvCache {
         if let Some(compacted) = sequence.compacted.filter(|&c| to.0 < c) {
             return Err(CacheError::PastCompaction { to, compacted: Position(compacted) }.into());
         }
-        for head in sequence.layers.iter_mut().flatten() {
+        for head in sequence.stores().flatten().flatten() {
             let rows = store::rows_below(head, to.0);
             store::truncate_rows(head, rows);
         }
@@ -112,7 +112,8 @@ impl KvCache {
             let Some(sequence) = self.sequences.get_mut(&id.0) else {
                 return Err(CacheError::NoSequence(id.0).into());
             };
-            for (head, plan) in sequence.layers[layer].iter_mut().zip(&plan.heads) {
+            let heads = sequence.stores().flat_map(|layers| layers[layer].iter_mut().zip(&plan.heads));
+            for (head, plan) in heads {
                 store::compact(backend, head, &plan.keep)?;
                 if mode == RemoveMode::Renumber {
                     let shift = |_, p| if p >= end { p - (end - start) } else { p };
@@ -160,7 +161,9 @@ impl KvCache {
     fn check_exact_keys(&self, id: SequenceId, from: i32) -> Result<(), Error> {
         let rotated = |l: &usize| self.shape.layer(*l).key_phase == KeyPhase::PostRope;
         for layer in self.shape.owners().filter(rotated) {
-            for head in &self.sequence(id)?.layers[layer] {
+            let sequence = self.sequence(id)?;
+            let shadow = sequence.watched.shadow.as_ref().map(|shadow| &shadow.layers[layer]);
+            for head in sequence.layers[layer].iter().chain(shadow.into_iter().flatten()) {
                 let packed = head.pages().filter(|p| p.layout.k.packed().is_some());
                 if let Some(position) = packed.flat_map(|p| p.positions()).find(|&&p| p >= from) {
                     return Err(RecipeError::Conflict {

@@ -7,7 +7,7 @@
 //! per call: not for the decode loop.
 
 use super::KvCache;
-use super::sequence::SequenceId;
+use super::sequence::{Sequence, SequenceId};
 use crate::device::memory::MemoryUsage;
 use crate::device::page::{HeadRows, Page};
 use crate::error::Error;
@@ -146,6 +146,11 @@ fn pages(heads: &[HeadRows]) -> impl Iterator<Item = (&Arc<Page>, usize)> {
         .flat_map(|s| s.pages.iter().map(|p| (p, store::block_bytes(&s.layout) + store::metadata_bytes(p))))
 }
 
+/// The rows of a layer in the shadow of a guarded sequence.
+fn shadow(sequence: &Sequence, layer: usize) -> impl Iterator<Item = &[HeadRows]> {
+    sequence.watched.shadow.as_ref().map(|shadow| &shadow.layers[layer][..]).into_iter()
+}
+
 impl KvCache {
     /// What one sequence stores.
     ///
@@ -163,7 +168,10 @@ impl KvCache {
                 dropped: counters.dropped,
                 compactions: counters.compactions,
                 bytes_logical: segments().map(|s| s.rows * s.layout.entry_bytes()).sum(),
-                bytes_resident: pages(heads).map(|(_, bytes)| bytes).sum::<usize>()
+                bytes_resident: pages(heads)
+                    .chain(shadow(sequence, layer).flat_map(pages))
+                    .map(|(_, bytes)| bytes)
+                    .sum::<usize>()
                     + sequence.queries[layer].bytes(),
                 bytes_read_per_step: heads.iter().map(store::bytes_read).sum(),
             }
@@ -179,6 +187,7 @@ impl KvCache {
         for sequence in self.sequences.values() {
             for (layer, heads) in sequence.layers.iter().enumerate() {
                 resident += pages(heads)
+                    .chain(shadow(sequence, layer).flat_map(pages))
                     .filter(|(page, _)| seen.insert(Arc::as_ptr(page)))
                     .map(|(_, bytes)| bytes)
                     .sum::<usize>();

@@ -125,18 +125,21 @@ impl Step<'_> {
             let Some(sequence) = cache.sequences.get_mut(&lane.id) else {
                 return Err(CacheError::NoSequence(lane.id).into());
             };
-            for (h, head) in sequence.layers[layer].iter_mut().enumerate() {
+            let mut heads = sequence.stores().flat_map(|layers| layers[layer].iter_mut().enumerate());
+            let appended = heads.try_for_each(|(h, head)| {
                 let (from, to) = (h * tokens + lane.offset, h * tokens + lane.offset + lane.tokens);
                 let new = NewRows {
                     positions: &scratch.positions[lane.offset..lane.offset + lane.tokens],
                     keys: &scratch.keys[from * d_k..to * d_k],
                     values: &scratch.values[from * d_v..to * d_v],
                 };
-                if let Err(error) = store::append(&*cache.backend, &storage[h].exact, head, new) {
-                    // Heads and lanes done so far go back, so that the layer is as before.
-                    self.rollback_layer(layer);
-                    return Err(error.into());
-                }
+                store::append(&*cache.backend, &storage[h].exact, head, new)
+            });
+            drop(heads);
+            if let Err(error) = appended {
+                // Heads and lanes done so far go back, so that the layer is as before.
+                self.rollback_layer(layer);
+                return Err(error.into());
             }
         }
         self.cache.scratch.pending[layer].appended = true;
@@ -370,6 +373,7 @@ impl Step<'_> {
             cache.backend.attend(&params, &mut lanes[..group.len()], &mut scratch.workspace)?;
         }
         store_out(&scratch.out, &scratch.lanes, hq, d_v, &mut out);
+        self.watch(layer)?;
         self.log_queries(layer);
         Ok(())
     }
@@ -406,7 +410,7 @@ impl Step<'_> {
     fn rollback_layer(&mut self, layer: usize) {
         for lane in &self.cache.scratch.lanes {
             if let Some(sequence) = self.cache.sequences.get_mut(&lane.id) {
-                for head in &mut sequence.layers[layer] {
+                for head in sequence.stores().flat_map(|layers| &mut layers[layer]) {
                     let rows = store::rows_below(head, lane.start);
                     store::truncate_rows(head, rows);
                 }

@@ -7,6 +7,7 @@ mod conformance;
 mod encodings;
 #[cfg(feature = "gpu")]
 mod gpu;
+mod guard;
 mod hostile;
 mod peers;
 mod policies;
