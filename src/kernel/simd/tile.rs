@@ -15,7 +15,7 @@ use super::integer::{self, Digits};
 use super::math::soft_cap;
 use super::prefetch::Ahead;
 use super::unpack::{self, UnpackScratch};
-use super::widen::{Remainder, Source, widen};
+use super::widen::{Source, widen};
 use crate::device::encoding::{PackedRows, rotate};
 use crate::device::page::{PageRef, Rows, Side};
 use crate::device::{HeadRows, Segment};
@@ -232,40 +232,16 @@ impl<'a> Tile<'a> {
         let (stored, stride) = self.rows(simd, Side::Value, unpack);
         match stored {
             Rows::F32(data) if whole => {
-                return gemm::multiply(
-                    simd,
-                    weights,
-                    Matrix { data, stride },
-                    sums,
-                    padded,
-                    extent,
-                    true,
-                    ahead,
-                );
+                let values = Matrix { data, stride };
+                return gemm::multiply(simd, weights, values, sums, padded, extent, true, ahead);
             }
             Rows::F16(data) if whole && rows <= IN_PLACE_ROWS => {
-                return gemm::multiply(
-                    simd,
-                    weights,
-                    Matrix { data, stride },
-                    sums,
-                    padded,
-                    extent,
-                    true,
-                    ahead,
-                );
+                let values = Matrix { data, stride };
+                return gemm::multiply(simd, weights, values, sums, padded, extent, true, ahead);
             }
             Rows::Bf16(data) if whole && rows <= IN_PLACE_ROWS => {
-                return gemm::multiply(
-                    simd,
-                    weights,
-                    Matrix { data, stride },
-                    sums,
-                    padded,
-                    extent,
-                    true,
-                    ahead,
-                );
+                let values = Matrix { data, stride };
+                return gemm::multiply(simd, weights, values, sums, padded, extent, true, ahead);
             }
             _ => {}
         }
@@ -290,7 +266,7 @@ fn transpose_keys<S: Simd>(simd: S, stored: Rows<'_>, stride: usize, d: usize, l
 }
 
 #[inline(always)]
-fn transpose_any<S: Simd, B: Source + Remainder>(
+fn transpose_any<S: Simd, B: Source>(
     simd: S,
     stored: B,
     stride: usize,
@@ -305,7 +281,7 @@ fn transpose_any<S: Simd, B: Source + Remainder>(
 }
 
 #[inline(always)]
-fn transpose<S: Simd, B: Source + Remainder, const N: usize>(
+fn transpose<S: Simd, B: Source, const N: usize>(
     simd: S,
     stored: B,
     stride: usize,
