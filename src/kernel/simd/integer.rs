@@ -266,7 +266,7 @@ fn dot4<S: Simd>(simd: S, sum: S::i32s, codes: S::i32s, digits: S::i32s) -> S::i
     let mut sums = [0i32; PAD];
     sum.store_slice(&mut sums[..S::i32s::LEN]);
     for (sum, (codes, digits)) in sums.iter_mut().zip(codes.as_slice().iter().zip(digits.as_slice())) {
-        for (code, digit) in codes.to_ne_bytes().into_iter().zip(digits.to_ne_bytes()) {
+        for (code, digit) in codes.to_le_bytes().into_iter().zip(digits.to_le_bytes()) {
             // Like the instruction, modulo 2³²: the end fits, its way there need not.
             *sum = sum.wrapping_add(i32::from(code) * i32::from(digit as i8));
         }
@@ -325,7 +325,7 @@ mod tests {
                     let x = &x[row * n..(row + 1) * n];
                     let most = x.iter().fold(0.0f64, |a, &b| a.max(f64::from(b).abs()));
                     for lane in 0..lanes {
-                        let code = |i: usize| codes[i / 4 * lanes + lane].to_ne_bytes()[i % 4];
+                        let code = |i: usize| codes[i / 4 * lanes + lane].to_le_bytes()[i % 4];
                         let u = |i: usize| f64::from(i32::from(code(i)) - zero);
                         let want: f64 = (0..n).map(|i| f64::from(x[i]) * u(i)).sum();
                         let size: f64 = (0..n).map(|i| u(i).abs()).sum();
@@ -344,6 +344,25 @@ mod tests {
                     assert_eq!(want, &out, "{}", level.name());
                 }
             }
+        }
+    }
+
+    /// Weights too small to be seen beside a large one keep their part of the sum of weights.
+    #[test]
+    fn small_weights_are_not_lost() {
+        let small = 1e-5;
+        let mut x = [small; 64];
+        x[17] = 1.0;
+        let codes = [0x0101_0101; 16 * 16];
+        for level in Level::available() {
+            let (mut values, mut out) = (x, [0.0f32; 16]);
+            fearless_simd::dispatch!(level.token(), simd => {
+                let digits = Digits::cut(simd, Matrix { data: &mut values, stride: 64 }, 1).keeping_sums();
+                let codes = Quads { words: &codes, stride: 16, zero: 0 };
+                let out = Matrix { data: &mut out[..], stride: 16 };
+                multiply(simd, &digits, codes, out, (1, 16, 16), false, Ahead::NONE);
+            });
+            assert!(out.iter().all(|x| (x - (1.0 + 63.0 * small)).abs() < 1e-6), "{out:?}, {}", level.name());
         }
     }
 
