@@ -357,6 +357,40 @@ fn eval_measures_a_real_model() {
 }
 
 #[test]
+fn windows_count_what_storage_costs() {
+    let Some(model) = model() else { return };
+    let text = scratch("windows.txt");
+    std::fs::write(&text, long_text()).unwrap();
+    let recipes = "full,full+k=f16+v=f16,full+k=bf16+v=bf16,streaming(sinks=4)";
+    let common = ["eval", "--task", "windows", "--model", &model, "--text", text.to_str().unwrap()];
+    let sizes = ["--windows", "2", "--window-tokens", "128", "--recipe", recipes, "--budget", "50%"];
+    let rows: Value = serde_json::from_str(&stdout(&[&common[..], &sizes, &["--json"]].concat())).unwrap();
+    let rows = rows.as_array().unwrap();
+    assert_eq!(rows.len(), 4);
+    let get = |i: usize, field: &str| rows[i][field].as_f64().unwrap_or_else(|| panic!("{}", rows[i]));
+    let kl: Vec<f64> = (0..4).map(|i| get(i, "kl")).collect();
+    assert!(kl[0] < 1e-9 && rows[0]["same_top1"] == 1.0, "f32 is the reference: {}", rows[0]);
+    assert!(get(0, "nll_over_full").abs() < 1e-6, "{}", rows[0]);
+    assert!(0.0 < kl[1] && kl[1] < kl[2] && kl[2] < 1e-3 && kl[2] < kl[3], "{kl:?}");
+    // Positions, β and page headers come on top of the elements: a few bytes for each entry of 128 elements.
+    let bits: Vec<f64> = (0..4).map(|i| get(i, "bits_per_element")).collect();
+    assert!(bits[0] > 32.0 && bits[0] < 36.0 && bits[1] > 16.0 && bits[1] < 20.0, "{bits:?}");
+    assert_eq!(bits[1], bits[2]);
+    assert!(bits[3] < 0.9 * bits[0], "half of the first half is gone: {bits:?}");
+    assert_eq!((get(0, "entries_per_head"), get(3, "entries_per_head")), (128.0, 96.0));
+
+    let small =
+        ["--windows", "1", "--window-tokens", "64", "--recipe", "full+k=f16+v=f16", "--chunk-tokens", "16"];
+    let table = stdout(&[&common[..], &small].concat());
+    assert!(
+        table.contains("bits/element") && table.contains("31 predictions in 1 windows of 64 tokens"),
+        "{table}"
+    );
+    let long = failure(&[&common[..], &["--windows", "999", "--recipe", "full"]].concat());
+    assert!(long.contains("--windows"), "{long}");
+}
+
+#[test]
 fn run_compares_with_the_full_cache() {
     let Some(model) = model() else { return };
     let text = scratch("document.txt");

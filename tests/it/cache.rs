@@ -267,7 +267,7 @@ fn partial_acceptance_equals_feeding_the_accepted() {
 #[test]
 fn forks_are_isolated_and_share_pages() {
     let shape = small_model(2, 4, 2, 8);
-    for backend in backends() {
+    for backend in own_backends() {
         for recipe in RECIPES {
             let mut cache = build(&shape, recipe, 16, &backend);
             let parent = cache.create_sequence();
