@@ -8,8 +8,8 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use kvsieve::backend::{Backend, Cpu, Reference};
-use kvsieve::device::HeadRows;
 use kvsieve::device::page::Side;
+use kvsieve::device::{Encoding, Format, HeadRows, Packing};
 use kvsieve::kernel::AttentionParams;
 use kvsieve::kernel::attend::{AttendLane, Share, Workspace};
 use kvsieve::kernel::gather::{GatherArgs, GatherTarget};
@@ -28,8 +28,10 @@ const HEADS: usize = 8;
 /// Entries per head: with `HEADS` and `d = 128` in `f32`, 134 MB a side pair.
 const ENTRIES: usize = 16384;
 
-fn entries(backend: &dyn Backend, d: usize, rows: usize, dtype: DType) -> Vec<HeadRows> {
-    CacheSpec::f32(1, d, &[rows; HEADS], 64).typed(dtype, dtype).build(backend).unwrap()
+fn entries(backend: &dyn Backend, d: usize, rows: usize, stored: impl Into<Encoding>) -> Vec<HeadRows> {
+    let stored = stored.into();
+    let capacity = if stored.packed().is_some() { 128 } else { 64 };
+    CacheSpec::f32(1, d, &[rows; HEADS], capacity).typed(stored, stored).build(backend).unwrap()
 }
 
 fn bytes(heads: &[HeadRows]) -> u64 {
@@ -133,6 +135,33 @@ fn decode(c: &mut Criterion) {
     }
 }
 
+/// Decode over packed pages beside f16, whose time is what theirs is to be compared with.
+fn packed(c: &mut Criterion) {
+    let cpu = Cpu::default();
+    let centered = |format| Packing::new(format).centered().rotated().into();
+    let stored: [Encoding; 7] = [
+        DType::F16.into(),
+        Packing::new(Format::Int8).into(),
+        centered(Format::Int4),
+        centered(Format::Lm3),
+        centered(Format::Lm2),
+        Packing::new(Format::Q8_0).into(),
+        Packing::new(Format::Q4_0).into(),
+    ];
+    for stored in stored {
+        let mut group = c.benchmark_group(format!("packed/d128/{stored}"));
+        let heads = entries(&cpu, 128, 4 * ENTRIES, stored);
+        group.throughput(Throughput::Bytes(bytes(&heads)));
+        for g in [1, 4, 8] {
+            let params = params(g, 128);
+            let (mut call, mut w) = (Call::new(&heads, &params, 1), Workspace::default());
+            group.bench_function(format!("g{g}"), |b| {
+                b.iter(|| call.attend(&cpu, &heads, &params, false, &mut w));
+            });
+        }
+    }
+}
+
 fn short_decode(c: &mut Criterion) {
     let mut group = c.benchmark_group("decode_short/d64/f16/g3");
     let (single, cpu) = (Cpu::with_threads(1).unwrap(), Cpu::default());
@@ -223,6 +252,6 @@ fn others(c: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
-    targets = decode, short_decode, prefill, others
+    targets = decode, packed, short_decode, prefill, others
 }
 criterion_main!(benches);

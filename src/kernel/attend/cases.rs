@@ -196,7 +196,7 @@ fn one_axis(cases: &mut Vec<AttentionCase>) {
 /// Every packed format between exact runs, from one query to a prompt.
 fn packed(cases: &mut Vec<AttentionCase>) {
     for (i, packing) in packings().into_iter().enumerate() {
-        for (tokens, group) in [(1, 4), (2, 9), (40, 1)] {
+        for (tokens, group) in [(1, 4), (3, 5), (2, 9), (40, 1)] {
             let (d_k, d_v) = [(128, 128), (64, 64), (80, 96), (33, 7)][(i + tokens) % 4];
             let mut cache = CacheSpec::f32(60 + i as u64, d_k, &[], 64);
             cache.d_v = d_v;

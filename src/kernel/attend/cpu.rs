@@ -28,10 +28,11 @@ use crate::kernel::simd::gemm::PAD;
 use crate::kernel::simd::math::{add_scaled, exp, scale};
 use crate::kernel::simd::prefetch::Ahead;
 use crate::kernel::simd::tile::{
-    BLOCK, QueryBlock, ScoreScratch, TILE, first_slot, padded_bias, page_count, rotation_len, tiles,
+    BLOCK, QueryBlock, ScoreScratch, TILE, digits_len, first_slot, padded_bias, page_count, rotation_len,
+    tiles,
 };
-use crate::kernel::simd::{Exec, take};
-use fearless_simd::{Simd, SimdBase, dispatch};
+use crate::kernel::simd::{Exec, dispatch, take};
+use fearless_simd::{Simd, SimdBase};
 use std::ops::Range;
 
 /// Fewest entries of a chunk: below, merging and starting tasks would cost more than they spread.
@@ -387,6 +388,8 @@ struct Scratch<'a> {
     score: ScoreScratch<'a>,
     /// Rotated queries, `[BLOCK, d_k]`.
     rotation: &'a mut [f32],
+    /// Queries for products in integers.
+    digits: &'a mut [f32],
     /// Widened values, `[TILE, d_v padded]`.
     values: &'a mut [f32],
     /// Running outputs, `[BLOCK, d_v padded]`.
@@ -397,6 +400,7 @@ struct Scratch<'a> {
 
 fn scratch_len(params: &AttentionParams<'_>) -> usize {
     let attend = rotation_len(params.d_k)
+        + digits_len(params.d_k)
         + ScoreScratch::len(params.d_k, params.d_k.max(params.d_v))
         + (TILE + 2 * BLOCK) * params.d_v.next_multiple_of(PAD);
     attend.max(mass_len(params)).next_multiple_of(PAD)
@@ -407,6 +411,7 @@ impl<'a> Scratch<'a> {
         let padded = params.d_v.next_multiple_of(PAD);
         Self {
             rotation: take(&mut memory, rotation_len(params.d_k)),
+            digits: take(&mut memory, digits_len(params.d_k)),
             score: ScoreScratch::cut(&mut memory, params.d_k, params.d_k.max(params.d_v)),
             values: take(&mut memory, TILE * padded),
             sums: take(&mut memory, BLOCK * padded),
@@ -437,9 +442,10 @@ impl Item<'_> {
     fn run<S: Simd>(mut self, simd: S, scratch: Scratch<'_>) {
         let (params, rows) = (self.params, self.rows.len());
         let (d_v, padded) = (params.d_v, params.d_v.next_multiple_of(PAD));
-        let Scratch { mut score, rotation, values, sums, rotated } = scratch;
+        let Scratch { mut score, rotation, digits, values, sums, rotated } = scratch;
         let block =
-            QueryBlock::new(self.queries, params.d_k, self.positions, self.rows.clone(), self.head, rotation);
+            QueryBlock::new(self.queries, params.d_k, self.positions, self.rows.clone(), self.head, rotation)
+                .with_digits(simd, params.d_k, self.head, digits);
         sums[..rows * padded].fill(0.0);
         // Values stored rotated are summed apart and turned back once.
         let apart = self.head.rotated(Side::Value);

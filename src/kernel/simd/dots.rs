@@ -15,7 +15,7 @@
 
 use super::gemm::Matrix;
 use super::prefetch::Ahead;
-use super::widen::{Remainder, Source};
+use super::widen::Source;
 use fearless_simd::prelude::*;
 use fearless_simd::{Simd, SimdBase};
 
@@ -27,7 +27,7 @@ pub(crate) const ROWS_MAX: usize = 16;
 ///
 /// While one block is computed, the matching part of `ahead` is fetched towards the caches.
 #[inline(always)]
-pub(crate) fn dots<S: Simd, B: Source + Remainder>(
+pub(crate) fn dots<S: Simd, B: Source>(
     simd: S,
     queries: Matrix<&[f32]>,
     keys: Matrix<B>,
@@ -62,7 +62,7 @@ pub(crate) fn dots<S: Simd, B: Source + Remainder>(
 
 /// `C` query rows on all keys, `R` at a time. Gives `C`.
 #[inline(always)]
-fn pass<S: Simd, B: Source + Remainder, const C: usize, const R: usize>(
+fn pass<S: Simd, B: Source, const C: usize, const R: usize>(
     simd: S,
     queries: Matrix<&[f32]>,
     keys: Matrix<B>,
@@ -89,7 +89,7 @@ fn pass<S: Simd, B: Source + Remainder, const C: usize, const R: usize>(
     reason = "iterators' closures would be compiled without the level's instructions"
 )]
 #[inline(always)]
-fn block<S: Simd, B: Source + Remainder, const C: usize, const R: usize>(
+fn block<S: Simd, B: Source, const C: usize, const R: usize>(
     simd: S,
     queries: Matrix<&[f32]>,
     keys: Matrix<B>,

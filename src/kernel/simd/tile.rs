@@ -11,14 +11,16 @@
 
 use super::dots;
 use super::gemm::{self, Matrix, PAD};
+use super::integer::{self, Digits};
 use super::math::soft_cap;
 use super::prefetch::Ahead;
 use super::unpack::{self, UnpackScratch};
-use super::widen::{Remainder, Source, widen};
-use crate::device::HeadRows;
+use super::widen::{Source, widen};
 use crate::device::encoding::{PackedRows, rotate};
 use crate::device::page::{PageRef, Rows, Side};
+use crate::device::{HeadRows, Segment};
 use crate::kernel::AttentionParams;
+use bytemuck::cast_slice;
 use fearless_simd::{Simd, SimdBase};
 use std::ops::Range;
 
@@ -64,6 +66,9 @@ pub(crate) fn first_slot(head: &HeadRows, index: usize) -> usize {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tile<'a> {
     page: PageRef<'a>,
+    /// All rows of the page.
+    keys: Rows<'a>,
+    values: Rows<'a>,
     /// Index of the first within the page.
     from: usize,
     /// How many, at least one.
@@ -73,7 +78,11 @@ pub(crate) struct Tile<'a> {
 /// The tiles of some pages of a head.
 pub(crate) fn tiles(head: &HeadRows, pages: Range<usize>) -> impl Iterator<Item = Tile<'_>> {
     pages_in(head, pages).flat_map(|page| {
-        (0..page.rows).step_by(TILE).map(move |from| Tile { page, from, len: (page.rows - from).min(TILE) })
+        // Once per page: where what lies in a packed one takes divisions to find.
+        let stored = |side| page.layout.rows(page.page, side);
+        let (keys, values) = (stored(Side::Key), stored(Side::Value));
+        let len = move |from: usize| (page.rows - from).min(TILE);
+        (0..page.rows).step_by(TILE).map(move |from| Tile { page, keys, values, from, len: len(from) })
     })
 }
 
@@ -86,10 +95,22 @@ impl<'a> Tile<'a> {
     /// The stored rows of a side, to be requested ahead of their use. Of a packed side, which lies in planes, an
     /// equal share.
     pub(crate) fn ahead(&self, side: Side) -> Ahead<'a> {
-        let layout = self.page.layout;
-        let bytes = &self.page.page.block.host()[layout.range(side)];
-        let at = |row: usize| bytes.len() * row / layout.capacity;
+        let bytes: &[u8] = match self.stored(side) {
+            Rows::F32(s) => cast_slice(s),
+            Rows::F16(s) => cast_slice(s),
+            Rows::Bf16(s) => cast_slice(s),
+            Rows::Packed(p) => p.bytes,
+        };
+        let at = |row: usize| bytes.len() * row / self.page.layout.capacity;
         Ahead::new(&bytes[at(self.from)..at(self.from + self.len)])
+    }
+
+    /// All rows of a side of the page.
+    fn stored(&self, side: Side) -> Rows<'a> {
+        match side {
+            Side::Key => self.keys,
+            Side::Value => self.values,
+        }
     }
 
     fn positions(&self) -> &'a [i32] {
@@ -145,7 +166,7 @@ impl<'a> Tile<'a> {
         let layout = self.page.layout;
         let stride = layout.row_stride(side);
         let span = self.from * stride..(self.from + self.len - 1) * stride + layout.dim(side);
-        match layout.rows(self.page.page, side) {
+        match self.stored(side) {
             Rows::F32(s) => (Rows::F32(&s[span]), stride),
             Rows::F16(s) => (Rows::F16(&s[span]), stride),
             Rows::Bf16(s) => (Rows::Bf16(&s[span]), stride),
@@ -158,7 +179,7 @@ impl<'a> Tile<'a> {
 
     /// A packed side whose rows have one scale each.
     fn by_row(&self, side: Side) -> Option<PackedRows<'a>> {
-        match self.page.layout.rows(self.page.page, side) {
+        match self.stored(side) {
             Rows::Packed(p) if unpack::by_row(p.layout.packing.format) => Some(p),
             _ => None,
         }
@@ -186,13 +207,24 @@ impl<'a> Tile<'a> {
         let d = self.page.layout.d_v;
         let padded = d.next_multiple_of(PAD);
         if let Some(packed) = self.by_row(Side::Value) {
-            let (levels, scaled) = unpack.levels(simd, &packed, self.from, self.len);
-            levels.scale_weights(simd, weights, rows, scaled);
-            let scaled = Matrix { data: &*scaled, stride: TILE };
-            let values = Matrix { data: levels.levels, stride: levels.stride };
-            // Columns to whole vectors: levels are there up to `stride`, sums up to `padded`.
-            gemm::multiply(simd, scaled, values, sums, padded, (rows, self.len, d), true, ahead);
-            return levels.finish_sums(simd, weights, (rows, self.len), sums, padded);
+            // Columns to whole vectors: levels are there up to their stride, sums up to `padded`.
+            let scales = if rows <= dots::ROWS_MAX && integer::pays(simd) {
+                let (values, scales, scaled) =
+                    unpack.quads(simd, &packed, Side::Value, (self.from, self.len));
+                scales.scale_weights(simd, weights, rows, scaled);
+                let scaled = Digits::cut(simd, Matrix { data: scaled, stride: TILE }, rows).keeping_sums();
+                let sums = Matrix { data: &mut *sums, stride: padded };
+                let extent = (rows, self.len.div_ceil(4), d);
+                integer::multiply(simd, &scaled, values, sums, extent, true, ahead);
+                scales
+            } else {
+                let (values, scales, scaled) = unpack.levels(simd, &packed, self.from, self.len);
+                scales.scale_weights(simd, weights, rows, scaled);
+                let scaled = Matrix { data: &*scaled, stride: TILE };
+                gemm::multiply(simd, scaled, values, sums, padded, (rows, self.len, d), true, ahead);
+                scales
+            };
+            return scales.finish_sums(simd, weights, (rows, self.len), sums, padded);
         }
         let weights = Matrix { data: weights, stride: TILE };
         let extent = (rows, self.len, d);
@@ -200,40 +232,16 @@ impl<'a> Tile<'a> {
         let (stored, stride) = self.rows(simd, Side::Value, unpack);
         match stored {
             Rows::F32(data) if whole => {
-                return gemm::multiply(
-                    simd,
-                    weights,
-                    Matrix { data, stride },
-                    sums,
-                    padded,
-                    extent,
-                    true,
-                    ahead,
-                );
+                let values = Matrix { data, stride };
+                return gemm::multiply(simd, weights, values, sums, padded, extent, true, ahead);
             }
             Rows::F16(data) if whole && rows <= IN_PLACE_ROWS => {
-                return gemm::multiply(
-                    simd,
-                    weights,
-                    Matrix { data, stride },
-                    sums,
-                    padded,
-                    extent,
-                    true,
-                    ahead,
-                );
+                let values = Matrix { data, stride };
+                return gemm::multiply(simd, weights, values, sums, padded, extent, true, ahead);
             }
             Rows::Bf16(data) if whole && rows <= IN_PLACE_ROWS => {
-                return gemm::multiply(
-                    simd,
-                    weights,
-                    Matrix { data, stride },
-                    sums,
-                    padded,
-                    extent,
-                    true,
-                    ahead,
-                );
+                let values = Matrix { data, stride };
+                return gemm::multiply(simd, weights, values, sums, padded, extent, true, ahead);
             }
             _ => {}
         }
@@ -258,7 +266,7 @@ fn transpose_keys<S: Simd>(simd: S, stored: Rows<'_>, stride: usize, d: usize, l
 }
 
 #[inline(always)]
-fn transpose_any<S: Simd, B: Source + Remainder>(
+fn transpose_any<S: Simd, B: Source>(
     simd: S,
     stored: B,
     stride: usize,
@@ -273,7 +281,7 @@ fn transpose_any<S: Simd, B: Source + Remainder>(
 }
 
 #[inline(always)]
-fn transpose<S: Simd, B: Source + Remainder, const N: usize>(
+fn transpose<S: Simd, B: Source, const N: usize>(
     simd: S,
     stored: B,
     stride: usize,
@@ -330,6 +338,8 @@ pub(crate) struct QueryBlock<'a> {
     queries: &'a [f32],
     /// The same rotated, for keys that were packed so; empty if there are none.
     rotated: &'a [f32],
+    /// These, or the queries if there are none, for products in integers.
+    digits: Option<Digits<'a>>,
     /// Positions of the `T` queries.
     positions: &'a [i32],
     /// Index of the first row among the `G·T`.
@@ -361,14 +371,46 @@ impl<'a> QueryBlock<'a> {
         } else {
             &mut []
         };
-        let mut block =
-            Self { queries, rotated, positions, first: range.start, rows, span: (i32::MAX, i32::MIN) };
+        let mut block = Self {
+            queries,
+            rotated,
+            digits: None,
+            positions,
+            first: range.start,
+            rows,
+            span: (i32::MAX, i32::MIN),
+        };
         // At most T rows differ.
         for row in 0..rows.min(positions.len()) {
             let p = block.position(row);
             block.span = (block.span.0.min(p), block.span.1.max(p));
         }
         block
+    }
+
+    /// With the queries ready for products in integers, if that pays: many tiles must share it. `memory` is
+    /// [`digits_len`] long.
+    #[inline(always)]
+    pub(crate) fn with_digits<S: Simd>(
+        self,
+        simd: S,
+        d_k: usize,
+        head: &HeadRows,
+        memory: &'a mut [f32],
+    ) -> Self {
+        let pays = integer::pays(simd) && self.rows <= dots::ROWS_MAX && d_k <= integer::LENGTH_MAX;
+        let packed = |segment: &Segment| segment.layout.encoding(Side::Key).packed();
+        if !pays || !head.segments.iter().filter_map(packed).any(|p| unpack::by_row(p.format)) {
+            return self;
+        }
+        let stride = d_k.next_multiple_of(PAD);
+        let queries = if self.rotated.is_empty() { self.queries } else { self.rotated };
+        for (query, row) in queries.chunks_exact(d_k).zip(memory.chunks_exact_mut(stride)) {
+            row[..d_k].copy_from_slice(query);
+            row[d_k..].fill(0.0);
+        }
+        let digits = Digits::cut(simd, Matrix { data: memory, stride }, self.rows);
+        Self { digits: Some(digits), ..self }
     }
 
     fn position(&self, row: usize) -> i32 {
@@ -393,8 +435,16 @@ impl<'a> QueryBlock<'a> {
         let extent = (self.rows, d, tile.len);
         let ScoreScratch { keys, scores, unpack } = scratch;
         if let Some(packed) = tile.by_row(Side::Key) {
-            let (levels, _) = unpack.levels(simd, &packed, tile.from, tile.len);
-            let k = Matrix { data: levels.levels, stride: levels.stride };
+            if let Some(digits) = &self.digits
+                && tile.rotated(Side::Key) != self.rotated.is_empty()
+            {
+                let (keys, scales, _) = unpack.quads(simd, &packed, Side::Key, (tile.from, tile.len));
+                let extent = (self.rows, d.div_ceil(4), tile.len);
+                let out = Matrix { data: &mut **scores, stride: TILE };
+                integer::multiply(simd, digits, keys, out, extent, false, ahead);
+                return scales.finish_dots(simd, q, (self.rows, d, tile.len), scores);
+            }
+            let (k, scales, _) = unpack.levels(simd, &packed, tile.from, tile.len);
             if self.rows > dots::ROWS_MAX {
                 if !std::mem::replace(turned, true) {
                     transpose_any(simd, k.data, k.stride, (d, tile.len), keys);
@@ -404,7 +454,7 @@ impl<'a> QueryBlock<'a> {
             } else {
                 dots::dots(simd, q, k, extent, scores, TILE, ahead);
             }
-            return levels.finish_dots(simd, q, extent, scores);
+            return scales.finish_dots(simd, q, extent, scores);
         }
         if self.rows > dots::ROWS_MAX {
             if !std::mem::replace(turned, true) {
@@ -491,6 +541,11 @@ pub(crate) struct ScoreScratch<'a> {
     pub scores: &'a mut [f32],
     /// A decoded tile.
     pub unpack: UnpackScratch<'a>,
+}
+
+/// Floats for the digits of a block's queries.
+pub(crate) fn digits_len(d_k: usize) -> usize {
+    dots::ROWS_MAX * d_k.next_multiple_of(PAD)
 }
 
 /// Rotated queries of a block.

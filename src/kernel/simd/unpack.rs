@@ -3,19 +3,21 @@
 //! Codes are spread into bytes and turned into levels by a subtraction or a table in a register. Where a row has one
 //! scale and one minimum that is all that happens to its elements: the levels are multiplied with queries and
 //! weights as they are, and scale, minimum and mean are applied to the products, `TILE` of them instead of
-//! `TILE · d` elements. Formats with more parameters are widened to `f32` rows. All of it stays in the space the rows
+//! `TILE · d` elements: in integers ([`super::integer`]) where that pays and the query rows are few, else widened while
+//! they are loaded. Formats with more parameters are widened to `f32` rows. All of it stays in the space the rows
 //! were packed in: who multiplies them with a query rotates the query instead.
 //!
 //! *Helps* every kernel read packed pages through the code it has for exact ones. *Hurts* formats with a scale per 32
 //! elements or per channel, which pay for widening.
 
 use super::gemm::{Matrix, PAD};
+use super::integer::Quads;
 use super::math::{add_scaled, dot, sum};
-use super::take;
 use super::tile::{BLOCK, TILE};
 use super::widen::{Source, widen};
+use super::{quads, take};
 use crate::device::encoding::{Format, GROUP, PackedRows};
-use crate::device::page::Rows;
+use crate::device::page::{Rows, Side};
 use bytemuck::{cast_slice, cast_slice_mut};
 use fearless_simd::prelude::*;
 use fearless_simd::{Simd, SimdBase, u8x16, u8x32, u8x64};
@@ -41,21 +43,19 @@ pub(crate) struct UnpackScratch<'a> {
     weights: &'a mut [f32],
 }
 
-/// Rows with one scale and one minimum each: element `c` of row `j` is `level[j,c] · scale[j] + min[j] + mean[c]`.
+/// What turns levels into elements where a row has one scale and one minimum: element `c` of row `j` is
+/// `level[j,c] · scale[j] + min[j] + mean[c]`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Levels<'s> {
-    /// Row `j` at `j * stride`, to whole vectors.
-    pub levels: &'s [i8],
-    pub stride: usize,
+pub(crate) struct RowScales<'s> {
     /// `TILE` long, 0 behind the tile's last row.
-    pub scales: &'s [f32],
+    scales: &'s [f32],
     /// As `scales`, if the format has minimums.
-    pub mins: Option<&'s [f32]>,
+    mins: Option<&'s [f32]>,
     /// `d` long, if rows were centred.
-    pub means: Option<&'s [f32]>,
+    means: Option<&'s [f32]>,
 }
 
-impl Levels<'_> {
+impl RowScales<'_> {
     /// Turns dot products with levels into dot products with rows: `· scale[j] + min[j] Σq + q·mean`.
     #[inline(always)]
     pub(crate) fn finish_dots<S: Simd>(
@@ -67,14 +67,21 @@ impl Levels<'_> {
     ) {
         for row in 0..rows {
             let q = &queries.data[row * queries.stride..][..d];
-            let base = S::f32s::splat(simd, self.means.map_or(0.0, |m| dot(simd, q, m)));
-            let sum = self.mins.map(|mins| (mins, S::f32s::splat(simd, sum(simd, q))));
+            // No closures: they would be compiled without the level's instructions.
+            let mut base = S::f32s::splat(simd, 0.0);
+            if let Some(means) = self.means {
+                base = S::f32s::splat(simd, dot(simd, q, means));
+            }
+            let mut total = base;
+            if self.mins.is_some() {
+                total = S::f32s::splat(simd, sum(simd, q));
+            }
             let scores = &mut scores[row * TILE..][..len.next_multiple_of(S::f32s::LEN)];
             for (i, x) in scores.chunks_exact_mut(S::f32s::LEN).enumerate() {
                 let at = i * S::f32s::LEN;
                 let mut offset = base;
-                if let Some((mins, sum)) = sum {
-                    offset = S::f32s::from_slice(simd, &mins[at..at + S::f32s::LEN]).mul_add(sum, offset);
+                if let Some(mins) = self.mins {
+                    offset = S::f32s::from_slice(simd, &mins[at..at + S::f32s::LEN]).mul_add(total, offset);
                 }
                 let scale = S::f32s::from_slice(simd, &self.scales[at..at + S::f32s::LEN]);
                 S::f32s::from_slice(simd, x).mul_add(scale, offset).store_slice(x);
@@ -182,16 +189,15 @@ impl<'a> UnpackScratch<'a> {
         }
     }
 
-    /// Levels and parameters of rows `from .. from + len` of a format with one scale per row, and room for
-    /// `[BLOCK, TILE]` weights.
+    /// The scales of rows `from .. from + len`, the memory for levels and for their planes, and room for `[BLOCK, TILE]`
+    /// weights.
     #[inline(always)]
-    pub(crate) fn levels<'s, S: Simd>(
-        &'s mut self,
+    fn scales<S: Simd>(
+        &mut self,
         simd: S,
-        packed: &PackedRows<'s>,
-        from: usize,
-        len: usize,
-    ) -> (Levels<'s>, &'s mut [f32]) {
+        packed: &PackedRows<'_>,
+        (from, len): (usize, usize),
+    ) -> (RowScales<'_>, &mut [f32], &mut [f32], &mut [f32]) {
         let layout = packed.layout;
         self.parameters(simd, packed, from, len);
         self.scales[len..TILE].fill(0.0);
@@ -199,28 +205,85 @@ impl<'a> UnpackScratch<'a> {
         if layout.packing.center {
             self.means(simd, packed);
         }
-        let Self { levels, scales, mins, means, weights, .. } = self;
-        let (levels, stride) = match layout.packing.format {
+        let scales = RowScales {
+            scales: &self.scales[..TILE],
+            mins: layout.packing.format.has_min().then_some(&self.mins[..TILE]),
+            means: layout.packing.center.then_some(&self.means[..layout.d]),
+        };
+        (scales, self.levels, self.rows, self.weights)
+    }
+
+    /// Levels of rows `from .. from + len` of a format with one scale per row, row `i` at `i * stride` and readable to
+    /// whole vectors; their scales, and room for `[BLOCK, TILE]` weights.
+    #[inline(always)]
+    pub(crate) fn levels<'s, S: Simd>(
+        &'s mut self,
+        simd: S,
+        packed: &PackedRows<'s>,
+        from: usize,
+        len: usize,
+    ) -> (Matrix<&'s [i8]>, RowScales<'s>, &'s mut [f32]) {
+        let layout = packed.layout;
+        let (scales, levels, _, weights) = self.scales(simd, packed, (from, len));
+        if layout.packing.format == Format::Int8 {
             // Bytes as they are.
-            Format::Int8 => (cast_slice(&packed.plane_rows(0)[from * layout.padded()..]), layout.padded()),
-            _ => {
-                let stride = layout.padded().next_multiple_of(BYTES);
-                let levels: &mut [i8] = cast_slice_mut(levels);
-                simd.vectorize(
-                    #[inline(always)]
-                    || spread(simd, packed, from, len, levels, stride),
-                );
-                (&*levels, stride)
-            }
+            let data = cast_slice(&packed.plane_rows(0)[from * layout.padded()..]);
+            return (Matrix { data, stride: layout.padded() }, scales, weights);
+        }
+        let stride = layout.padded().next_multiple_of(BYTES);
+        let levels = &mut cast_slice_mut::<_, i8>(levels)[..len * stride];
+        simd.vectorize(
+            #[inline(always)]
+            || spread(simd, layout.packing.format, 0, planes(packed, from, len), levels, stride),
+        );
+        (Matrix { data: &*levels, stride }, scales, weights)
+    }
+
+    /// The same by fours for [`super::integer`]: of keys four elements, of values four rows.
+    #[inline(always)]
+    pub(crate) fn quads<'s, S: Simd>(
+        &'s mut self,
+        simd: S,
+        packed: &PackedRows<'s>,
+        side: Side,
+        (from, len): (usize, usize),
+    ) -> (Quads<'s>, RowScales<'s>, &'s mut [f32]) {
+        let (format, padded) = (packed.layout.packing.format, packed.layout.padded());
+        let (scales, words, room, weights) = self.scales(simd, packed, (from, len));
+        let words = cast_slice_mut::<_, u8>(words);
+        // What is done to the rows of a plane, and how many rows it makes of how many bytes for one byte of them.
+        let (count, unit) = match side {
+            Side::Key => (1, TILE),
+            Side::Value => (len.div_ceil(4), 4),
         };
-        let levels = Levels {
-            levels,
-            stride,
-            scales: &scales[..TILE],
-            mins: layout.packing.format.has_min().then_some(&mins[..TILE]),
-            means: layout.packing.center.then_some(&means[..layout.d]),
+        // Levels that may be negative are shifted.
+        let zero = if format == Format::Int4 { 0 } else { 128 };
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                let [first, second] = planes(packed, from, len);
+                if format == Format::Int8 {
+                    return quads::of(simd, side, first, len, zero, words);
+                }
+                let (low, high) = cast_slice_mut::<_, u8>(room).split_at_mut(TILE * first.1);
+                quads::of(simd, side, first, len, 0, low);
+                if second.1 > 0 {
+                    quads::of(simd, side, second, len, 0, high);
+                }
+                let arranged = [
+                    (&low[..count * unit * first.1], unit * first.1),
+                    (&high[..count * unit * second.1], unit * second.1),
+                ];
+                let stride = unit * padded;
+                let levels = &mut cast_slice_mut(words)[..count * stride];
+                spread(simd, format, zero, arranged, levels, stride);
+            },
+        );
+        let stride = match side {
+            Side::Key => TILE,
+            Side::Value => padded,
         };
-        (levels, weights)
+        (Quads { words: cast_slice(words), stride, zero: i32::from(zero) }, scales, weights)
     }
 
     /// Decodes rows `from .. from + len` to `f32`. Gives their stride.
@@ -239,7 +302,8 @@ impl<'a> UnpackScratch<'a> {
         simd.vectorize(
             #[inline(always)]
             || {
-                spread(simd, packed, from, len, cast_slice_mut(self.levels), level_stride);
+                let levels = &mut cast_slice_mut(self.levels)[..len * level_stride];
+                spread(simd, layout.packing.format, 0, planes(packed, from, len), levels, level_stride);
                 let by_channel = layout.group_dims == 1;
                 if !by_channel {
                     self.parameters(simd, packed, layout.group(from, 0), len * layout.row_groups());
@@ -280,49 +344,61 @@ impl<'a> UnpackScratch<'a> {
     }
 }
 
-/// The levels of rows `from .. from + len`, row `i` at `i * stride`; what follows a row up to `stride` is
-/// unspecified.
+/// Rows `from .. from + len` of the planes of a format, each with the bytes of a row; 0 bytes if there is no second.
+fn planes<'a>(packed: &PackedRows<'a>, from: usize, len: usize) -> [(&'a [u8], usize); 2] {
+    let mut planes = [(&[][..], 0); 2];
+    for (index, (plane, width)) in planes.iter_mut().zip(packed.layout.packing.format.planes()).enumerate() {
+        let bytes = packed.layout.plane_row(*width);
+        *plane = (&packed.plane_rows(index)[from * bytes..][..len * bytes], bytes);
+    }
+    planes
+}
+
+/// The levels of the rows of some planes, `flip` in every byte flipped, row `i` at `i * stride`; what follows a row up to
+/// `stride` is unspecified.
 #[inline(always)]
-fn spread<S: Simd>(simd: S, packed: &PackedRows<'_>, from: usize, len: usize, out: &mut [i8], stride: usize) {
-    let format = packed.layout.packing.format;
+fn spread<S: Simd>(
+    simd: S,
+    format: Format,
+    flip: u8,
+    [first, second]: [(&[u8], usize); 2],
+    out: &mut [i8],
+    stride: usize,
+) {
     let table = format.lloyd().map(|_| {
         let mut table = [0u8; 16];
         for (code, level) in table.iter_mut().enumerate().take(1 << format.bits()) {
-            *level = format.level(code as u8) as u8;
+            *level = format.level(code as u8) as u8 ^ flip;
         }
         S::u8s::block_splat(u8x16::from_slice(simd, &table))
     });
-    let plane = |index: usize, width: usize| {
-        let bytes = packed.layout.plane_row(width);
-        (&packed.plane_rows(index)[from * bytes..][..len * bytes], bytes)
-    };
     match format.planes() {
         [8] => {
-            let (codes, bytes) = plane(0, 8);
+            let (codes, bytes) = first;
             for (row, out) in codes.chunks_exact(bytes).zip(out.chunks_exact_mut(stride)) {
                 out[..bytes].copy_from_slice(cast_slice(row));
             }
         }
-        [4] => fields::<S, 4, 0>(simd, plane(0, 4), out, stride),
-        [2] => fields::<S, 2, 0>(simd, plane(0, 2), out, stride),
+        [4] => fields::<S, 4, 0>(simd, first, out, stride),
+        [2] => fields::<S, 2, 0>(simd, first, out, stride),
         [4, 1] => {
-            fields::<S, 4, 0>(simd, plane(0, 4), out, stride);
-            fields::<S, 1, 4>(simd, plane(1, 1), out, stride);
+            fields::<S, 4, 0>(simd, first, out, stride);
+            fields::<S, 1, 4>(simd, second, out, stride);
         }
         [2, 1] => {
-            fields::<S, 2, 0>(simd, plane(0, 2), out, stride);
-            fields::<S, 1, 2>(simd, plane(1, 1), out, stride);
+            fields::<S, 2, 0>(simd, first, out, stride);
+            fields::<S, 1, 2>(simd, second, out, stride);
         }
         _ => unreachable!("no format has other planes"),
     }
     if let Some(table) = table {
-        for chunk in out[..len * stride].chunks_exact_mut(S::u8s::LEN) {
+        for chunk in out.chunks_exact_mut(S::u8s::LEN) {
             let codes = S::u8s::from_slice(simd, cast_slice(chunk));
             table.swizzle_dyn_within_blocks(codes).store_slice(cast_slice_mut(chunk));
         }
     } else if format.zero() > 0 {
         let zero = S::u8s::splat(simd, format.zero());
-        for chunk in out[..len * stride].chunks_exact_mut(S::u8s::LEN) {
+        for chunk in out.chunks_exact_mut(S::u8s::LEN) {
             (S::u8s::from_slice(simd, cast_slice(chunk)) - zero).store_slice(cast_slice_mut(chunk));
         }
     }

@@ -60,55 +60,75 @@ pub(crate) trait Source: Copy {
     /// # Safety
     /// `at` plus the lanes of a vector must not exceed the length.
     unsafe fn vector_at<S: Simd>(self, simd: S, at: usize) -> S::f32s;
+
+    /// `out = self[from ..]`, for elements that fill no vector.
+    fn rest(self, from: usize, out: &mut [f32]);
 }
 
-impl Source for &[f32] {
+impl<T: Element> Source for &[T] {
+    const NARROW: bool = T::NARROW;
+
+    #[inline(always)]
+    fn slice(self, range: Range<usize>) -> Self {
+        &self[range]
+    }
+
+    #[inline(always)]
+    fn vector<S: Simd>(self, simd: S) -> S::f32s {
+        T::vector(simd, &self[..S::f32s::LEN])
+    }
+
+    #[inline(always)]
+    fn len(self) -> usize {
+        self.len()
+    }
+
+    #[inline(always)]
+    unsafe fn vector_at<S: Simd>(self, simd: S, at: usize) -> S::f32s {
+        // SAFETY: the caller's promise is that of `get_unchecked`.
+        T::vector(simd, unsafe { self.get_unchecked(at..at + S::f32s::LEN) })
+    }
+
+    #[inline]
+    fn rest(self, from: usize, out: &mut [f32]) {
+        self[from..].iter().zip(out).for_each(|(s, o)| *o = s.single());
+    }
+}
+
+/// An element type of stored rows.
+pub(crate) trait Element: Copy {
+    /// Whether it is another than single precision.
+    const NARROW: bool = true;
+
+    /// One in single precision.
+    fn single(self) -> f32;
+
+    /// As many as a vector has.
+    fn vector<S: Simd>(simd: S, elements: &[Self]) -> S::f32s;
+}
+
+impl Element for f32 {
     const NARROW: bool = false;
 
     #[inline(always)]
-    fn slice(self, range: Range<usize>) -> Self {
-        &self[range]
+    fn single(self) -> f32 {
+        self
     }
 
     #[inline(always)]
-    fn len(self) -> usize {
-        self.len()
-    }
-
-    #[inline(always)]
-    unsafe fn vector_at<S: Simd>(self, simd: S, at: usize) -> S::f32s {
-        // SAFETY: the caller's promise is that of `get_unchecked`.
-        unsafe { self.get_unchecked(at..at + S::f32s::LEN) }.vector(simd)
-    }
-
-    #[inline(always)]
-    fn vector<S: Simd>(self, simd: S) -> S::f32s {
-        S::f32s::from_slice(simd, &self[..S::f32s::LEN])
+    fn vector<S: Simd>(simd: S, elements: &[Self]) -> S::f32s {
+        S::f32s::from_slice(simd, elements)
     }
 }
 
-impl Source for &[i8] {
-    const NARROW: bool = true;
-
+impl Element for i8 {
     #[inline(always)]
-    fn slice(self, range: Range<usize>) -> Self {
-        &self[range]
+    fn single(self) -> f32 {
+        f32::from(self)
     }
 
     #[inline(always)]
-    fn len(self) -> usize {
-        self.len()
-    }
-
-    #[inline(always)]
-    unsafe fn vector_at<S: Simd>(self, simd: S, at: usize) -> S::f32s {
-        // SAFETY: the caller's promise is that of `get_unchecked`.
-        unsafe { self.get_unchecked(at..at + S::f32s::LEN) }.vector(simd)
-    }
-
-    #[inline(always)]
-    fn vector<S: Simd>(self, simd: S) -> S::f32s {
-        let bytes = &self[..S::f32s::LEN];
+    fn vector<S: Simd>(simd: S, bytes: &[Self]) -> S::f32s {
         #[cfg(target_arch = "x86_64")]
         {
             if let (16, Some(token)) = (S::f32s::LEN, simd.level().as_avx512()) {
@@ -124,28 +144,15 @@ impl Source for &[i8] {
     }
 }
 
-impl Source for &[f16] {
-    const NARROW: bool = true;
-
+impl Element for f16 {
     #[inline(always)]
-    fn slice(self, range: Range<usize>) -> Self {
-        &self[range]
+    fn single(self) -> f32 {
+        self.to_f32()
     }
 
     #[inline(always)]
-    fn len(self) -> usize {
-        self.len()
-    }
-
-    #[inline(always)]
-    unsafe fn vector_at<S: Simd>(self, simd: S, at: usize) -> S::f32s {
-        // SAFETY: the caller's promise is that of `get_unchecked`.
-        unsafe { self.get_unchecked(at..at + S::f32s::LEN) }.vector(simd)
-    }
-
-    #[inline(always)]
-    fn vector<S: Simd>(self, simd: S) -> S::f32s {
-        let bits: &[u16] = self[..S::f32s::LEN].reinterpret_cast();
+    fn vector<S: Simd>(simd: S, halves: &[Self]) -> S::f32s {
+        let bits: &[u16] = halves.reinterpret_cast();
         #[cfg(target_arch = "x86_64")]
         {
             if let (16, Some(token)) = (S::f32s::LEN, simd.level().as_avx512()) {
@@ -159,28 +166,15 @@ impl Source for &[f16] {
     }
 }
 
-impl Source for &[bf16] {
-    const NARROW: bool = true;
-
+impl Element for bf16 {
     #[inline(always)]
-    fn slice(self, range: Range<usize>) -> Self {
-        &self[range]
+    fn single(self) -> f32 {
+        self.to_f32()
     }
 
     #[inline(always)]
-    fn len(self) -> usize {
-        self.len()
-    }
-
-    #[inline(always)]
-    unsafe fn vector_at<S: Simd>(self, simd: S, at: usize) -> S::f32s {
-        // SAFETY: the caller's promise is that of `get_unchecked`.
-        unsafe { self.get_unchecked(at..at + S::f32s::LEN) }.vector(simd)
-    }
-
-    #[inline(always)]
-    fn vector<S: Simd>(self, simd: S) -> S::f32s {
-        let bits: &[u16] = self[..S::f32s::LEN].reinterpret_cast();
+    fn vector<S: Simd>(simd: S, halves: &[Self]) -> S::f32s {
+        let bits: &[u16] = halves.reinterpret_cast();
         #[cfg(target_arch = "x86_64")]
         {
             if let (16, Some(token)) = (S::f32s::LEN, simd.level().as_avx512()) {
@@ -205,47 +199,13 @@ fn wide_bits<S: Simd>(simd: S, bits: &[u16]) -> S::u32s {
 
 /// `out = source`, whole vectors first, the rest one by one.
 #[inline(always)]
-fn widen_slice<S: Simd, T: Source + Remainder>(simd: S, source: T, out: &mut [f32]) {
+fn widen_slice<S: Simd, T: Source>(simd: S, source: T, out: &mut [f32]) {
     let lanes = S::f32s::LEN;
     let whole = out.len() - out.len() % lanes;
     for at in (0..whole).step_by(lanes) {
         source.slice(at..at + lanes).vector(simd).store_slice(&mut out[at..at + lanes]);
     }
     source.rest(whole, &mut out[whole..]);
-}
-
-/// Elements that fill no vector.
-pub(crate) trait Remainder {
-    /// `out = self[from ..]`.
-    fn rest(self, from: usize, out: &mut [f32]);
-}
-
-impl Remainder for &[f32] {
-    #[inline]
-    fn rest(self, from: usize, out: &mut [f32]) {
-        out.copy_from_slice(&self[from..][..out.len()]);
-    }
-}
-
-impl Remainder for &[i8] {
-    #[inline]
-    fn rest(self, from: usize, out: &mut [f32]) {
-        self[from..].iter().zip(out).for_each(|(s, o)| *o = f32::from(*s));
-    }
-}
-
-impl Remainder for &[f16] {
-    #[inline]
-    fn rest(self, from: usize, out: &mut [f32]) {
-        self[from..].iter().zip(out).for_each(|(s, o)| *o = s.to_f32());
-    }
-}
-
-impl Remainder for &[bf16] {
-    #[inline]
-    fn rest(self, from: usize, out: &mut [f32]) {
-        self[from..].iter().zip(out).for_each(|(s, o)| *o = s.to_f32());
-    }
 }
 
 /// Halves by their bits: exponent and mantissa moved into place, the exponent's bias corrected by a
@@ -341,11 +301,11 @@ mod tests {
         for level in Level::available() {
             for start in [0, 1, 15, 60001] {
                 let mut out = vec![0.0f32; bits.len() - start];
-                fearless_simd::dispatch!(level.token(), simd => widen(simd, Rows::F16(halves), start, &mut out));
+                crate::kernel::simd::dispatch!(level.token(), simd => widen(simd, Rows::F16(halves), start, &mut out));
                 for (h, o) in halves[start..].iter().zip(&out).filter(|(h, _)| !h.is_nan()) {
                     assert_eq!(h.to_f32().to_bits(), o.to_bits(), "{h} at {}", level.name());
                 }
-                fearless_simd::dispatch!(level.token(), simd => widen(simd, Rows::Bf16(brains), start, &mut out));
+                crate::kernel::simd::dispatch!(level.token(), simd => widen(simd, Rows::Bf16(brains), start, &mut out));
                 for (h, o) in brains[start..].iter().zip(&out).filter(|(h, _)| !h.is_nan()) {
                     assert_eq!(h.to_f32().to_bits(), o.to_bits(), "{h} at {}", level.name());
                 }

@@ -5,6 +5,7 @@
 
 use super::{Effort, Failure, KernelReport, compare, expect_length_error, expect_same_bits, expect_written};
 use crate::backend::{Backend, Reference};
+use crate::device::Segment;
 use crate::device::page::{HeadRows, Side};
 use crate::kernel::attend::cases::{AttentionCase, Outputs, Queries, cases};
 use crate::kernel::attend::{self, Share, Workspace};
@@ -45,13 +46,19 @@ impl Stored {
         Ok(Self { case, reference, ours, theirs, queries, key_norm })
     }
 
-    /// By how much a logit of this row may be off: see [`attend::LOGIT_TOLERANCE`].
+    /// By how much a logit of this row may be off: see [`attend::LOGIT_TOLERANCE`] and [`attend::PACKED_TOLERANCE`].
     fn logit_error(&self, lane: usize, row: usize) -> f64 {
         let d_k = self.case.params().d_k;
         let query = &self.queries[lane].values[row * d_k..(row + 1) * d_k];
         let norm = query.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
         let logit = norm * self.key_norm[lane] * f64::from(self.case.scale.abs());
-        attend::LOGIT_TOLERANCE * (1.0 + logit)
+        self.tolerance(lane) * (1.0 + logit)
+    }
+
+    fn tolerance(&self, lane: usize) -> f64 {
+        let packed = |s: &Segment| s.layout.k.packed().is_some() || s.layout.v.packed().is_some();
+        let any = self.ours[lane].iter().flat_map(|h| &h.segments).any(packed);
+        if any { attend::PACKED_TOLERANCE } else { attend::LOGIT_TOLERANCE }
     }
 
     fn attend(
@@ -131,7 +138,7 @@ impl Stored {
         let tokens = self.case.lanes[lane].tokens;
         let allowed_logit = (0..self.case.lanes[lane].cache.heads.len() * self.case.group * tokens)
             .map(|row| self.logit_error(lane, row))
-            .fold(attend::LOGIT_TOLERANCE, f64::max);
+            .fold(self.tolerance(lane), f64::max);
         let floor = attend::WEIGHT_FLOOR * (tokens.max(1) / per_group.max(1)).max(1) as f64;
         compare(&format!("lane {lane} {what}"), got, want, |w| {
             2.0 * allowed_logit * (f64::from(w.abs()) + floor)
