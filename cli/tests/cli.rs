@@ -361,7 +361,7 @@ fn windows_count_what_storage_costs() {
     let Some(model) = model() else { return };
     let text = scratch("windows.txt");
     std::fs::write(&text, long_text()).unwrap();
-    let recipes = "full,full+k=f16+v=f16,full+k=bf16+v=bf16,streaming(sinks=4)";
+    let recipes = "full,full+k=f16+v=f16,full+k=bf16+v=bf16,snapkv";
     let common = ["eval", "--task", "windows", "--model", &model, "--text", text.to_str().unwrap()];
     let sizes = ["--windows", "2", "--window-tokens", "128", "--recipe", recipes, "--budget", "50%"];
     let rows: Value = serde_json::from_str(&stdout(&[&common[..], &sizes, &["--json"]].concat())).unwrap();
