@@ -26,14 +26,13 @@ bench-peers: ## Attention beside ggml's, candle's and the machine's limits, in o
 fmt: ## Format all Rust code
 	cargo fmt --all
 	rustfmt --edition 2024 src/policy/score/*.rs src/policy/allocate/*.rs src/policy/whole/*.rs
-	cargo fmt --manifest-path examples/candle/Cargo.toml
 	cargo fmt --manifest-path benches/peers/Cargo.toml
 
 lint: ## Format check and clippy, without running anything
 	@scripts/test.sh fmt clippy
 
 docs: ## Build the API documentation into target/doc
-	RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps --all-features
+	@scripts/test.sh docs
 
 clean: ## Remove what was built (models stay)
 	cargo clean

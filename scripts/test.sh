@@ -5,13 +5,12 @@
 #   scripts/test.sh fmt clippy       these two
 #
 # A failing part does not stop the others; the exit status is 0 only if every part passed.
-# All projects build into one target folder, and host and program in one profile, so that what they share is
-# compiled once.
+# Always the whole workspace and always the dev profile: dependencies are then checked once for clippy and docs, and
+# compiled once for all tests. A selection of packages would choose other features for what they share, and build it again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$PWD/target}"
-candle=(--manifest-path examples/candle/Cargo.toml)
 logs="$CARGO_TARGET_DIR/test-logs"
 mkdir -p "$logs"
 
@@ -22,36 +21,28 @@ part_fmt() {
     cargo fmt --all --check
     # The registry's macros declare these modules, where cargo fmt does not look.
     rustfmt --check --edition 2024 src/policy/{score,allocate,whole}/*.rs
-    cargo fmt "${candle[@]}" --check
     cargo fmt --manifest-path benches/peers/Cargo.toml --check
 }
 
+# Without the GPU and the test suite, then with everything.
 part_clippy() {
-    cargo clippy --all-targets -- -D warnings
-    cargo clippy --all-targets --all-features -- -D warnings
-    cargo clippy --release "${candle[@]}" --all-targets -- -D warnings
-    cargo clippy --release -p kvsieve-cli --all-targets -- -D warnings
+    cargo clippy --workspace --all-targets --no-default-features -- -D warnings
+    cargo clippy --workspace --all-targets --all-features -- -D warnings
 }
 
-# Unit, property, golden and conformance tests on every backend, the examples, the documentation's examples.
-# With all features at once: without the GPU the same tests would only run a second time (clippy compiles both).
-part_library() {
-    cargo test --all-features
+# Of the library, the candle host and the program: unit, property, golden and conformance tests on every backend, the
+# examples, the documentation's examples. With all features at once: without the GPU the same tests would only run a
+# second time (clippy compiles both).
+part_tests() {
+    cargo test --workspace --all-features --no-fail-fast
 }
 
+# Libraries only: the program's page would overwrite the library's, which has the same name.
 part_docs() {
-    RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps --all-features
+    RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --lib --no-deps --all-features
 }
 
-part_candle() {
-    cargo test --release "${candle[@]}"
-}
-
-part_cli() {
-    cargo test --release -p kvsieve-cli
-}
-
-all=(fmt clippy library docs candle cli)
+all=(fmt clippy tests docs)
 if [ $# -eq 0 ]; then
     scripts/prepare.sh
     set -- "${all[@]}"
@@ -69,7 +60,7 @@ for part in "$@"; do
     began=$SECONDS
     verdict=ok
     # In a process of its own: `set -e` does not reach into a function that stands in a condition.
-    if ! bash -euo pipefail -c "$(declare -p candle); $(declare -f "part_$part"); part_$part" 2>&1 | tee "$logs/$part.log"; then
+    if ! bash -euo pipefail -c "$(declare -f "part_$part"); part_$part" 2>&1 | tee "$logs/$part.log"; then
         verdict=FAILED
         failed+=("$part")
     fi

@@ -7,7 +7,7 @@
 //! few long variants: an error is built on cold paths only.
 
 use crate::geometry::Position;
-use crate::view::{DType, Dims, Strides};
+use crate::view::{Dims, Strides};
 
 /// A model description that cannot be true.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -333,7 +333,7 @@ pub enum CacheError {
     },
     /// A finite value that the storage type cannot hold.
     #[error(
-        "layer {layer}: {tensor} has {value} at token {token}, head {head}, dimension {dim}: too large for {dtype:?}; nothing was stored, use {tensor}=bf16 or {tensor}=f32"
+        "layer {layer}: {tensor} has {value} at token {token}, head {head}, dimension {dim}: too large for {stored}; nothing was stored, use {tensor}=bf16 or {tensor}=f32 (and exact=f32 beside packed storage)"
     )]
     Range {
         /// Layer.
@@ -348,8 +348,8 @@ pub enum CacheError {
         head: usize,
         /// Dimension.
         dim: usize,
-        /// The storage type.
-        dtype: DType,
+        /// How it would be stored.
+        stored: String,
     },
     /// Append or attend called out of order within a step.
     #[error("layer {layer}: {problem}")]

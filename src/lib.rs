@@ -48,6 +48,7 @@
 
 pub mod backend;
 pub mod cache;
+pub mod codec;
 pub mod columns;
 pub mod device;
 pub mod error;

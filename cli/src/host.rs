@@ -44,6 +44,11 @@ impl Host {
         Ok(self.tokenizer.encode_continuation(text, SpecialTokens::AsText)?)
     }
 
+    /// The token that the model's file puts before every text, if it asks for one.
+    pub(crate) fn leading(&self) -> Result<Vec<u32>> {
+        Ok(self.tokenizer.encode("", SpecialTokens::AsText)?)
+    }
+
     /// A fresh sequence's first token, where the model has one.
     pub(crate) fn bos(&self) -> Vec<u32> {
         self.tokenizer.bos().into_iter().collect()

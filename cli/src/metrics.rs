@@ -34,11 +34,6 @@ impl Mean {
         self.count += 1;
     }
 
-    pub(crate) fn merge(&mut self, other: Self) {
-        self.sum += other.sum;
-        self.count += other.count;
-    }
-
     /// `None` if nothing was added.
     pub(crate) fn get(self) -> Option<f64> {
         (self.count > 0).then(|| self.sum / self.count as f64)
@@ -76,9 +71,7 @@ mod tests {
         let mut mean = Mean::default();
         assert_eq!(mean.get(), None);
         mean.add(1.0);
-        let mut other = Mean::default();
-        other.add(4.0);
-        mean.merge(other);
+        mean.add(4.0);
         assert_eq!(mean.get(), Some(2.5));
         assert_eq!(argmax(&[1.0, 3.0, 3.0]), 1);
     }

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::table::Table;
+use kvsieve::codec::{CODECS, PRESETS};
 use kvsieve::policy::registry::{Entry, Registry, Value};
 use serde_json::json;
 
@@ -11,8 +12,8 @@ Examples:
   kvsieve policies snapkv             one, with its arguments
   kvsieve policies --json | jq '.[].name'
 
-A name is a recipe; arguments go in parentheses, storage types and other stages after `+`:
-  snapkv            snapkv(window=32,kernel=7)            snapkv+k=f16+v=f16";
+A name is a recipe; arguments go in parentheses, storage and other stages after `+`:
+  snapkv            snapkv(window=32,kernel=7)            snapkv+k=int8+v=int4(center,hadamard)";
 
 /// Arguments of `kvsieve policies`.
 #[derive(Debug, clap::Args)]
@@ -46,7 +47,18 @@ pub(crate) fn main(args: &Args) -> Result<()> {
             table.row(cells.map(str::to_owned).to_vec());
         }
         table.print();
-        println!("\n`kvsieve policies NAME` shows a policy's arguments; docs/policies/NAME.md says more.");
+        println!();
+        let mut table = Table::new(2, &["storage", "what it is"]);
+        for codec in &CODECS {
+            table.row(vec![format!("k={0}, v={0}", codec.format.name()), codec.summary.to_owned()]);
+        }
+        for preset in &PRESETS {
+            table.row(vec![preset.name.to_owned(), preset.summary.to_owned()]);
+        }
+        table.print();
+        println!(
+            "\n`kvsieve policies NAME` shows a policy's arguments; docs/policies/NAME.md and docs/codecs say more."
+        );
         return Ok(());
     }
     for entry in chosen {

@@ -6,12 +6,15 @@
 use super::KvCache;
 use super::scratch::Scratch;
 use crate::backend::{Backend, Cpu};
+use crate::codec::{Exact, PACK_ENTRIES};
 use crate::columns::ColumnLayout;
+use crate::device::encoding::Encoding;
 use crate::device::page::PageLayout;
 use crate::error::{Error, RecipeError};
 use crate::geometry::{KeyPhase, ModelShape};
 use crate::policy::Policy;
 use crate::recipe::{Budget, PositionMode, Recipe};
+use crate::store::{Packed, Storage};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -99,7 +102,8 @@ impl CacheBuilder {
         self
     }
 
-    /// Entries per page, 64 by default: smaller wastes less on ragged heads, larger costs fewer system calls.
+    /// Entries per page of exact entries, 64 by default: smaller wastes less on ragged heads, larger costs fewer
+    /// system calls. Packed pages hold [`PACK_ENTRIES`].
     #[must_use]
     pub fn page_entries(mut self, entries: usize) -> Self {
         self.page_entries = entries;
@@ -131,36 +135,42 @@ impl CacheBuilder {
         };
         KvCache::check(&self.shape, &recipe, self.budget, &*backend)?;
         let columns = ColumnLayout::new(recipe.policy.columns());
-        let layouts = self
-            .shape
-            .iter()
-            .map(|layer| {
-                Arc::new(PageLayout::new(
-                    layer,
-                    self.page_entries,
-                    recipe.k,
-                    recipe.v,
-                    backend.mirrored(),
-                    columns.words(),
-                ))
-            })
-            .collect();
-        Ok(KvCache {
+        let mut cache = KvCache {
             shape: Arc::new(self.shape),
             needs: recipe.policy.needs(),
             recipe,
             budget: self.budget,
             backend,
-            layouts,
+            storage: Vec::new(),
+            page_entries: self.page_entries,
             columns,
             sequences: BTreeMap::new(),
             next_id: 0,
             scratch: Scratch::default(),
-        })
+        };
+        cache.storage = (0..cache.shape.layers())
+            .map(|layer| {
+                let heads = 0..cache.shape.layer(layer).kv_heads;
+                let of =
+                    |head| head_storage(&cache.shape, &cache.recipe, (layer, head), cache.layout_of(layer));
+                heads.map(of).collect()
+            })
+            .collect();
+        Ok(cache)
     }
 }
 
 impl KvCache {
+    /// Makes layouts of a layer's pages.
+    pub(super) fn layout_of(
+        &self,
+        layer: usize,
+    ) -> impl Fn(Option<usize>, (Encoding, Encoding)) -> PageLayout {
+        let (shape, page_entries) = (self.shape.layer(layer).clone(), self.page_entries);
+        let (mirrored, words) = (self.backend.mirrored(), self.columns.words());
+        move |entries, (k, v)| PageLayout::new(&shape, entries.unwrap_or(page_entries), k, v, mirrored, words)
+    }
+
     /// Whether a recipe works for a model with a budget on a backend, without building anything.
     ///
     /// # Errors
@@ -186,6 +196,29 @@ impl KvCache {
     /// taken from the attend call itself.
     pub fn needs(&self) -> crate::policy::Needs {
         self.needs
+    }
+}
+
+/// The storage of a KV head of a layer, from the recipe's rules. `layout` makes layouts of that layer, of so many
+/// entries or as many as pages of exact ones hold.
+pub(super) fn head_storage(
+    model: &ModelShape,
+    recipe: &Recipe,
+    (layer, head): (usize, usize),
+    layout: impl Fn(Option<usize>, (Encoding, Encoding)) -> PageLayout,
+) -> Storage {
+    let shape = model.layer(layer);
+    let precision = recipe.precision.head((layer, model.layers()), (head, shape.kv_heads), shape.group());
+    let Exact { sinks, tail, .. } = recipe.precision.exact;
+    let exact = layout(None, (precision.exact.0.into(), precision.exact.1.into()));
+    Storage {
+        packed: precision.packs().then(|| Packed {
+            layout: Arc::new(layout(Some(PACK_ENTRIES), (precision.k, precision.v))),
+            sinks,
+            sink_layout: Arc::new(PageLayout { capacity: sinks.clamp(1, exact.capacity), ..exact.clone() }),
+            tail,
+        }),
+        exact: Arc::new(exact),
     }
 }
 

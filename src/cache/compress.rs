@@ -45,7 +45,11 @@ impl KvCache {
         for (index, &accepted) in accepted.iter().enumerate() {
             let lane = self.scratch.lanes[index];
             if accepted > 0 {
-                self.compress_if_due(SequenceId(lane.id), accepted)?;
+                let id = SequenceId(lane.id);
+                let watched = self.watches(id);
+                self.compress_if_due(id, accepted)?;
+                self.seal(id)?;
+                self.advance_guard(id, watched, accepted)?;
             }
         }
         Ok(())
@@ -58,7 +62,7 @@ impl KvCache {
         }
         let end = lane.start + accepted as i32;
         if let Some(sequence) = self.sequences.get_mut(&lane.id) {
-            for head in sequence.layers.iter_mut().flatten() {
+            for head in sequence.stores().flatten().flatten() {
                 let rows = store::rows_below(head, end);
                 store::truncate_rows(head, rows);
             }
@@ -164,6 +168,7 @@ impl KvCache {
             self.compress(id)?;
         }
         self.sequence_mut(id)?.prefill_open = false;
+        self.seal(id)?;
         if !self.records(self.sequence(id)?) {
             self.sequence_mut(id)?.queries.iter_mut().for_each(QueryLog::clear);
         }
@@ -219,6 +224,28 @@ impl KvCache {
         Ok(())
     }
 
+    /// Packs what the recipe stores packed, behind the exact sinks and before the exact tail.
+    ///
+    /// A prompt that is to be compressed at its end stays exact until then: what is dropped need not be packed, and
+    /// what is moved is packed once.
+    ///
+    /// Of a guarded sequence only the shadow is packed.
+    pub(super) fn seal(&mut self, id: SequenceId) -> Result<(), Error> {
+        let waits = self.recipe.schedule.prefill && self.recipe.policy.compresses();
+        let (backend, storage) = (&*self.backend, &self.storage);
+        let Some(sequence) = self.sequences.get_mut(&id.0) else { return Ok(()) };
+        if sequence.prefill_open && waits {
+            return Ok(());
+        }
+        let Some(layers) = sequence.stores().last() else { return Ok(()) };
+        for (heads, storage) in layers.iter_mut().zip(storage) {
+            for (head, storage) in heads.iter_mut().zip(storage) {
+                store::seal(backend, storage, head)?;
+            }
+        }
+        Ok(())
+    }
+
     /// In layers with a sliding window, drops what no future query can see. Loses nothing.
     fn drop_unseen(&mut self, id: SequenceId) -> Result<bool, Error> {
         let mut changed = false;
@@ -258,10 +285,16 @@ impl KvCache {
             budget @ Budget::Fraction(_) => budget.tokens(sequence.prompt_tokens)?,
             Budget::Bytes(bytes) => {
                 // Whole pages: what is resident, not what is used, must stay below the budget.
-                let page = |l: &usize| self.page_bytes(*l) * self.shape.layer(*l).kv_heads;
-                let round: usize = layers.iter().map(page).sum();
-                let capacity = layers.first().map_or(0, |&l| self.layouts[l].capacity);
-                bytes.checked_div(round)? * capacity
+                let storage = || layers.iter().flat_map(|&l| &self.storage[l]);
+                storage().next()?;
+                let fits = |rows: usize| storage().map(|s| s.bytes(rows)).sum::<usize>() <= bytes;
+                // An entry takes a byte at least.
+                let (mut most, mut beyond) = (0, bytes + 1);
+                while beyond - most > 1 {
+                    let middle = most + (beyond - most) / 2;
+                    *(if fits(middle) { &mut most } else { &mut beyond }) = middle;
+                }
+                most
             }
         })
     }
@@ -336,13 +369,14 @@ impl KvCache {
 
     /// The one place where entries are removed by plan.
     fn apply(&mut self, id: SequenceId, layer: usize, plan: &LayerPlan) -> Result<bool, Error> {
-        let (backend, layout) = (&*self.backend, &self.layouts[layer]);
+        let backend = &*self.backend;
         let Some(sequence) = self.sequences.get_mut(&id.0) else { return Ok(false) };
-        let mut dropped = 0;
-        for (head, plan) in sequence.layers[layer].iter_mut().zip(&plan.heads) {
-            store::compact(backend, layout, head, &plan.keep)?;
-            dropped += plan.rows - plan.keep.len();
+        for layers in sequence.stores() {
+            for (head, plan) in layers[layer].iter_mut().zip(&plan.heads) {
+                store::compact(backend, head, &plan.keep)?;
+            }
         }
+        let dropped = plan.heads.iter().map(|plan| plan.rows - plan.keep.len()).sum::<usize>();
         let counters = &mut sequence.counters[layer];
         counters.dropped += dropped as u64;
         counters.compactions += u64::from(dropped > 0);
@@ -354,10 +388,12 @@ impl KvCache {
         let (backend, shape) = (&*self.backend, &self.shape);
         let Some(sequence) = self.sequences.get_mut(&id.0) else { return Ok(()) };
         let mut next = 0;
-        for (layer, heads) in sequence.layers.iter_mut().enumerate() {
-            for head in heads {
-                next = next.max(head.rows() as i32);
-                store::renumber(backend, shape.layer(layer), head, |slot, _| slot as i32)?;
+        for layers in sequence.stores() {
+            for (layer, heads) in layers.iter_mut().enumerate() {
+                for head in heads {
+                    next = next.max(head.rows() as i32);
+                    store::renumber(backend, shape.layer(layer), head, |slot, _| slot as i32)?;
+                }
             }
         }
         let shift = next - sequence.next;

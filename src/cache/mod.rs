@@ -10,6 +10,7 @@
 
 mod builder;
 mod compress;
+mod guard;
 mod ops;
 mod scratch;
 mod sequence;
@@ -17,6 +18,7 @@ mod stats;
 mod step;
 
 pub use builder::{CacheBuilder, RecipeSource};
+pub use guard::{Guard, GuardReport, HeadReport};
 pub use ops::{RemoveMode, Selection};
 pub use sequence::SequenceId;
 pub use stats::{EffectiveConfig, LayerStats, SequenceStats};
@@ -24,13 +26,13 @@ pub use step::{PartialWorkspace, SPECULATIVE_TOKENS, Step};
 
 use crate::backend::Backend;
 use crate::columns::ColumnLayout;
-use crate::device::page::PageLayout;
 use crate::error::{CacheError, Error};
 use crate::geometry::{ModelShape, Position, RowCount};
 use crate::policy::FeedKind;
 use crate::recipe::{Budget, Recipe};
+use crate::store::Storage;
 use scratch::{Pending, Scratch};
-use sequence::{LayerCounters, QueryLog, Sequence};
+use sequence::{LayerCounters, QueryLog, Sequence, Watched};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use step::Lane;
@@ -66,7 +68,10 @@ pub struct KvCache {
     pub(crate) recipe: Recipe,
     pub(crate) budget: Option<Budget>,
     pub(crate) backend: Arc<dyn Backend>,
-    pub(crate) layouts: Vec<Arc<PageLayout>>,
+    /// Per layer, per KV head.
+    pub(crate) storage: Vec<Vec<Storage>>,
+    /// Entries per page of exact entries.
+    pub(crate) page_entries: usize,
     pub(crate) columns: ColumnLayout,
     /// The policy's needs, asked once.
     needs: crate::policy::Needs,
@@ -114,6 +119,7 @@ impl KvCache {
             prefill_open: true,
             since: 0,
             compacted: None,
+            watched: Watched::default(),
         })
     }
 

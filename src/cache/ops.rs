@@ -68,7 +68,7 @@ impl KvCache {
         if let Some(compacted) = sequence.compacted.filter(|&c| to.0 < c) {
             return Err(CacheError::PastCompaction { to, compacted: Position(compacted) }.into());
         }
-        for head in sequence.layers.iter_mut().flatten() {
+        for head in sequence.stores().flatten().flatten() {
             let rows = store::rows_below(head, to.0);
             store::truncate_rows(head, rows);
         }
@@ -86,7 +86,8 @@ impl KvCache {
     ///
     /// # Errors
     /// [`CacheError::PositionRange`] for a reversed or outlying range; with [`RemoveMode::Renumber`], a
-    /// [`RecipeError::Conflict`] if a layer's keys are rotated and its rotary embedding is unknown.
+    /// [`RecipeError::Conflict`] if a layer's keys are rotated and its rotary embedding is unknown, or keys behind
+    /// the range are packed.
     pub fn remove(&mut self, id: SequenceId, range: Range<Position>, mode: RemoveMode) -> Result<(), Error> {
         let (start, end) = (range.start.0, range.end.0);
         let next = self.sequence(id)?.next;
@@ -95,6 +96,7 @@ impl KvCache {
         }
         if mode == RemoveMode::Renumber {
             self.check_rotary()?;
+            self.check_exact_keys(id, end)?;
         }
         if start == end {
             return Ok(());
@@ -106,12 +108,13 @@ impl KvCache {
                 HeadPlan { rows: rows as usize, keep: (0..from).chain(to..rows).collect() }
             });
             let plan = LayerPlan { heads: heads.collect() };
-            let (backend, layout) = (&*self.backend, &self.layouts[layer]);
+            let backend = &*self.backend;
             let Some(sequence) = self.sequences.get_mut(&id.0) else {
                 return Err(CacheError::NoSequence(id.0).into());
             };
-            for (head, plan) in sequence.layers[layer].iter_mut().zip(&plan.heads) {
-                store::compact(backend, layout, head, &plan.keep)?;
+            let heads = sequence.stores().flat_map(|layers| layers[layer].iter_mut().zip(&plan.heads));
+            for (head, plan) in heads {
+                store::compact(backend, head, &plan.keep)?;
                 if mode == RemoveMode::Renumber {
                     let shift = |_, p| if p >= end { p - (end - start) } else { p };
                     store::renumber(backend, self.shape.layer(layer), head, shift)?;
@@ -152,6 +155,28 @@ impl KvCache {
                 change: "set LayerShape::rotary, or keep positions".to_owned(),
             }),
         }
+    }
+
+    /// Refuses to move packed keys, which cannot be re-rotated in place.
+    fn check_exact_keys(&self, id: SequenceId, from: i32) -> Result<(), Error> {
+        let rotated = |l: &usize| self.shape.layer(*l).key_phase == KeyPhase::PostRope;
+        for layer in self.shape.owners().filter(rotated) {
+            let sequence = self.sequence(id)?;
+            let shadow = sequence.watched.shadow.as_ref().map(|shadow| &shadow.layers[layer]);
+            for head in sequence.layers[layer].iter().chain(shadow.into_iter().flatten()) {
+                let packed = head.pages().filter(|p| p.layout.k.packed().is_some());
+                if let Some(position) = packed.flat_map(|p| p.positions()).find(|&&p| p >= from) {
+                    return Err(RecipeError::Conflict {
+                        what: "renumbering".to_owned(),
+                        with: format!("packed keys behind the range: layer {layer}, position {position}"),
+                        why: "keys are re-rotated, and packed ones cannot be".to_owned(),
+                        change: "keep positions, or store keys as f32, f16 or bf16".to_owned(),
+                    }
+                    .into());
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Copies one KV head's entries, oldest first, into dense `f32` buffers: `keys [rows, d_k]`,

@@ -4,6 +4,7 @@
 //! *Helps* because a fork is a clone: pages are shared, counters copied. *Hurts* by one copy of the recorded
 //! queries per fork (window × query heads × d_k floats a layer).
 
+use super::guard::{GuardReport, Shadow};
 use crate::device::HeadRows;
 use crate::geometry::LayerShape;
 use std::collections::VecDeque;
@@ -81,6 +82,13 @@ pub(super) struct LayerCounters {
     pub(super) compactions: u64,
 }
 
+/// A guard and what it found.
+#[derive(Debug, Default)]
+pub(super) struct Watched {
+    pub(super) shadow: Option<Box<Shadow>>,
+    pub(super) report: Option<GuardReport>,
+}
+
 /// See the module.
 #[derive(Clone, Debug)]
 pub(super) struct Sequence {
@@ -98,4 +106,14 @@ pub(super) struct Sequence {
     pub(super) since: usize,
     /// `next` at the last compaction: below it entries are missing.
     pub(super) compacted: Option<i32>,
+    pub(super) watched: Watched,
+}
+
+impl Sequence {
+    /// The rows of every layer, and those of the shadow while the sequence is guarded: whatever happens to
+    /// entries happens to both.
+    pub(super) fn stores(&mut self) -> impl Iterator<Item = &mut Vec<Vec<HeadRows>>> {
+        let shadow = self.watched.shadow.as_mut().map(|shadow| &mut shadow.layers);
+        std::iter::once(&mut self.layers).chain(shadow)
+    }
 }

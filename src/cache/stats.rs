@@ -7,13 +7,14 @@
 //! per call: not for the decode loop.
 
 use super::KvCache;
-use super::sequence::SequenceId;
+use super::sequence::{Sequence, SequenceId};
 use crate::device::memory::MemoryUsage;
-use crate::device::page::Page;
+use crate::device::page::{HeadRows, Page};
 use crate::error::Error;
-use crate::store;
+use crate::store::{self, Storage};
 use std::collections::HashSet;
 use std::fmt;
+use std::sync::Arc;
 
 /// One layer of one sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,6 +23,8 @@ pub struct LayerStats {
     pub layer: usize,
     /// Entries stored, over all KV heads.
     pub entries: usize,
+    /// Of these, entries in packed pages.
+    pub packed: usize,
     /// Entries dropped so far, over all KV heads.
     pub dropped: u64,
     /// Compactions that dropped something.
@@ -48,6 +51,7 @@ impl SequenceStats {
             LayerStats {
                 layer: sum.layer,
                 entries: sum.entries + l.entries,
+                packed: sum.packed + l.packed,
                 dropped: sum.dropped + l.dropped,
                 compactions: sum.compactions + l.compactions,
                 bytes_logical: sum.bytes_logical + l.bytes_logical,
@@ -67,11 +71,14 @@ pub struct EffectiveConfig {
     pub budget: String,
     /// Backend and hardware.
     pub backend: String,
-    /// Entries per page.
+    /// Entries per page of exact entries.
     pub page_entries: usize,
-    /// Bytes one entry of one KV head needs, per layer: rows, position and columns, without page slack.
+    /// How keys and values of the bulk are stored, per layer: `int8/int4`, and one for each KV head if they differ.
+    pub storage: Vec<String>,
+    /// Bytes one entry of the bulk of one KV head needs, per layer, on average over its heads: rows, position and
+    /// columns, without page slack.
     pub entry_bytes: Vec<usize>,
-    /// Bytes of one page, per layer.
+    /// Bytes of one page of the bulk, likewise.
     pub page_bytes: Vec<usize>,
     /// Declared columns with their words per entry.
     pub columns: Vec<(String, usize)>,
@@ -84,7 +91,13 @@ impl fmt::Display for EffectiveConfig {
         writeln!(f, "recipe        {}", self.recipe)?;
         writeln!(f, "budget        {}", self.budget)?;
         writeln!(f, "backend       {}", self.backend)?;
-        writeln!(f, "page          {} entries, {} bytes", self.page_entries, Compact(&self.page_bytes))?;
+        writeln!(f, "storage       {}", Compact(&self.storage))?;
+        writeln!(
+            f,
+            "page          {} exact entries; {} bytes",
+            self.page_entries,
+            Compact(&self.page_bytes)
+        )?;
         writeln!(f, "entry         {} bytes", Compact(&self.entry_bytes))?;
         let columns: Vec<String> =
             self.columns.iter().map(|(name, words)| format!("{name} ({} bytes)", words * 4)).collect();
@@ -97,16 +110,45 @@ impl fmt::Display for EffectiveConfig {
     }
 }
 
-/// One number if all layers agree, else all of them.
-struct Compact<'a>(&'a [usize]);
+/// One value if all layers agree, else all of them, equal neighbours together.
+struct Compact<'a, T>(&'a [T]);
 
-impl fmt::Display for Compact<'_> {
+impl<T: fmt::Display + PartialEq> fmt::Display for Compact<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            [first, rest @ ..] if rest.iter().all(|x| x == first) => write!(f, "{first}"),
-            all => write!(f, "{all:?}"),
+        for (i, run) in self.0.chunk_by(|a, b| a == b).enumerate() {
+            f.write_str(if i > 0 { ", " } else { "" })?;
+            match run.len() == self.0.len() {
+                true => write!(f, "{}", run[0])?,
+                false => write!(f, "{} × {}", run.len(), run[0])?,
+            }
         }
+        Ok(())
     }
+}
+
+/// Storage of a layer's heads in words.
+fn describe(heads: &[Storage]) -> String {
+    let words: Vec<String> = heads.iter().map(|s| format!("{}/{}", s.bulk().k, s.bulk().v)).collect();
+    match words.first() {
+        Some(first) if words.iter().all(|w| w == first) => first.clone(),
+        _ => words.join(" "),
+    }
+}
+
+fn mean(heads: &[Storage], bytes: impl Fn(&Storage) -> usize) -> usize {
+    heads.iter().map(bytes).sum::<usize>().div_ceil(heads.len().max(1))
+}
+
+/// Every page of some heads, with its bytes.
+fn pages(heads: &[HeadRows]) -> impl Iterator<Item = (&Arc<Page>, usize)> {
+    let segments = heads.iter().flat_map(|h| h.segments.iter().chain(&h.open));
+    segments
+        .flat_map(|s| s.pages.iter().map(|p| (p, store::block_bytes(&s.layout) + store::metadata_bytes(p))))
+}
+
+/// The rows of a layer in the shadow of a guarded sequence.
+fn shadow(sequence: &Sequence, layer: usize) -> impl Iterator<Item = &[HeadRows]> {
+    sequence.watched.shadow.as_ref().map(|shadow| &shadow.layers[layer][..]).into_iter()
 }
 
 impl KvCache {
@@ -118,15 +160,17 @@ impl KvCache {
         let sequence = self.sequence(id)?;
         let layers = sequence.layers.iter().enumerate().map(|(layer, heads)| {
             let counters = sequence.counters[layer];
-            let pages = heads.iter().flat_map(|h| h.segments.iter().flat_map(|s| s.pages.iter()));
+            let segments = || heads.iter().flat_map(|h| &h.segments);
             LayerStats {
                 layer,
                 entries: heads.iter().map(|h| h.rows()).sum(),
+                packed: segments().filter(|s| !s.layout.is_exact()).map(|s| s.rows).sum(),
                 dropped: counters.dropped,
                 compactions: counters.compactions,
-                bytes_logical: heads.iter().map(|h| h.rows() * self.layouts[layer].entry_bytes()).sum(),
-                bytes_resident: pages
-                    .map(|p| self.block_bytes(layer) + store::metadata_bytes(p))
+                bytes_logical: segments().map(|s| s.rows * s.layout.entry_bytes()).sum(),
+                bytes_resident: pages(heads)
+                    .chain(shadow(sequence, layer).flat_map(pages))
+                    .map(|(_, bytes)| bytes)
                     .sum::<usize>()
                     + sequence.queries[layer].bytes(),
                 bytes_read_per_step: heads.iter().map(store::bytes_read).sum(),
@@ -142,27 +186,16 @@ impl KvCache {
         let mut resident = 0;
         for sequence in self.sequences.values() {
             for (layer, heads) in sequence.layers.iter().enumerate() {
-                let pages = heads.iter().flat_map(|h| h.segments.iter().flat_map(|s| s.pages.iter()));
-                resident += pages
-                    .filter(|p| seen.insert(std::sync::Arc::as_ptr(p)))
-                    .map(|p| self.block_bytes(layer) + store::metadata_bytes(p))
+                resident += pages(heads)
+                    .chain(shadow(sequence, layer).flat_map(pages))
+                    .filter(|(page, _)| seen.insert(Arc::as_ptr(page)))
+                    .map(|(_, bytes)| bytes)
                     .sum::<usize>();
                 resident += sequence.queries[layer].bytes();
             }
         }
         let backend = self.backend.memory();
         MemoryUsage { resident, reserved: backend.reserved.max(resident), peak: backend.peak }
-    }
-
-    /// A block's size as allocated.
-    fn block_bytes(&self, layer: usize) -> usize {
-        self.layouts[layer].block_bytes().next_multiple_of(crate::device::memory::BLOCK_ALIGN)
-    }
-
-    /// A page's size in all: block, positions, columns.
-    pub(super) fn page_bytes(&self, layer: usize) -> usize {
-        let layout = &self.layouts[layer];
-        self.block_bytes(layer) + size_of::<Page>() + layout.capacity * 4 * (1 + layout.column_words)
     }
 
     /// The configuration in force.
@@ -172,9 +205,10 @@ impl KvCache {
             recipe: self.recipe.to_string(),
             budget: self.budget.map_or_else(|| "none".to_owned(), |b| b.to_string()),
             backend: format!("{}: {}", self.backend.name(), self.backend.describe()),
-            page_entries: self.layouts[0].capacity,
-            entry_bytes: layers.clone().map(|l| self.layouts[l].entry_bytes()).collect(),
-            page_bytes: layers.map(|l| self.page_bytes(l)).collect(),
+            page_entries: self.page_entries,
+            storage: layers.clone().map(|l| describe(&self.storage[l])).collect(),
+            entry_bytes: layers.clone().map(|l| mean(&self.storage[l], |s| s.bulk().entry_bytes())).collect(),
+            page_bytes: layers.map(|l| mean(&self.storage[l], |s| store::page_bytes(s.bulk()))).collect(),
             columns: self.columns.specs().iter().map(|s| (s.name.to_owned(), s.words)).collect(),
             needs: self.needs,
         }

@@ -10,7 +10,8 @@
 use super::KvCache;
 use super::scratch::{Pending, resize};
 use super::sequence::SequenceId;
-use crate::device::HeadRows;
+use crate::device::page::Side;
+use crate::device::{Encoding, HeadRows};
 use crate::error::{CacheError, Error};
 use crate::geometry::Position;
 use crate::kernel::AttentionParams;
@@ -114,26 +115,31 @@ impl Step<'_> {
         let (d_k, d_v, tokens) = (shape.d_k, shape.d_v, self.tokens);
         let cache = &mut *self.cache;
         let scratch = &mut cache.scratch;
-        load(layer, "k", &k, cache.recipe.k, resize(&mut scratch.keys, shape.kv_heads * tokens * d_k))?;
-        load(layer, "v", &v, cache.recipe.v, resize(&mut scratch.values, shape.kv_heads * tokens * d_v))?;
-        let layout = cache.layouts[layer].clone();
+        let storage = &cache.storage[layer];
+        let keys = resize(&mut scratch.keys, shape.kv_heads * tokens * d_k);
+        load(layer, "k", &k, |head| storage[head].stored(Side::Key), keys)?;
+        let values = resize(&mut scratch.values, shape.kv_heads * tokens * d_v);
+        load(layer, "v", &v, |head| storage[head].stored(Side::Value), values)?;
         for index in 0..scratch.lanes.len() {
             let lane = scratch.lanes[index];
             let Some(sequence) = cache.sequences.get_mut(&lane.id) else {
                 return Err(CacheError::NoSequence(lane.id).into());
             };
-            for (h, head) in sequence.layers[layer].iter_mut().enumerate() {
+            let mut heads = sequence.stores().flat_map(|layers| layers[layer].iter_mut().enumerate());
+            let appended = heads.try_for_each(|(h, head)| {
                 let (from, to) = (h * tokens + lane.offset, h * tokens + lane.offset + lane.tokens);
                 let new = NewRows {
                     positions: &scratch.positions[lane.offset..lane.offset + lane.tokens],
                     keys: &scratch.keys[from * d_k..to * d_k],
                     values: &scratch.values[from * d_v..to * d_v],
                 };
-                if let Err(error) = store::append(&*cache.backend, &layout, head, new) {
-                    // Heads and lanes done so far go back, so that the layer is as before.
-                    self.rollback_layer(layer);
-                    return Err(error.into());
-                }
+                store::append(&*cache.backend, &storage[h].exact, head, new)
+            });
+            drop(heads);
+            if let Err(error) = appended {
+                // Heads and lanes done so far go back, so that the layer is as before.
+                self.rollback_layer(layer);
+                return Err(error.into());
             }
         }
         self.cache.scratch.pending[layer].appended = true;
@@ -192,7 +198,7 @@ impl Step<'_> {
         let shape = self.cache.shape.layer(layer);
         let PartialWorkspace { queries, words } = workspace;
         let queries = resize(queries, shape.query_heads * lane.tokens * shape.d_k);
-        load(layer, "q", &q, DType::F32, queries)?;
+        load(layer, "q", &q, as_query, queries)?;
         let params = AttentionParams::of(shape);
         let heads = &self.cache.sequences[&lane.id].layers[self.cache.shape.owner(layer)];
         let mut lanes = [AttendLane {
@@ -315,7 +321,7 @@ impl Step<'_> {
         for lane in &scratch.lanes {
             let start = lane.offset * shape.query_heads * shape.d_k;
             let part = &mut buffer[start..start + lane.tokens * shape.query_heads * shape.d_k];
-            load_tokens(layer, "q", q, DType::F32, lane.offset, lane.tokens, part)?;
+            load_tokens(layer, "q", q, as_query, lane.offset, lane.tokens, part)?;
         }
         Ok(())
     }
@@ -338,7 +344,7 @@ impl Step<'_> {
         let mass_len: usize = if want_mass { scratch.lanes.iter().map(rows_of).sum() } else { 0 };
         if pending.mass.capacity() < mass_len {
             // Room for a page more per KV head, so that decode steps do not grow it one token at a time.
-            pending.mass.reserve_exact(mass_len + scratch.lanes.len() * hq * cache.layouts[owner].capacity);
+            pending.mass.reserve_exact(mass_len + scratch.lanes.len() * hq * cache.page_entries);
         }
         pending.mass.resize(mass_len, 0.0);
         pending.mass_starts.clear();
@@ -367,6 +373,7 @@ impl Step<'_> {
             cache.backend.attend(&params, &mut lanes[..group.len()], &mut scratch.workspace)?;
         }
         store_out(&scratch.out, &scratch.lanes, hq, d_v, &mut out);
+        self.watch(layer)?;
         self.log_queries(layer);
         Ok(())
     }
@@ -403,7 +410,7 @@ impl Step<'_> {
     fn rollback_layer(&mut self, layer: usize) {
         for lane in &self.cache.scratch.lanes {
             if let Some(sequence) = self.cache.sequences.get_mut(&lane.id) {
-                for head in &mut sequence.layers[layer] {
+                for head in sequence.stores().flat_map(|layers| &mut layers[layer]) {
                     let rows = store::rows_below(head, lane.start);
                     store::truncate_rows(head, rows);
                 }
@@ -493,30 +500,36 @@ fn check_dims(layer: usize, tensor: &'static str, got: Dims, want: Dims) -> Resu
     if got == want { Ok(()) } else { Err(CacheError::Extents { layer, tensor, got, want }) }
 }
 
+/// Queries are never stored.
+fn as_query(_head: usize) -> (Encoding, Encoding) {
+    (Encoding::Exact(DType::F32), Encoding::Exact(DType::F32))
+}
+
 /// Reads all tokens of a tensor, head-major.
 fn load(
     layer: usize,
     tensor: &'static str,
     view: &TensorView<'_>,
-    dtype: DType,
+    stored: impl Fn(usize) -> (Encoding, Encoding),
     out: &mut [f32],
 ) -> Result<(), CacheError> {
-    load_tokens(layer, tensor, view, dtype, 0, view.dims().tokens, out)
+    load_tokens(layer, tensor, view, stored, 0, view.dims().tokens, out)
 }
 
-/// Reads `count` tokens from `first`, head-major, and refuses what `dtype` cannot hold.
+/// Reads `count` tokens from `first`, head-major, and refuses what cannot be `stored`, now or later.
 fn load_tokens(
     layer: usize,
     tensor: &'static str,
     view: &TensorView<'_>,
-    dtype: DType,
+    stored: impl Fn(usize) -> (Encoding, Encoding),
     first: usize,
     count: usize,
     out: &mut [f32],
 ) -> Result<(), CacheError> {
     let Dims { heads, dim, .. } = view.dims();
-    let limit = largest(dtype);
     for head in 0..heads {
+        let (now, later) = stored(head);
+        let limit = now.largest(dim).min(later.largest(dim));
         for token in 0..count {
             let row = &mut out[(head * count + token) * dim..(head * count + token + 1) * dim];
             view.read_row(first + token, head, row);
@@ -526,25 +539,16 @@ fn load_tokens(
             }
             if let Some(d) = row.iter().position(|x| x.is_nan() || x.abs() > limit) {
                 let (value, token) = (row[d], first + token);
-                return Err(if value.is_finite() {
-                    CacheError::Range { layer, tensor, value, token, head, dim: d, dtype }
-                } else {
-                    CacheError::NonFinite { layer, tensor, value, token, head, dim: d }
-                });
+                if !value.is_finite() {
+                    return Err(CacheError::NonFinite { layer, tensor, value, token, head, dim: d });
+                }
+                let narrow = if now.largest(dim) < value.abs() { now } else { later };
+                let stored = narrow.to_string();
+                return Err(CacheError::Range { layer, tensor, value, token, head, dim: d, stored });
             }
         }
     }
     Ok(())
-}
-
-/// The largest magnitude that does not round to infinity.
-fn largest(dtype: DType) -> f32 {
-    match dtype {
-        DType::F32 => f32::MAX,
-        // Half a unit above 65504 rounds to infinity; stay below.
-        DType::F16 => 65519.0,
-        DType::Bf16 => 3.394e38,
-    }
 }
 
 fn store_out(out: &[f32], lanes: &[Lane], heads: usize, d_v: usize, view: &mut TensorViewMut<'_>) {

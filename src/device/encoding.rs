@@ -42,6 +42,23 @@ impl Encoding {
         }
     }
 
+    /// The largest magnitude of an element that can be stored in rows of `d`: no number that is kept overflows its
+    /// type. Packed formats keep scales, minimums and means as halves; a rotation may gather a whole row in one
+    /// element, and a mean may lie as far on the other side.
+    pub fn largest(self, d: usize) -> f32 {
+        // Half a unit above 65504 rounds to infinity; stay below.
+        const HALF: f32 = 65519.0;
+        match self {
+            Self::Exact(DType::F32) => f32::MAX,
+            Self::Exact(DType::F16) => HALF,
+            Self::Exact(DType::Bf16) => 3.394e38,
+            Self::Packed(packing) => {
+                let rotated = if packing.hadamard { (rotation_block(d) as f32).sqrt() } else { 1.0 };
+                HALF / rotated / if packing.center { 2.0 } else { 1.0 }
+            }
+        }
+    }
+
     /// The packing, if rows are packed.
     pub fn packed(self) -> Option<Packing> {
         match self {

@@ -2,7 +2,8 @@
 //!
 //! An arena maps slabs of anonymous memory and hands out equal blocks. A freed block's physical pages are
 //! given back at once (`MADV_DONTNEED`), its addresses are kept for the next block, and a slab with no
-//! block in use is unmapped. *Helps* because `malloc` keeps what small frees return: after an eviction the
+//! block in use is unmapped. Blocks need not be whole physical pages: one that blocks share goes back with
+//! the last of them. *Helps* because `malloc` keeps what small frees return: after an eviction the
 //! process would be as large as before. *Hurts* by a system call per freed block, so blocks are pages of
 //! many rows, never single rows.
 //!
@@ -16,14 +17,26 @@
 
 use crate::error::DeviceError;
 use memmap2::{MmapMut, MmapOptions};
+use std::collections::BTreeSet;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Bytes asked from the system at once, unless one block needs more.
 const SLAB_BYTES: usize = 1 << 20;
 
-/// Blocks are whole multiples of this, so that freeing one frees all of its physical pages.
-pub const BLOCK_ALIGN: usize = 4096;
+/// Blocks are whole multiples of this: a cache line, and the widest vector.
+pub const BLOCK_ALIGN: usize = 64;
+
+/// What the system gives and takes back: a multiple of what any system of this target has, because part of a
+/// physical page must never be given back.
+const SYSTEM_PAGE: usize = if cfg!(target_arch = "x86_64") {
+    4096
+} else if cfg!(target_vendor = "apple") {
+    16 << 10
+} else {
+    64 << 10
+};
 
 /// What is in use and what is held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,15 +52,60 @@ pub struct MemoryUsage {
 #[derive(Debug)]
 struct Slab {
     map: MmapMut,
-    /// Offsets of blocks not in use.
+    /// Indices of blocks not in use.
     free: Vec<usize>,
-    blocks: usize,
+    /// Of every block.
+    used: Vec<bool>,
+}
+
+impl Slab {
+    /// Gives the physical pages of a freed block back, as far as no other block is on them, and clears the
+    /// rest of it: [`HostArena::allocate`] promises zeroes.
+    fn vacate(&mut self, index: usize, block_bytes: usize) {
+        let block = index * block_bytes..(index + 1) * block_bytes;
+        let unused = |bytes: Range<usize>| {
+            let last = bytes.end.min(self.used.len() * block_bytes).saturating_sub(1);
+            self.used[bytes.start / block_bytes..=last / block_bytes].iter().all(|used| !used)
+        };
+        let (first, end) = (block.start / SYSTEM_PAGE, block.end.div_ceil(SYSTEM_PAGE));
+        let page = |index: usize| index * SYSTEM_PAGE..(index + 1) * SYSTEM_PAGE;
+        let first = if unused(page(first)) { first } else { first + 1 };
+        let end = if first < end && !unused(page(end - 1)) { end - 1 } else { end };
+        let pages = first * SYSTEM_PAGE..(end * SYSTEM_PAGE).min(self.map.len()).max(first * SYSTEM_PAGE);
+        #[cfg(unix)]
+        if !pages.is_empty() {
+            // SAFETY: no block in use lies on these pages, so no reference into them is left; the next owner
+            // of a block there gets it from `allocate`, which promises zeroes: what DONTNEED leaves behind.
+            let given_back = unsafe {
+                let what = memmap2::UncheckedAdvice::DontNeed;
+                self.map.unchecked_advise_range(what, pages.start, pages.len())
+            };
+            if given_back.is_ok() {
+                self.clear(block.start..pages.start.clamp(block.start, block.end));
+                self.clear(pages.end.clamp(block.start, block.end)..block.end);
+                return;
+            }
+        }
+        // Where the system cannot take pages back the promise of zeroes is kept by hand.
+        self.clear(block);
+    }
+
+    /// Zeroes bytes of a block that is not in use.
+    fn clear(&mut self, bytes: Range<usize>) {
+        let base = self.map.as_mut_ptr();
+        // SAFETY: `vacate` gives ranges within a block of this mapping.
+        let start = unsafe { base.add(bytes.start) };
+        // SAFETY: the block is not in use, so nobody else holds a reference into the range.
+        unsafe { start.write_bytes(0, bytes.len()) };
+    }
 }
 
 #[derive(Debug, Default)]
 struct Inner {
     /// `None` marks an unmapped slab whose index may be reused.
     slabs: Vec<Option<Slab>>,
+    /// Slabs with a free block; the first one is filled first, so that the last ones empty.
+    open: BTreeSet<usize>,
     usage: MemoryUsage,
 }
 
@@ -59,7 +117,7 @@ pub struct HostArena {
 }
 
 impl HostArena {
-    /// An arena of blocks of `bytes`, rounded up to whole memory pages.
+    /// An arena of blocks of `bytes`, rounded up to [`BLOCK_ALIGN`].
     pub fn new(bytes: usize) -> Self {
         Self { inner: Arc::default(), block_bytes: bytes.max(1).next_multiple_of(BLOCK_ALIGN) }
     }
@@ -92,22 +150,26 @@ impl HostArena {
     /// [`DeviceError::OutOfMemory`] if the system maps no more.
     pub fn allocate(&self) -> Result<HostBlock, DeviceError> {
         let mut inner = self.lock();
-        let found = inner.slabs.iter().position(|s| s.as_ref().is_some_and(|s| !s.free.is_empty()));
-        let index = match found {
-            Some(index) => index,
+        let index = match inner.open.first() {
+            Some(&index) => index,
             None => self.map_slab(&mut inner)?,
         };
         let block_bytes = self.block_bytes;
         let Some(slab) = inner.slabs[index].as_mut() else { unreachable!("slab {index} was just found") };
-        let Some(offset) = slab.free.pop() else { unreachable!("slab {index} has a free block") };
+        let Some(block) = slab.free.pop() else { unreachable!("slab {index} has a free block") };
+        slab.used[block] = true;
+        let full = slab.free.is_empty();
         let base = slab.map.as_mut_ptr();
-        // SAFETY: `offset` came from this slab's free list, whose entries are multiples of `block_bytes`
-        // with `offset + block_bytes <= map.len()`, so the result stays inside the mapping.
-        let address = unsafe { base.add(offset) };
+        // SAFETY: `block` came from this slab's free list, whose entries are below the number of blocks that
+        // the mapping holds, so the result stays inside it.
+        let address = unsafe { base.add(block * block_bytes) };
+        if full {
+            inner.open.remove(&index);
+        }
         let Some(address) = NonNull::new(address) else { unreachable!("a mapping is never at address 0") };
         inner.usage.resident += block_bytes;
         inner.usage.peak = inner.usage.peak.max(inner.usage.resident);
-        Ok(HostBlock { arena: self.clone(), slab: index, offset, address })
+        Ok(HostBlock { arena: self.clone(), slab: index, block, address })
     }
 
     fn map_slab(&self, inner: &mut Inner) -> Result<usize, DeviceError> {
@@ -121,7 +183,7 @@ impl HostArena {
         // Huge pages would make the system keep 2 MiB for a block of 32 KiB that was freed around others.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::NoHugePage);
-        let slab = Slab { map, free: (0..blocks).rev().map(|i| i * self.block_bytes).collect(), blocks };
+        let slab = Slab { map, free: (0..blocks).rev().collect(), used: vec![false; blocks] };
         inner.usage.reserved += bytes;
         let index = match inner.slabs.iter().position(Option::is_none) {
             Some(index) => {
@@ -133,34 +195,26 @@ impl HostArena {
                 inner.slabs.len() - 1
             }
         };
+        inner.open.insert(index);
         Ok(index)
     }
 
-    fn release(&self, slab_index: usize, offset: usize) {
+    fn release(&self, slab_index: usize, block: usize) {
         let block_bytes = self.block_bytes;
         let mut inner = self.lock();
         inner.usage.resident -= block_bytes;
         let Some(slab) = inner.slabs[slab_index].as_mut() else { return };
-        slab.free.push(offset);
-        if slab.free.len() == slab.blocks {
+        slab.free.push(block);
+        slab.used[block] = false;
+        if slab.free.len() == slab.used.len() {
             let bytes = slab.map.len();
             inner.slabs[slab_index] = None;
+            inner.open.remove(&slab_index);
             inner.usage.reserved -= bytes;
             return;
         }
-        #[cfg(unix)]
-        {
-            // SAFETY: the block at `offset` is being dropped, so no reference into this range is left, and
-            // the next owner gets it from `allocate`, which promises zeroes: what DONTNEED leaves behind.
-            let given_back = unsafe {
-                slab.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, block_bytes)
-            };
-            if given_back.is_ok() {
-                return;
-            }
-        }
-        // Where the system cannot take pages back the promise of zeroes is kept by hand.
-        slab.map[offset..offset + block_bytes].fill(0);
+        slab.vacate(block, block_bytes);
+        inner.open.insert(slab_index);
     }
 }
 
@@ -169,7 +223,7 @@ impl HostArena {
 pub struct HostBlock {
     arena: HostArena,
     slab: usize,
-    offset: usize,
+    block: usize,
     address: NonNull<u8>,
 }
 
@@ -196,7 +250,7 @@ impl HostBlock {
 
 impl Drop for HostBlock {
     fn drop(&mut self) {
-        self.arena.release(self.slab, self.offset);
+        self.arena.release(self.slab, self.block);
     }
 }
 
@@ -207,16 +261,16 @@ mod tests {
     #[test]
     fn blocks_are_disjoint_zeroed_and_counted() {
         let arena = HostArena::new(5000);
-        assert_eq!(arena.block_bytes(), 8192);
+        assert_eq!(arena.block_bytes(), 5056);
         let mut blocks: Vec<HostBlock> = (0..300).map(|_| arena.allocate().unwrap()).collect();
         for (i, b) in blocks.iter_mut().enumerate() {
             assert!(b.bytes().iter().all(|&x| x == 0));
             b.bytes_mut().fill(i as u8);
         }
         assert!(blocks.iter().enumerate().all(|(i, b)| b.bytes().iter().all(|&x| x == i as u8)));
-        assert_eq!(arena.usage().resident, 300 * 8192);
+        assert_eq!(arena.usage().resident, 300 * 5056);
         let reserved = arena.usage().reserved;
-        assert!(reserved >= 300 * 8192);
+        assert!(reserved >= 300 * 5056);
         blocks.retain({
             let mut i = 0;
             move |_| {
@@ -224,7 +278,7 @@ mod tests {
                 i % 2 == 0
             }
         });
-        assert_eq!(arena.usage().resident, 150 * 8192);
+        assert_eq!(arena.usage().resident, 150 * 5056);
         let again = arena.allocate().unwrap();
         assert!(again.bytes().iter().all(|&x| x == 0), "a reused block is zero again");
         drop((again, blocks));

@@ -89,6 +89,11 @@ impl PageLayout {
         Self { capacity, d_k: shape.d_k, d_v: shape.d_v, k: k.into(), v: v.into(), mirrored, column_words }
     }
 
+    /// Whether both sides are exact.
+    pub fn is_exact(&self) -> bool {
+        self.k.exact().is_some() && self.v.exact().is_some()
+    }
+
     /// Bytes of a side.
     pub fn side_bytes(&self, side: Side) -> usize {
         match self.packed(side) {
@@ -296,9 +301,17 @@ impl Segment {
 pub struct HeadRows {
     /// Runs of entries, in order.
     pub segments: Vec<Segment>,
+    /// Exact copies of the entries of the last packed page while that is not full and nothing stays exact to be
+    /// read: more entries are packed together with these, not with what is left of them. No kernel reads it.
+    pub open: Option<Segment>,
 }
 
 impl HeadRows {
+    /// These runs.
+    pub fn new(segments: Vec<Segment>) -> Self {
+        Self { segments, open: None }
+    }
+
     /// Entries in all segments.
     pub fn rows(&self) -> usize {
         self.segments.iter().map(|s| s.rows).sum()

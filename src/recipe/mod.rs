@@ -4,10 +4,16 @@
 //! recipe := term ('+' term)*
 //! term   := name | name(arg=value, …)                    a policy, a scorer or an allocator
 //!         | score=name(…) | alloc=name(…)                the same, by stage
-//!         | k=f32|f16|bf16 | v=f32|f16|bf16              storage types
+//!         | k=store | v=store                            how keys and values are stored
+//!         | layers=span(heads=span,group=N,k=store,v=store)
+//!                                                        the same for some layers, heads, group sizes
+//!         | exact=f16|f32|bf16(sinks=4,tail=128)         what stays exact where the rest is packed
+//!         | safe | balanced | compact                    storage under one name
 //!         | sinks=N | recent=N                           protected entries
 //!         | when=prefill|chunk|every(n=N)|over(slack=N)|never
 //!         | positions=keep|renumber
+//! store  := f32 | f16 | bf16 | name | name(flag, …)      names of crate::codec::CODECS; center, hadamard, plain
+//! span   := N | A..B | A.. | ..B                         half-open, negative numbers count from the last
 //! ```
 //! Later terms override earlier ones; `when=` terms add up, and together replace what the policy brings.
 //! An allocator without a scorer works on `snapkv`. White space is free between tokens. A scorer protects
@@ -22,6 +28,8 @@
 //! let recipe = Recipe::parse("snapkv(window=32) + adakv + sinks=4 + v=f16")?;
 //! assert_eq!(recipe.to_string(), "snapkv(window=32)+alloc=adakv+sinks=4+v=f16");
 //! assert!(Recipe::parse("snapkv(windw=32)").is_err());
+//! let packed = Recipe::parse("full + k=int8 + v=int4(center,hadamard) + layers=-2..(v=int8)")?;
+//! assert!(packed.precision.packs());
 //! # Ok::<(), kvsieve::error::RecipeError>(())
 //! ```
 
@@ -30,11 +38,12 @@ mod parse;
 
 pub use budget::Budget;
 
+use crate::codec::Precision;
+use crate::device::encoding::Encoding;
 use crate::error::RecipeError;
 use crate::policy::Policy;
 use crate::policy::registry::Registry;
 use crate::policy::schedule::Schedule;
-use crate::view::DType;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -58,10 +67,8 @@ pub struct Recipe {
     terms: (Arc<dyn Policy>, String),
     /// The schedule that needs no `when=` term.
     default_schedule: Schedule,
-    /// Storage type of keys.
-    pub k: DType,
-    /// Storage type of values.
-    pub v: DType,
+    /// How keys and values are stored.
+    pub precision: Precision,
     /// When the cache compresses.
     pub schedule: Schedule,
     /// What becomes of positions.
@@ -78,8 +85,7 @@ impl Recipe {
             policy,
             terms,
             default_schedule: schedule,
-            k: DType::F32,
-            v: DType::F32,
+            precision: Precision::default(),
             schedule,
             positions: PositionMode::Keep,
         }
@@ -101,17 +107,24 @@ impl Recipe {
         parse::recipe(text, registry)
     }
 
-    /// The same with keys stored as `dtype`.
+    /// The same with all keys stored so.
     #[must_use]
-    pub fn k(mut self, dtype: DType) -> Self {
-        self.k = dtype;
+    pub fn k(mut self, encoding: impl Into<Encoding>) -> Self {
+        self.precision.set_k(encoding.into());
         self
     }
 
-    /// The same with values stored as `dtype`.
+    /// The same with all values stored so.
     #[must_use]
-    pub fn v(mut self, dtype: DType) -> Self {
-        self.v = dtype;
+    pub fn v(mut self, encoding: impl Into<Encoding>) -> Self {
+        self.precision.set_v(encoding.into());
+        self
+    }
+
+    /// The same with other storage.
+    #[must_use]
+    pub fn precision(mut self, precision: Precision) -> Self {
+        self.precision = precision;
         self
     }
 
@@ -139,6 +152,15 @@ impl Recipe {
                 change: "use alloc=uniform, or drop positions=renumber".into(),
             });
         }
+        if self.positions == PositionMode::Renumber && self.precision.packs_keys() {
+            return Err(RecipeError::Conflict {
+                what: "positions=renumber".into(),
+                with: "packed keys".into(),
+                why: "keys are re-rotated, and packed ones cannot be".into(),
+                change: "store keys as f32, f16 or bf16 (values may stay packed), or use positions=keep"
+                    .into(),
+            });
+        }
         Ok(())
     }
 }
@@ -157,11 +179,7 @@ impl fmt::Display for Recipe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (parsed, terms) = &self.terms;
         f.write_str(if Arc::ptr_eq(parsed, &self.policy) { terms } else { self.policy.name() })?;
-        for (stage, dtype) in [("k", self.k), ("v", self.v)] {
-            if dtype != DType::F32 {
-                write!(f, "+{stage}={}", dtype.name())?;
-            }
-        }
+        self.precision.fmt(f)?;
         if self.schedule != self.default_schedule {
             parse::write_schedule(f, self.schedule)?;
         }

@@ -1,21 +1,27 @@
 //! The recipe grammar: text to terms, terms to stages, stages to a recipe.
 
 use super::{PositionMode, Recipe};
+use crate::codec::{self, Exact, PRESETS, Precision, Preset, Rule, Span};
+use crate::device::encoding::Encoding;
 use crate::error::RecipeError;
 use crate::policy::registry::{Accepts, Arg, Args, Build, Entry, Registry, Value};
 use crate::policy::schedule::Schedule;
 use crate::policy::{Policy, Staged, allocate, score};
-use crate::view::DType;
 use std::fmt;
 use std::sync::Arc;
 
 /// Longer than any sensible recipe, short enough that errors can quote it.
 const MAX_LEN: usize = 4096;
 
-const STAGES: &[&str] = &["score", "alloc", "k", "v", "sinks", "recent", "when", "positions"];
+const STAGES: &[&str] =
+    &["score", "alloc", "k", "v", "layers", "exact", "sinks", "recent", "when", "positions"];
 const EVERY: &[Arg] = &[Arg::count("n", 16, 1, usize::MAX, "tokens between compressions")];
 const OVER: &[Arg] =
     &[Arg::count("slack", 32, 0, usize::MAX, "entries above the target before it compresses")];
+const EXACT: &[Arg] = &[
+    Arg::count("sinks", 4, 0, 1 << 16, "first entries that stay exact"),
+    Arg::count("tail", 128, 0, 1 << 24, "last entries that stay exact, at least"),
+];
 const ANY_COUNT: Accepts = Accepts::Count { min: 0, max: usize::MAX };
 
 /// A piece of text and the 1-based column it starts at.
@@ -24,12 +30,22 @@ struct Token {
     column: usize,
 }
 
-/// A term as written.
+/// A name with options: `int4(center,hadamard)`.
+struct Flagged {
+    name: Token,
+    flags: Vec<Token>,
+}
+
+/// A term as written. Storage has flags, everything else arguments.
 struct Term {
     stage: Option<Token>,
     name: Token,
-    args: Vec<(Token, Token)>,
+    flags: Vec<Token>,
+    args: Vec<(Token, Flagged)>,
 }
+
+/// Stages whose value is storage.
+const STORED: &[&str] = &["k", "v"];
 
 /// Reads terms. Works on characters, so that columns are what an editor shows.
 struct Reader<'a> {
@@ -80,24 +96,27 @@ impl Reader<'_> {
         Ok(Token { text: self.chars[start..self.at].iter().collect(), column: start + 1 })
     }
 
-    fn args(&mut self) -> Result<Vec<(Token, Token)>, RecipeError> {
-        let mut args: Vec<(Token, Token)> = Vec::new();
+    /// `item, item, …)` up to the parenthesis that closes an open one; each item is a word and what `rest` reads
+    /// behind it, and none may come twice.
+    fn list<T>(
+        &mut self,
+        what: &str,
+        mut rest: impl FnMut(&mut Self, &Token) -> Result<T, RecipeError>,
+    ) -> Result<Vec<(Token, T)>, RecipeError> {
+        let mut items: Vec<(Token, T)> = Vec::new();
         if !self.take('(') || self.take(')') {
-            return Ok(args);
+            return Ok(items);
         }
         loop {
-            let name = self.word("an argument's name", false)?;
-            if let Some((first, _)) = args.iter().find(|(n, _)| n.text == name.text) {
+            let name = self.word(what, false)?;
+            if let Some((first, _)) = items.iter().find(|(n, _)| n.text == name.text) {
                 let problem = format!("{} was already given at column {}", name.text, first.column);
                 return Err(self.error(name.column, problem));
             }
-            if !self.take('=') {
-                return Err(self.expected(&format!("'=' and a value for {}", name.text)));
-            }
-            let value = self.word("a value", true)?;
-            args.push((name, value));
+            let item = rest(self, &name)?;
+            items.push((name, item));
             if self.take(')') {
-                return Ok(args);
+                return Ok(items);
             }
             if !self.take(',') {
                 return Err(self.expected("',' or ')'"));
@@ -105,13 +124,32 @@ impl Reader<'_> {
         }
     }
 
+    fn flags(&mut self) -> Result<Vec<Token>, RecipeError> {
+        Ok(self.list("an option", |_, _| Ok(()))?.into_iter().map(|(name, ())| name).collect())
+    }
+
+    fn args(&mut self) -> Result<Vec<(Token, Flagged)>, RecipeError> {
+        self.list("an argument's name", |reader, name| {
+            if !reader.take('=') {
+                return Err(reader.expected(&format!("'=' and a value for {}", name.text)));
+            }
+            let value = reader.word("a value", true)?;
+            let flags = if STORED.contains(&name.text.as_str()) { reader.flags()? } else { Vec::new() };
+            Ok(Flagged { name: value, flags })
+        })
+    }
+
     fn term(&mut self) -> Result<Term, RecipeError> {
         let first = self.word("a policy, an allocator or a stage", false)?;
-        if self.take('=') {
-            let name = self.word(&format!("a value for {}", first.text), true)?;
-            return Ok(Term { stage: Some(first), name, args: self.args()? });
+        if !self.take('=') {
+            return Ok(Term { stage: None, name: first, flags: Vec::new(), args: self.args()? });
         }
-        Ok(Term { stage: None, name: first, args: self.args()? })
+        let name = self.word(&format!("a value for {}", first.text), true)?;
+        let (flags, args) = match STORED.contains(&first.text.as_str()) {
+            true => (self.flags()?, Vec::new()),
+            false => (Vec::new(), self.args()?),
+        };
+        Ok(Term { stage: Some(first), name, flags, args })
     }
 
     fn terms(&mut self) -> Result<Vec<Term>, RecipeError> {
@@ -131,8 +169,7 @@ struct Draft {
     alloc: Option<(Entry, Args)>,
     sinks: Option<usize>,
     recent: Option<usize>,
-    k: Option<DType>,
-    v: Option<DType>,
+    precision: Precision,
     schedule: Option<Schedule>,
     positions: PositionMode,
 }
@@ -154,8 +191,45 @@ pub(super) fn recipe(text: &str, registry: &Registry) -> Result<Recipe, RecipeEr
 
 fn filled(term: &Term, declared: &[Arg]) -> Result<Args, RecipeError> {
     let mut args = Args::defaults(&term.name.text, declared);
-    term.args.iter().try_for_each(|(name, value)| args.set(&name.text, &value.text))?;
+    term.args.iter().try_for_each(|(name, value)| args.set(&name.text, &value.name.text))?;
     Ok(args)
+}
+
+fn encoding(stage: &str, name: &Token, flags: &[Token]) -> Result<Encoding, RecipeError> {
+    let term = format!("{stage}={}", name.text);
+    codec::parse(&term, &name.text, flags.iter().map(|f| f.text.as_str()))
+}
+
+/// `layers=0..2(heads=0..1,group=8,k=int8,v=f16)`.
+fn rule(term: &Term) -> Result<Rule, RecipeError> {
+    let refuse = |argument: &str, got: &str, want: String| RecipeError::Argument {
+        term: format!("layers={}", term.name.text),
+        argument: argument.to_owned(),
+        got: got.to_owned(),
+        want,
+    };
+    let span = |argument: &str, text: &str| text.parse::<Span>().map_err(|want| refuse(argument, text, want));
+    let layers = span("layers", &term.name.text)?;
+    let mut rule = Rule { layers, heads: Span::ALL, group: 1, k: None, v: None };
+    for (name, Flagged { name: value, flags }) in &term.args {
+        match name.text.as_str() {
+            "heads" => rule.heads = span("heads", &value.text)?,
+            "group" => match ANY_COUNT.parse(&value.text) {
+                Some(Value::Count(n)) => rule.group = n.max(1),
+                _ => return Err(refuse("group", &value.text, ANY_COUNT.to_string())),
+            },
+            "k" => rule.k = Some(encoding("k", value, flags)?),
+            "v" => rule.v = Some(encoding("v", value, flags)?),
+            other => {
+                let want = "one of the arguments heads, group, k, v".to_owned();
+                return Err(refuse(other, &value.text, want));
+            }
+        }
+    }
+    if rule.k.is_none() && rule.v.is_none() {
+        return Err(refuse("k and v", "nothing", "given, at least one of them".to_owned()));
+    }
+    Ok(rule)
 }
 
 impl Draft {
@@ -165,7 +239,17 @@ impl Draft {
             if STAGES.contains(&name) {
                 return Err(reader.error(term.name.column, format!("{name} is a stage: expected {name}=…")));
             }
-            let entry = registry.find(name)?;
+            if let Some(preset) = codec::preset(name) {
+                return self.expand(term, preset, registry);
+            }
+            let entry = registry.find(name).map_err(|error| match error {
+                RecipeError::Unknown { name, known, .. } => {
+                    let presets = PRESETS.map(|p| p.name).join(", ");
+                    let known = format!("{known}; storage: {presets}");
+                    RecipeError::Unknown { kind: "policy or allocator", name, known }
+                }
+                other => other,
+            })?;
             return self.choose(entry, term);
         };
         let plain = |accepts: &str| {
@@ -192,10 +276,18 @@ impl Draft {
                 self.choose(entry, term)?;
             }
             "k" | "v" => {
-                plain("a storage type")?;
-                let dtype = [DType::F32, DType::F16, DType::Bf16].into_iter().find(|d| d.name() == name);
-                let dtype = dtype.ok_or_else(|| refuse("one of f32, f16, bf16".into()))?;
-                *if stage.text == "k" { &mut self.k } else { &mut self.v } = Some(dtype);
+                let encoding = encoding(&stage.text, &term.name, &term.flags)?;
+                match stage.text.as_str() {
+                    "k" => self.precision.set_k(encoding),
+                    _ => self.precision.set_v(encoding),
+                }
+            }
+            "layers" => self.precision.add(rule(term)?),
+            "exact" => {
+                let dtype = codec::exact(name).ok_or_else(|| refuse("f32, f16 or bf16".into()))?;
+                let args = filled(term, EXACT)?;
+                self.precision.exact =
+                    Exact { dtype, sinks: args.count("sinks")?, tail: args.count("tail")? };
             }
             "sinks" | "recent" => {
                 plain("a whole number")?;
@@ -241,6 +333,13 @@ impl Draft {
             }
         }
         Ok(())
+    }
+
+    /// The terms of a preset in the place of its name.
+    fn expand(&mut self, term: &Term, preset: &Preset, registry: &Registry) -> Result<(), RecipeError> {
+        filled(term, &[])?;
+        let mut reader = Reader { text: preset.terms, chars: preset.terms.chars().collect(), at: 0 };
+        reader.terms()?.iter().try_for_each(|term| self.add(&reader, term, registry))
     }
 
     fn choose(&mut self, entry: &Entry, term: &Term) -> Result<(), RecipeError> {
@@ -304,8 +403,7 @@ impl Draft {
             terms: (policy.clone(), terms),
             policy,
             default_schedule: schedule,
-            k: self.k.unwrap_or(DType::F32),
-            v: self.v.unwrap_or(DType::F32),
+            precision: self.precision,
             schedule: self.schedule.unwrap_or(schedule),
             positions: self.positions,
         };

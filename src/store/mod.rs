@@ -4,15 +4,23 @@
 //! a fork, a policy or a rollback never has to think of them. *Hurts* when two sequences that share a page
 //! both write to it: the first to write copies that page (one, not the context).
 //!
+//! [`append`] writes exact entries at the end; [`compact`] drops entries; [`seal`] packs what lies between the sinks
+//! and the recent tail.
+//!
 //! Invariants, kept by every function here and relied on by kernels: positions strictly ascend within a
 //! head; every page of a segment but the last is full; entries beyond `rows` are never read.
+
+mod compact;
+mod seal;
+
+pub use compact::compact;
+pub use seal::{Packed, Storage, block_bytes, page_bytes, seal};
 
 use crate::backend::Backend;
 use crate::columns::ColumnsMut;
 use crate::device::page::{HeadRows, Page, PageLayout, Segment, Side};
 use crate::error::{DeviceError, KernelError};
 use crate::geometry::{KeyPhase, LayerShape, Rotary};
-use crate::kernel::gather::{GatherArgs, GatherTarget};
 use crate::kernel::rope::{RopeArgs, RopeTarget};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -43,7 +51,7 @@ fn unshare<'a>(
     }
 }
 
-/// Appends entries with zeroed columns and β = 0.
+/// Appends entries with zeroed columns and β = 0, in pages of `layout`, which is exact.
 ///
 /// # Errors
 /// [`DeviceError`]; the head is then as before.
@@ -67,7 +75,8 @@ fn try_append(
     head: &mut HeadRows,
     new: NewRows<'_>,
 ) -> Result<(), DeviceError> {
-    if head.segments.is_empty() {
+    // A run of another encoding, or the sinks, ends where it ends.
+    if head.segments.last().is_none_or(|s| s.layout != *layout) {
         head.segments.push(Segment::new(Arc::clone(layout)));
     }
     let Some(segment) = head.segments.last_mut() else { unreachable!("a segment was just pushed") };
@@ -102,7 +111,13 @@ fn try_append(
 }
 
 /// Keeps the first `rows` entries and frees whole pages behind them.
+///
+/// Packed entries stay packed, also where they now stand at the end.
 pub fn truncate_rows(head: &mut HeadRows, rows: usize) {
+    let packed = head.segments.iter().rposition(|s| !s.layout.is_exact()).map_or(0, |last| last + 1);
+    if rows < head.segments[..packed].iter().map(|s| s.rows).sum() {
+        head.open = None;
+    }
     let mut left = rows;
     for segment in &mut head.segments {
         segment.rows = segment.rows.min(left);
@@ -127,44 +142,6 @@ pub fn rows_below(head: &HeadRows, position: i32) -> usize {
     rows
 }
 
-/// Keeps the given ascending slots, moves them together and frees the pages left over.
-///
-/// Pages before the first dropped slot are kept as they are, so that what is shared stays shared.
-///
-/// # Errors
-/// [`KernelError`]; the head is then as before.
-pub fn compact(
-    backend: &dyn Backend,
-    layout: &Arc<PageLayout>,
-    head: &mut HeadRows,
-    keep: &[u32],
-) -> Result<(), KernelError> {
-    if keep.len() == head.rows() {
-        return Ok(());
-    }
-    let untouched = keep.iter().enumerate().take_while(|&(i, &slot)| i == slot as usize).count();
-    // With one segment the leading pages that lose nothing can stay.
-    let whole = if head.segments.len() == 1 { untouched / layout.capacity } else { 0 };
-    let moved = &keep[whole * layout.capacity..];
-    let mut pages = Vec::with_capacity(moved.len().div_ceil(layout.capacity));
-    for _ in 0..moved.len().div_ceil(layout.capacity) {
-        pages.push(backend.allocate(layout)?);
-    }
-    backend.gather(&mut GatherArgs {
-        head,
-        slots: moved,
-        target: GatherTarget::Pages { layout, pages: &mut pages },
-    })?;
-    let mut segment = Segment::new(Arc::clone(layout));
-    if let Some(first) = head.segments.first() {
-        segment.pages.extend_from_slice(&first.pages[..whole]);
-    }
-    segment.pages.extend(pages.into_iter().map(Arc::new));
-    segment.rows = keep.len();
-    head.segments = vec![segment];
-    Ok(())
-}
-
 /// Gives every entry a new position and turns its key by the difference.
 ///
 /// `new_position` must be ascending over the head's positions.
@@ -178,6 +155,7 @@ pub fn renumber(
     head: &mut HeadRows,
     new_position: impl Fn(usize, i32) -> i32,
 ) -> Result<(), KernelError> {
+    seal::reopen(backend, head)?;
     let rotary = shape.rotary.as_ref().filter(|_| shape.key_phase == KeyPhase::PostRope);
     let mut angles = AngleCache::default();
     let mut slot = 0;

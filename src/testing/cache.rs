@@ -121,7 +121,7 @@ impl CacheSpec {
             for spec in specs {
                 segments.push(self.build_segment(backend, spec, &mut random, &mut position)?);
             }
-            heads.push(HeadRows { segments });
+            heads.push(HeadRows::new(segments));
         }
         Ok(heads)
     }

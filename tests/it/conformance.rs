@@ -60,8 +60,6 @@ fn the_detected_level_is_the_one_the_system_reports() {
             Level::Avx512
         } else if has(&["avx2", "fma", "f16c", "bmi2", "movbe"]) {
             Level::Avx2
-        } else if has(&["sse4_2", "popcnt"]) {
-            Level::Sse42
         } else {
             Level::Baseline
         };

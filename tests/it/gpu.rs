@@ -5,7 +5,7 @@
 
 #![allow(clippy::print_stdout, reason = "what a test took and what it skipped belongs in its log")]
 
-use crate::support;
+use crate::support::{self, request_gpu, shared_gpu};
 use kvsieve::backend::{Backend, Gpu, Reference};
 use kvsieve::device::encoding::{Format, Packing};
 use kvsieve::error::{DeviceError, KernelError};
@@ -19,37 +19,18 @@ use kvsieve::testing::random::Random;
 use kvsieve::view::DType;
 use kvsieve::wgpu;
 use kvsieve::{Budget, Cpu, KvCache};
-use std::sync::{Arc, OnceLock};
-
-fn request() -> Option<Gpu> {
-    match Gpu::request() {
-        Ok(gpu) => Some(gpu.with_poison(true)),
-        Err(DeviceError::NoAdapter { reason })
-            if std::env::var("KVSIEVE_ALLOW_NO_GPU").is_ok_and(|v| v == "1") =>
-        {
-            println!("skipped, no adapter: {reason}");
-            None
-        }
-        Err(e) => panic!("{e}"),
-    }
-}
-
-/// One device for the tests that do not break it: pipelines are compiled once.
-pub fn gpu() -> Option<&'static Gpu> {
-    static GPU: OnceLock<Option<Gpu>> = OnceLock::new();
-    GPU.get_or_init(request).as_ref()
-}
+use std::sync::Arc;
 
 fn conforms(kernel: fn(&dyn Backend, Effort) -> KernelReport) {
-    let Some(gpu) = gpu() else { return };
-    let report = kernel(gpu, Effort::Full);
+    let Some(gpu) = shared_gpu() else { return };
+    let report = kernel(&*gpu, Effort::Full);
     assert!(report.passed(), "{}\n{report}", gpu.describe());
 }
 
 #[test]
 fn storage() {
     // A device of its own: other tests' pages would disturb the accounting.
-    let Some(gpu) = request() else { return };
+    let Some(gpu) = request_gpu() else { return };
     let report = conformance::storage(&gpu, Effort::Full);
     assert!(report.passed(), "{report}");
 }
@@ -145,7 +126,7 @@ fn decode(
 
 #[test]
 fn a_hosts_device_is_used_and_its_limits_are_checked() {
-    let Some(own) = request() else { return };
+    let Some(own) = request_gpu() else { return };
     drop(own);
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
     let adapter =
@@ -169,7 +150,7 @@ fn a_hosts_device_is_used_and_its_limits_are_checked() {
 
 #[test]
 fn a_dead_device_gives_an_error_and_no_zeros() {
-    let Some(gpu) = request() else { return };
+    let Some(gpu) = request_gpu() else { return };
     let spec = CacheSpec::f32(1, 16, &[100], 16);
     let heads = spec.build(&gpu).unwrap();
     decode(&gpu, &spec, &heads, 1).unwrap();
@@ -186,22 +167,22 @@ fn a_dead_device_gives_an_error_and_no_zeros() {
 
 #[test]
 fn pages_of_another_backend_are_refused() {
-    let Some(gpu) = gpu() else { return };
+    let Some(gpu) = shared_gpu() else { return };
     let spec = CacheSpec::f32(1, 8, &[20], 16);
     let heads = spec.build(&Reference::default()).unwrap();
-    let error = decode(gpu, &spec, &heads, 1).unwrap_err();
+    let error = decode(&*gpu, &spec, &heads, 1).unwrap_err();
     assert!(matches!(error, KernelError::Unsupported { backend: "gpu", kernel: "attend", .. }), "{error}");
 }
 
 #[test]
 fn rotations_too_long_for_the_merge_are_refused() {
-    let Some(gpu) = gpu() else { return };
+    let Some(gpu) = shared_gpu() else { return };
     let rotated = Packing::new(Format::Int8).rotated();
     let spec = |d| CacheSpec::f32(3, d, &[20], 16).typed(DType::F32, rotated);
     let on = |backend: &dyn Backend, d| decode(backend, &spec(d), &spec(d).build(backend).unwrap(), 1);
-    let (got, want) = (on(gpu, 1024).unwrap(), on(&Reference::default(), 1024).unwrap());
+    let (got, want) = (on(&*gpu, 1024).unwrap(), on(&Reference::default(), 1024).unwrap());
     assert!(got.0.iter().zip(&want.0).all(|(a, b)| (a - b).abs() < 1e-4));
-    let error = on(gpu, 2048).unwrap_err();
+    let error = on(&*gpu, 2048).unwrap_err();
     let limit = |e: &KernelError| {
         matches!(e, KernelError::Device(DeviceError::Limit { need: 2048, limit: 1024, .. }))
     };
@@ -210,7 +191,7 @@ fn rotations_too_long_for_the_merge_are_refused() {
 
 #[test]
 fn memory_goes_back_slab_by_slab() {
-    let Some(gpu) = request() else { return };
+    let Some(gpu) = request_gpu() else { return };
     let spec = CacheSpec::f32(1, 64, &[20_000], 64);
     let mut heads = spec.build(&gpu).unwrap();
     let full = gpu.memory();
@@ -228,7 +209,7 @@ fn memory_goes_back_slab_by_slab() {
 
 #[test]
 fn bits_do_not_depend_on_where_pages_lie() {
-    let Some(gpu) = request() else { return };
+    let Some(gpu) = request_gpu() else { return };
     // Two builds of one cache: the second one's pages fill holes between those of a third, over all slabs.
     let spec = CacheSpec::f32(1, 128, &[3000, 700], 64);
     let straight = spec.build(&gpu).unwrap();
@@ -248,7 +229,8 @@ fn bits_do_not_depend_on_where_pages_lie() {
 
 #[test]
 fn threads_may_share_a_backend() {
-    let Some(gpu) = gpu() else { return };
+    let Some(gpu) = shared_gpu() else { return };
+    let gpu = &*gpu;
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..4)
             .map(|seed| {
@@ -287,7 +269,7 @@ fn replay(backend: Arc<dyn Backend>, recipe: &str, layers: usize, prompt: u64, s
 
 #[test]
 fn a_cache_that_evicts_gives_the_same_on_cpu_and_gpu() {
-    let Some(gpu) = request() else { return };
+    let Some(gpu) = request_gpu() else { return };
     let gpu: Arc<dyn Backend> = Arc::new(gpu);
     for recipe in
         ["snapkv(window=16)", "h2o+when=chunk+when=over(slack=4)", "streaming(sinks=2)+k=f16+v=bf16"]

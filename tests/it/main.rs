@@ -7,10 +7,12 @@ mod conformance;
 mod encodings;
 #[cfg(feature = "gpu")]
 mod gpu;
+mod guard;
 mod hostile;
 mod peers;
 mod policies;
 mod recipes;
 mod state_machine;
+mod storage;
 mod support;
 mod tidy;

@@ -236,8 +236,8 @@ fn kvpress_on_the_cpu() {
 #[cfg(feature = "gpu")]
 #[test]
 fn kvpress_on_the_gpu() {
-    if let Some(gpu) = crate::gpu::gpu() {
-        check(gpu, &small());
+    if let Some(gpu) = crate::support::shared_gpu() {
+        check(&*gpu, &small());
     }
 }
 
@@ -248,8 +248,8 @@ fn kvpress_on_a_longer_prompt() {
         Some(recording) => {
             check(&Cpu::default(), &recording);
             #[cfg(feature = "gpu")]
-            if let Some(gpu) = crate::gpu::gpu() {
-                check(gpu, &recording);
+            if let Some(gpu) = crate::support::shared_gpu() {
+                check(&*gpu, &recording);
             }
         }
         // The larger recording is not part of the repository.

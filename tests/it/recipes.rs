@@ -39,6 +39,18 @@ fn canonical_forms() {
     canonical("snapkv+when=never", "snapkv+when=never");
     canonical("full+when=never", "full");
     canonical("knorm+positions=renumber", "knorm+positions=renumber");
+    canonical("full+k=int4( hadamard, center )+v=lm3", "full+k=int4(center,hadamard)+v=lm3");
+    canonical("full+v=lm3(center,hadamard)+k=lm2(plain)", "full+k=lm2(plain)+v=lm3");
+    canonical("full+layers=0(v=f32,group=8)+v=int8", "full+v=int8");
+    canonical("full+v=int8+layers=-1(v=f32,heads=0)", "full+v=int8+layers=-1..(heads=0..1,v=f32)");
+    canonical("full+exact=f16(tail=128,sinks=4)", "full");
+    canonical("full+k=int8+exact=f32(tail=0)", "full+k=int8+exact=f32(tail=0)");
+    canonical("safe+full", "full+k=int8+v=int8");
+    canonical("full+safe+v=f16", "full+k=int8+v=f16");
+    canonical(
+        "full+balanced",
+        "full+k=int8+v=int4(center,hadamard)+layers=0..2(v=int8)+layers=-2..(v=int8)+layers=0..(group=8,v=int8)",
+    );
     // Later terms override earlier ones.
     canonical("snapkv+h2o+k=f16+k=f32+sinks=1+sinks=2", "h2o+sinks=2");
     canonical("adakv+uniform", "snapkv");
@@ -83,23 +95,23 @@ fn errors_say_where_and_what() {
         r#"recipe "k=f16", column 1: expected a policy among the terms, for example full or snapkv"#,
     );
     fails("snapkv+sinks", r#"recipe "snapkv+sinks", column 8: sinks is a stage: expected sinks=…"#);
-    fails(
-        "snapkv+k=f16(x=1)",
-        r#"recipe "snapkv+k=f16(x=1)", column 14: k=f16 takes no arguments; expected a storage type"#,
-    );
+    fails("snapkv+k=f16(x=1)", r#"recipe "snapkv+k=f16(x=1)", column 15: expected ',' or ')', found '='"#);
     let names = |which: fn(&Build) -> bool| {
         let registry = Registry::builtin();
         registry.iter().filter(|e| which(&e.build)).map(|e| e.name).collect::<Vec<_>>().join(", ")
     };
     fails(
         "snappy",
-        &format!(r#"there is no policy or allocator named "snappy"; known: {}"#, names(|_| true)),
+        &format!(
+            r#"there is no policy or allocator named "snappy"; known: {}; storage: safe, balanced, compact"#,
+            names(|_| true)
+        ),
     );
     let allocators = names(|b| matches!(b, Build::Allocate { .. }));
     fails("alloc=snapkv", &format!(r#"there is no allocator named "snapkv"; known: {allocators}"#));
     fails(
         "snapkv+speed=9",
-        r#"there is no stage named "speed"; known: score, alloc, k, v, sinks, recent, when, positions"#,
+        r#"there is no stage named "speed"; known: score, alloc, k, v, layers, exact, sinks, recent, when, positions"#,
     );
     fails("snapkv(windw=3)", "snapkv: windw = 3, must be one of the arguments window, kernel, pool, agg");
     fails("knorm(x=3)", "knorm: x = 3, must be left out: knorm takes no arguments");
@@ -109,7 +121,23 @@ fn errors_say_where_and_what() {
     fails("snapkv(pool=min)", "snapkv: pool = min, must be one of avg, max");
     fails("adakv(safeguard=NaN)", "adakv: safeguard = NaN, must be a number from 0 to 1");
     fails("adakv(safeguard=-0.1)", "adakv: safeguard = -0.1, must be a number from 0 to 1");
-    fails("snapkv+k=int3", "snapkv+k=int3: k = int3, must be one of f32, f16, bf16");
+    fails(
+        "snapkv+k=int3",
+        r#"there is no storage type named "int3"; known: f32, f16, bf16, int8, int4, lm4, lm3, lm2, kivi4, kivi2, q8_0, q4_0, q4_1, q5_0, q5_1"#,
+    );
+    fails("snapkv+k=f16(center)", "k=f16: f16 = center, must be without options: it stores rows as they are");
+    fails("snapkv+v=int4(centre)", "v=int4: int4 = centre, must be center, hadamard or plain");
+    fails("full+layers=0..2", "layers=0..2: k and v = nothing, must be given, at least one of them");
+    fails(
+        "full+layers=0..2(q=int8)",
+        "layers=0..2: q = int8, must be one of the arguments heads, group, k, v",
+    );
+    fails(
+        "full+layers=0-2(k=int8)",
+        "layers=0-2: layers = 0-2, must be a layer or head such as 5 or -1, or a range of them such as 0..2, -2.. or ..4",
+    );
+    fails("full+exact=int8", "full+exact=int8: exact = int8, must be f32, f16 or bf16");
+    fails("full+safe(k=int8)", "safe: k = int8, must be left out: safe takes no arguments");
     fails("snapkv+sinks=-1", "snapkv+sinks=-1: sinks = -1, must be a whole number, at least 0");
     fails(
         "snapkv+when=daily",
@@ -125,6 +153,12 @@ fn conflicts_name_the_option_to_change() {
         assert!(matches!(error, RecipeError::Conflict { .. }), "{error:?}");
         assert!(error.to_string().contains("alloc=uniform"), "{error}");
     }
+    for recipe in ["streaming+positions=renumber+k=int8", "streaming+safe+positions=renumber"] {
+        let error = Recipe::parse(recipe).unwrap_err();
+        assert!(matches!(error, RecipeError::Conflict { .. }), "{error:?}");
+        assert!(error.to_string().contains("packed keys"), "{error}");
+    }
+    assert!(Recipe::parse("streaming+positions=renumber+v=int8").is_ok());
     for recipe in ["full+adakv", "full+sinks=4", "recent=4+full"] {
         let error = Recipe::parse(recipe).unwrap_err();
         assert!(matches!(error, RecipeError::Conflict { .. }), "{error:?}");
@@ -212,6 +246,16 @@ fn stage() -> impl Strategy<Value = String> {
         "k=f16",
         "v=bf16",
         "k=f32",
+        "k=int8",
+        "v = int4 ( hadamard , center )",
+        "v=lm2(plain)",
+        "layers=-2..(k=q8_0, v=kivi2(center))",
+        "layers = 3 ( heads=..-1, group=0, v=lm4(center) )",
+        "exact=f32(tail=0)",
+        "exact=bf16",
+        "safe",
+        "balanced",
+        "compact",
         "when=prefill",
         "when=chunk",
         "when=never",
@@ -242,7 +286,10 @@ proptest! {
             let text = recipe.to_string();
             let again = Recipe::parse(&text).unwrap();
             prop_assert_eq!(again.to_string(), text);
-            prop_assert_eq!((again.k, again.v, again.schedule, again.positions), (recipe.k, recipe.v, recipe.schedule, recipe.positions));
+            prop_assert_eq!(
+                (&again.precision, again.schedule, again.positions),
+                (&recipe.precision, recipe.schedule, recipe.positions)
+            );
             prop_assert_eq!(format!("{:?}", again.policy), format!("{:?}", recipe.policy));
         }
     }

@@ -4,7 +4,11 @@
 use kvsieve::geometry::{LayerShape, ModelShape, Position, Rotary, RotaryLayout};
 use kvsieve::view::{DType, TensorView, TensorViewMut};
 use kvsieve::{Backend, KvCache, SequenceId};
+#[cfg(feature = "gpu")]
+use kvsieve::{backend::Gpu, error::DeviceError};
 use std::sync::Arc;
+#[cfg(feature = "gpu")]
+use std::sync::OnceLock;
 
 /// A hash as a float in [-1, 1).
 pub fn noise(seed: u64) -> f32 {
@@ -197,18 +201,44 @@ pub fn small_model(layers: usize, hq: usize, h: usize, d: usize) -> ModelShape {
     ModelShape::uniform(layers, LayerShape::new(hq, h, d).with_rotary(rotary)).unwrap()
 }
 
-/// Every backend that must agree; the GPU joins where the feature is on.
+/// A device of a test's own, or `None` only if the absence of any was excused.
+#[cfg(feature = "gpu")]
+pub fn request_gpu() -> Option<Gpu> {
+    match Gpu::request() {
+        Ok(gpu) => Some(gpu.with_poison(true)),
+        Err(DeviceError::NoAdapter { reason })
+            if std::env::var("KVSIEVE_ALLOW_NO_GPU").is_ok_and(|v| v == "1") =>
+        {
+            println!("skipped, no adapter: {reason}");
+            None
+        }
+        Err(error) => panic!("{error} (where there is no adapter, KVSIEVE_ALLOW_NO_GPU=1 excuses it)"),
+    }
+}
+
+/// One device for the tests that neither break it nor count its memory: pipelines are compiled once.
+#[cfg(feature = "gpu")]
+pub fn shared_gpu() -> Option<Arc<Gpu>> {
+    static GPU: OnceLock<Option<Arc<Gpu>>> = OnceLock::new();
+    GPU.get_or_init(|| request_gpu().map(Arc::new)).clone()
+}
+
+/// Every backend that must agree; the GPU, shared between tests, joins where the feature is on.
 pub fn backends() -> Vec<Arc<dyn Backend>> {
     #[cfg_attr(not(feature = "gpu"), allow(unused_mut, reason = "only the GPU is pushed"))]
     let mut all: Vec<Arc<dyn Backend>> =
         vec![Arc::new(kvsieve::Reference::default()), Arc::new(kvsieve::Cpu::default())];
     #[cfg(feature = "gpu")]
-    match kvsieve::backend::Gpu::request() {
-        Ok(gpu) => all.push(Arc::new(gpu)),
-        Err(error) => assert!(
-            std::env::var_os("KVSIEVE_ALLOW_NO_GPU").is_some(),
-            "{error} (KVSIEVE_ALLOW_NO_GPU=1 excuses it)"
-        ),
+    all.extend(shared_gpu().map(|gpu| gpu as Arc<dyn Backend>));
+    all
+}
+
+/// As [`backends`], but the GPU is the caller's alone: for tests that count its memory.
+pub fn own_backends() -> Vec<Arc<dyn Backend>> {
+    let mut all = backends();
+    #[cfg(feature = "gpu")]
+    if let Some(gpu) = all.iter_mut().find(|backend| backend.name() == "gpu") {
+        *gpu = Arc::new(request_gpu().unwrap());
     }
     all
 }

@@ -3,10 +3,12 @@
 //! *Helps* to choose a recipe and a budget with numbers that others can repeat. *Hurts* patience: every recipe, budget
 //! and sample prefills its own prompt, because a prompt that was compressed cannot be compressed again differently.
 
+mod compare;
 mod figure;
 mod needle;
 mod running;
 mod span;
+mod windows;
 
 use crate::args::{self, BackendName, Variant};
 use crate::error::{Error, Result};
@@ -18,16 +20,21 @@ use kvsieve::{Budget, KvCache, SequenceId};
 use serde::Serialize;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 const EXAMPLES: &str = "\
 Examples:
   kvsieve eval --recipe snapkv,tova,streaming --budget 50%,25%,10% --figure kl.svg
+  kvsieve eval --task windows --recipe full+k=f16+v=f16,full+k=bf16+v=bf16
   kvsieve eval --task span-copy --recipe snapkv --budget 25% --prompt-tokens 1024,2048 --depth 0.1,0.5,0.9
   kvsieve eval --task needle --model llama-3.1-8b.Q4_K_M.gguf --recipe snapkv --budget 25% --prompt-tokens 4096
 
 Tasks:
   text       After a prompt of P tokens, C further tokens are fed as they are, at S places of the text. KL to the full
              cache's predictions, how often the most likely token is the same, and NLL, averaged over S*C predictions.
+  windows    The protocol of llama.cpp's --kl-divergence: windows from the start of the text, each fed to an empty cache,
+             the predictions of its second half compared as in text. Recipes that evict do so between the halves. Bits
+             per element are counted from pages, at the end of a window, over all its tokens.
   span-copy  64 tokens that stand at a depth of the prompt are fed again after it was compressed, and the last 48
              predictions scored. `fresh` is the same for tokens that the prompt does not contain: a cache that has lost
              the passage does no better than that.
@@ -39,10 +46,18 @@ Tasks:
 enum Task {
     /// KL, same-top-1 and NLL over running text.
     Text,
+    /// KL, same-top-1 and NLL over the second halves of windows, as llama.cpp measures.
+    Windows,
     /// Continue a passage of the prompt.
     SpanCopy,
     /// Find a hidden number.
     Needle,
+}
+
+impl Task {
+    fn measures_kl(self) -> bool {
+        matches!(self, Self::Text | Self::Windows)
+    }
 }
 
 /// Arguments of `kvsieve eval`.
@@ -72,24 +87,51 @@ pub(crate) struct Args {
     /// S: samples at equal strides through the text (text).
     #[arg(long, default_value_t = 4)]
     samples: usize,
+    /// Windows from the start of the text (windows).
+    #[arg(long, default_value_t = 6)]
+    windows: usize,
+    /// Tokens of a window (windows).
+    #[arg(long, default_value_t = 1024)]
+    window_tokens: usize,
     /// Depths in the prompt, 0 to 1 (span-copy, needle).
     #[arg(long, value_delimiter = ',', default_value = "0.1,0.5,0.9")]
     depth: Vec<f64>,
     /// Where prompts start in the text, in tokens (span-copy).
     #[arg(long, value_delimiter = ',', default_value = "20000,60000")]
     offset: Vec<usize>,
-    /// Feed prompts in steps of N tokens; whole by default, so that every recipe chooses with the whole prompt in sight.
+    /// Feed the model in steps of N tokens; prompts whole by default, so that every recipe chooses with the whole prompt
+    /// in sight, windows by 512. A step may read its own tokens before they are packed: for packed recipes give windows
+    /// 64 or fewer.
     #[arg(long, value_name = "N")]
     chunk_tokens: Option<usize>,
     /// Where the cache runs; the model itself always runs on the CPU.
     #[arg(long, value_enum, default_value = "cpu")]
     backend: BackendName,
-    /// Draw KL against bytes (text): *.svg or *.png.
+    /// Draw KL against bytes (text, windows): *.svg or *.png.
     #[arg(long)]
     figure: Option<PathBuf>,
     /// Print JSON instead of a table.
     #[arg(long)]
     json: bool,
+}
+
+impl Args {
+    fn windows(&self) -> windows::Protocol {
+        windows::Protocol { windows: self.windows, tokens: self.window_tokens }
+    }
+
+    /// What a task that measures KL did, in a line.
+    fn protocol(&self) -> String {
+        if self.task == Task::Windows {
+            let predictions = self.windows().predictions();
+            return format!(
+                "{predictions} predictions in {} windows of {} tokens",
+                self.windows, self.window_tokens
+            );
+        }
+        let prompt = self.prompt_tokens.first().copied().unwrap_or(0);
+        format!("{} samples of {} tokens after {prompt}", self.samples, self.score_tokens)
+    }
 }
 
 /// What a prefilled, compressed cache costs, summed over samples.
@@ -101,6 +143,17 @@ struct Measured {
 }
 
 impl Measured {
+    /// What one sequence costs now.
+    fn of(cache: &KvCache, sequence: SequenceId) -> Result<Self> {
+        let stored = cache.stats(sequence)?.total();
+        let heads: usize = cache.shape().iter().map(|layer| layer.kv_heads).sum();
+        Ok(Self {
+            entries_per_head: stored.entries as f64 / heads as f64,
+            bytes_resident: stored.bytes_resident,
+            samples: 1,
+        })
+    }
+
     fn add(&mut self, other: Self) {
         self.entries_per_head += other.entries_per_head;
         self.bytes_resident += other.bytes_resident;
@@ -119,11 +172,13 @@ struct Row {
     depth: Option<f64>,
     entries_per_head: f64,
     kv_bytes_resident: usize,
+    bits_per_element: Option<f64>,
     kl: Option<f64>,
     same_top1: Option<f64>,
     nll: Option<f64>,
     nll_over_full: Option<f64>,
     accuracy: Option<f64>,
+    seconds: Option<f64>,
 }
 
 impl Row {
@@ -156,18 +211,12 @@ impl Job<'_> {
             args::cache(self.host.model.shape()?, &variant.recipe[..], variant.budget, &self.backend)?;
         let sequence = cache.create_sequence();
         self.host.model.prefill(&mut cache, sequence, prompt, self.chunk, &mut |_| ())?;
-        let stored = cache.stats(sequence)?.total();
-        let heads: usize = cache.shape().iter().map(|layer| layer.kv_heads).sum();
-        let measured = Measured {
-            entries_per_head: stored.entries as f64 / heads as f64,
-            bytes_resident: stored.bytes_resident,
-            samples: 1,
-        };
+        let measured = Measured::of(&cache, sequence)?;
         Ok((cache, sequence, measured))
     }
 
     /// Feeds tokens and visits every row of logits. One token at a time where the recipe may compress in between, as
-    /// in decoding; otherwise all at once, which is the same and faster.
+    /// in decoding; otherwise in chunks, which is the same and faster.
     fn feed(
         &self,
         cache: &mut KvCache,
@@ -177,7 +226,7 @@ impl Job<'_> {
     ) -> Result<()> {
         let Schedule { chunk, every, over, .. } = cache.recipe().schedule;
         let stepwise = chunk || every.is_some() || over.is_some();
-        let size = if stepwise { 1 } else { tokens.len() };
+        let size = if stepwise { 1 } else { self.chunk.min(tokens.len()) };
         self.host.model.forward_rows(cache, sequence, tokens, size, &mut |row, logits| {
             visit(row, logits);
             Ok(())
@@ -188,10 +237,10 @@ impl Job<'_> {
 
 pub(crate) fn main(args: &Args) -> Result<()> {
     if let Some(path) = &args.figure {
-        if args.task != Task::Text {
+        if !args.task.measures_kl() {
             return Err(Error::usage(
-                "--figure draws KL, which only the task text measures",
-                "use --task text",
+                "--figure draws KL, which only the tasks text and windows measure",
+                "use --task text or --task windows",
             ));
         }
         figure::check(path)?;
@@ -203,6 +252,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         ));
     }
     let prompt = match (args.task, &args.prompt_tokens[..]) {
+        (Task::Windows, _) => args.window_tokens,
         (Task::Text, [one]) => *one,
         (Task::Text, _) => {
             return Err(Error::usage("the task text takes one prompt length", "give one --prompt-tokens"));
@@ -211,23 +261,30 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     };
     let host = Host::load(&args.model)?;
     let context = host.model.config().context;
-    let most = prompt + args.score_tokens.max(128);
+    let most = if args.task == Task::Windows { prompt } else { prompt + args.score_tokens.max(128) };
     if most > context {
-        let what =
-            format!("prompt and scored tokens reach {most} positions, the model's context is {context}");
-        return Err(Error::usage(what, "lower --prompt-tokens or --score-tokens"));
+        let what = format!("the tokens of a sample reach {most} positions, the model's context is {context}");
+        return Err(Error::usage(what, "lower --prompt-tokens, --score-tokens or --window-tokens"));
     }
     let backend = args.backend.open()?;
     let recipes = args::split_recipes(&args.recipe);
     let variants = args::variants(&host.model.shape()?, &recipes, &args.budget, &*backend)?;
+    if args.chunk_tokens == Some(1) && variants.iter().any(|variant| variant.budget.is_some()) {
+        return Err(Error::usage(
+            "--chunk-tokens 1: a cache takes the first single token for the end of the prompt, and would evict there",
+            "give 2 or more",
+        ));
+    }
     let text = host.encode(&host::text(args.text.as_deref())?)?;
-    let job =
-        Job { host: &host, variants: &variants, backend, chunk: args.chunk_tokens.unwrap_or(usize::MAX) };
+    let chunk = if args.task == Task::Windows { host::CHUNK } else { usize::MAX };
+    let job = Job { host: &host, variants: &variants, backend, chunk: args.chunk_tokens.unwrap_or(chunk) };
+    let began = Instant::now();
     let rows = match args.task {
         Task::Text => {
             let protocol = running::Protocol { prompt, scored: args.score_tokens, samples: args.samples };
             running::run(&job, protocol, &text)?
         }
+        Task::Windows => windows::run(&job, args.windows(), &text)?,
         Task::SpanCopy => {
             let protocol = span::Protocol {
                 prompts: args.prompt_tokens.clone(),
@@ -247,34 +304,43 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         println!("{text}");
     } else {
         print(args.task, &rows);
+        if args.task == Task::Windows {
+            println!("\n{}, {:.0} s in all", args.protocol(), began.elapsed().as_secs_f64());
+        }
     }
     if let Some(path) = &args.figure {
-        let title = format!(
-            "{}: {} samples of {} tokens after {prompt}",
-            host.model.config().name,
-            args.samples,
-            args.score_tokens
-        );
+        let title = format!("{}: {}", host.model.config().name, args.protocol());
         figure::draw(path, &rows, &title)?;
     }
     Ok(())
 }
 
 fn print(task: Task, rows: &[Row]) {
-    if task == Task::Text {
-        let heading = ["recipe", "budget", "kept", "KV memory", "KL", "same top-1", "NLL", "over full"];
+    if task.measures_kl() {
+        let mut heading =
+            vec!["recipe", "budget", "kept", "KV memory", "KL", "same top-1", "NLL", "over full"];
+        if task == Task::Windows {
+            heading.extend(["bits/element", "time"]);
+        }
         let mut table = Table::new(2, &heading);
         for row in rows {
-            table.row(vec![
+            let mut cells = vec![
                 row.recipe.clone(),
                 row.budget.clone(),
                 format!("{:.0}", row.entries_per_head),
                 bytes(row.kv_bytes_resident),
-                number(row.kl, 4),
+                number(row.kl, if task == Task::Windows { 6 } else { 4 }),
                 percent(row.same_top1),
                 number(row.nll, 4),
                 number(row.nll_over_full, 4),
-            ]);
+            ];
+            if task == Task::Windows {
+                cells.extend([
+                    number(row.bits_per_element, 2),
+                    format!("{:.0} s", row.seconds.unwrap_or(0.0)),
+                ]);
+            }
+            table.row(cells);
         }
         return table.print();
     }

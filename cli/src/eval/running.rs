@@ -4,10 +4,11 @@
 //! are (teacher forcing). KL, same-top-1 and NLL are means over the `S · C` predictions. *Helps* to compare recipes on
 //! equal terms. *Hurts* as the only number: running text rarely needs what a policy dropped; see span copy.
 
+use super::compare::{Distance, Reference};
 use super::{Job, Measured, Row};
+use crate::args::Variant;
 use crate::error::{Error, Result};
 use crate::host;
-use crate::metrics::{Mean, argmax, kl, log_softmax};
 
 /// Sizes of the protocol.
 #[derive(Clone, Copy, Debug)]
@@ -15,23 +16,6 @@ pub(super) struct Protocol {
     pub(super) prompt: usize,
     pub(super) scored: usize,
     pub(super) samples: usize,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Sums {
-    kl: Mean,
-    same: Mean,
-    nll: Mean,
-    full_nll: Mean,
-    measured: Measured,
-}
-
-/// The full cache's predictions after one prompt.
-struct Full {
-    /// `[scored, vocabulary]` log-probabilities.
-    rows: Vec<f32>,
-    top: Vec<usize>,
-    nll: Mean,
 }
 
 pub(super) fn run(job: &Job<'_>, protocol: Protocol, text: &[u32]) -> Result<Vec<Row>> {
@@ -50,47 +34,25 @@ pub(super) fn run(job: &Job<'_>, protocol: Protocol, text: &[u32]) -> Result<Vec
         return Err(Error::usage(what, "give a longer --text, or lower --prompt-tokens or --score-tokens"));
     }
     let bar = host::bar(samples * (job.variants.len() + 1), "running text");
-    let mut sums = vec![Sums::default(); job.variants.len()];
+    let mut sums = vec![(Distance::default(), Measured::default()); job.variants.len()];
     for sample in 0..samples {
         let start = (text.len() - window) * sample / samples.max(2).saturating_sub(1);
         let tokens: Vec<u32> = bos.iter().chain(&text[start..start + window]).copied().collect();
-        let full = full(job, &tokens, prompt)?;
+        let (fed, targets) = (&tokens[prompt..prompt + scored], &tokens[prompt + 1..]);
+        let mut full = Reference::of(targets);
+        let (mut cache, sequence, _) = job.prefilled(&Variant::full(), &tokens[..prompt])?;
+        job.feed(&mut cache, sequence, fed, &mut |_, logits| full.record(logits))?;
         bar.inc(1);
-        for (variant, sums) in job.variants.iter().zip(&mut sums) {
+        for (variant, (distance, cost)) in job.variants.iter().zip(&mut sums) {
             let (mut cache, sequence, measured) = job.prefilled(variant, &tokens[..prompt])?;
-            let vocabulary = full.rows.len() / scored;
-            job.feed(&mut cache, sequence, &tokens[prompt..prompt + scored], &mut |row, logits| {
-                let mut logits = logits.to_vec();
-                log_softmax(&mut logits);
-                sums.kl.add(kl(&full.rows[row * vocabulary..(row + 1) * vocabulary], &logits));
-                sums.same.add(f64::from(u8::from(argmax(&logits) == full.top[row])));
-                sums.nll.add(-f64::from(logits[tokens[prompt + row + 1] as usize]));
-            })?;
-            sums.measured.add(measured);
-            sums.full_nll.merge(full.nll);
+            job.feed(&mut cache, sequence, fed, &mut |row, logits| distance.add(&full, row, logits))?;
+            cost.add(measured);
             bar.inc(1);
         }
     }
     bar.finish_and_clear();
-    let row = |(variant, sums): (&crate::args::Variant, &Sums)| Row {
-        kl: sums.kl.get(),
-        same_top1: sums.same.get(),
-        nll: sums.nll.get(),
-        nll_over_full: sums.nll.get().zip(sums.full_nll.get()).map(|(nll, full)| nll - full),
-        ..Row::new("text", variant, prompt, sums.measured)
-    };
-    Ok(job.variants.iter().zip(&sums).map(row).collect())
-}
-
-fn full(job: &Job<'_>, tokens: &[u32], prompt: usize) -> Result<Full> {
-    let (mut cache, sequence, _) = job.prefilled(&crate::args::Variant::full(), &tokens[..prompt])?;
-    let mut full = Full { rows: Vec::new(), top: Vec::new(), nll: Mean::default() };
-    job.feed(&mut cache, sequence, &tokens[prompt..tokens.len() - 1], &mut |row, logits| {
-        let start = full.rows.len();
-        full.rows.extend_from_slice(logits);
-        log_softmax(&mut full.rows[start..]);
-        full.top.push(argmax(&full.rows[start..]));
-        full.nll.add(-f64::from(full.rows[start + tokens[prompt + row + 1] as usize]));
-    })?;
-    Ok(full)
+    let rows = job.variants.iter().zip(&sums);
+    Ok(rows
+        .map(|(variant, (distance, cost))| distance.fill(Row::new("text", variant, prompt, *cost)))
+        .collect())
 }

@@ -31,8 +31,8 @@ use crate::kernel::simd::tile::{
     BLOCK, QueryBlock, ScoreScratch, TILE, digits_len, first_slot, padded_bias, page_count, rotation_len,
     tiles,
 };
-use crate::kernel::simd::{Exec, take};
-use fearless_simd::{Simd, SimdBase, dispatch};
+use crate::kernel::simd::{Exec, dispatch, take};
+use fearless_simd::{Simd, SimdBase};
 use std::ops::Range;
 
 /// Fewest entries of a chunk: below, merging and starting tasks would cost more than they spread.

@@ -7,8 +7,8 @@ use crate::device::HeadRows;
 use crate::device::page::{Page, PageLayout, PageRef, Side};
 use crate::error::KernelError;
 use crate::kernel::simd::widen::widen_row;
-use crate::kernel::simd::{Exec, Split, take};
-use fearless_simd::{Simd, dispatch};
+use crate::kernel::simd::{Exec, Split, dispatch, take};
+use fearless_simd::Simd;
 
 /// See [`super`].
 ///

@@ -5,8 +5,8 @@
 use super::MergeArgs;
 use crate::error::KernelError;
 use crate::kernel::simd::math::{add_scaled, scale};
-use crate::kernel::simd::{Exec, Split, take};
-use fearless_simd::{Simd, dispatch};
+use crate::kernel::simd::{Exec, Split, dispatch, take};
+use fearless_simd::Simd;
 
 /// See [`super`].
 ///

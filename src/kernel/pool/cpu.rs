@@ -5,8 +5,8 @@
 
 use super::{PoolArgs, PoolKind};
 use crate::error::KernelError;
-use crate::kernel::simd::{Exec, Split, take};
-use fearless_simd::{Simd, dispatch};
+use crate::kernel::simd::{Exec, Split, dispatch, take};
+use fearless_simd::Simd;
 
 /// Slots worked on at a time: they stay in registers or the first cache level for all neighbours.
 const STRIP: usize = 256;

@@ -8,8 +8,8 @@ use crate::device::page::Side;
 use crate::error::KernelError;
 use crate::geometry::RotaryLayout;
 use crate::kernel::simd::widen::widen_row;
-use crate::kernel::simd::{Exec, Split, take};
-use fearless_simd::{Simd, SimdBase, dispatch};
+use crate::kernel::simd::{Exec, Split, dispatch, take};
+use fearless_simd::{Simd, SimdBase};
 
 /// See [`super`].
 ///

@@ -9,9 +9,9 @@ use crate::device::page::{Rows, Side};
 use crate::error::KernelError;
 use crate::kernel::simd::math::sum_of_squares;
 use crate::kernel::simd::widen::widen;
-use crate::kernel::simd::{Exec, Split, take};
+use crate::kernel::simd::{Exec, Split, dispatch, take};
 use crate::kernel::{expect_len, total_rows};
-use fearless_simd::{Simd, dispatch};
+use fearless_simd::Simd;
 
 /// See [`super`].
 ///

@@ -315,7 +315,7 @@ mod tests {
         for level in Level::available() {
             for zero in [0, 128] {
                 let (mut values, mut out) = (x.clone(), vec![1.0f32; rows * lanes]);
-                fearless_simd::dispatch!(level.token(), simd => {
+                crate::kernel::simd::dispatch!(level.token(), simd => {
                     let digits = Digits::cut(simd, Matrix { data: &mut values, stride: n }, rows);
                     let codes = Quads { words: &codes, stride: lanes, zero };
                     let out = Matrix { data: &mut out[..], stride: lanes };
@@ -356,7 +356,7 @@ mod tests {
         let codes = [0x0101_0101; 16 * 16];
         for level in Level::available() {
             let (mut values, mut out) = (x, [0.0f32; 16]);
-            fearless_simd::dispatch!(level.token(), simd => {
+            crate::kernel::simd::dispatch!(level.token(), simd => {
                 let digits = Digits::cut(simd, Matrix { data: &mut values, stride: 64 }, 1).keeping_sums();
                 let codes = Quads { words: &codes, stride: 16, zero: 0 };
                 let out = Matrix { data: &mut out[..], stride: 16 };

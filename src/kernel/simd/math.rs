@@ -113,7 +113,7 @@ mod tests {
     fn worst(level: Level, inputs: impl Iterator<Item = f32>, of: impl Fn(f32) -> (f64, f64)) -> f64 {
         let mut worst = 0.0f64;
         for x in inputs {
-            let got = fearless_simd::dispatch!(level.token(), simd => {
+            let got = crate::kernel::simd::dispatch!(level.token(), simd => {
                 let mut out = [0.0f32; 16];
                 exp(simd, SimdBase::splat(simd, x)).store_slice(&mut out[..lanes(simd)]);
                 out[0]

@@ -1,9 +1,42 @@
 //! What the CPU halves of the kernels share: the instruction set chosen at run time, the threads, and the
 //! small vector routines (widening, exponential, a block product) they are built from.
 //!
-//! Vector code is generic over `fearless_simd`'s token and enters through its `dispatch!`, so one source
+//! Vector code is generic over `fearless_simd`'s token and enters through [`dispatch!`], so one source
 //! serves every instruction set and there is no `unsafe`. *Helps* every kernel alike. *Hurts* by one copy of
 //! the machine code per instruction set.
+
+/// Runs an expression with the token of a level: `fearless_simd`'s macro of that name, without the copy for SSE4.2.
+/// Processors that have it and not AVX2 are from before 2013; for them the baseline will do, and everyone builds a
+/// fifth less.
+macro_rules! dispatch {
+    ($level:expr, $simd:ident => $op:expr) => {{
+        let level: fearless_simd::Level = $level;
+        #[cfg(target_arch = "x86_64")]
+        {
+            use fearless_simd::{Level, Simd as _};
+            match level {
+                Level::Avx512($simd) => $simd.vectorize(
+                    #[inline(always)]
+                    || $op,
+                ),
+                Level::Avx2($simd) => $simd.vectorize(
+                    #[inline(always)]
+                    || $op,
+                ),
+                lower => {
+                    let Some($simd) = lower.as_sse2() else { unreachable!("x86-64 has SSE2") };
+                    $simd.vectorize(
+                        #[inline(always)]
+                        || $op,
+                    )
+                }
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        fearless_simd::dispatch!(level, $simd => $op)
+    }};
+}
+pub(crate) use dispatch;
 
 pub(crate) mod dots;
 pub(crate) mod gemm;
@@ -23,8 +56,6 @@ use crate::device::Pool;
 pub enum Level {
     /// What the target always has: SSE2 on x86-64, NEON on 64-bit Arm, scalar code elsewhere.
     Baseline,
-    /// SSE4.2 (x86-64-v2).
-    Sse42,
     /// AVX2, FMA and F16C (x86-64-v3).
     Avx2,
     /// AVX-512 as of Ice Lake.
@@ -33,7 +64,7 @@ pub enum Level {
 
 impl Level {
     /// All, ascending.
-    pub const ALL: [Self; 4] = [Self::Baseline, Self::Sse42, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 3] = [Self::Baseline, Self::Avx2, Self::Avx512];
 
     /// The highest this machine can run.
     pub fn detect() -> Self {
@@ -45,9 +76,6 @@ impl Level {
             }
             if level.as_avx2().is_some() {
                 return Self::Avx2;
-            }
-            if level.as_sse4_2().is_some() {
-                return Self::Sse42;
             }
         }
         let _ = level;
@@ -66,7 +94,6 @@ impl Level {
             Self::Baseline if cfg!(any(target_arch = "x86", target_arch = "x86_64")) => "sse2",
             Self::Baseline if cfg!(target_arch = "aarch64") => "neon",
             Self::Baseline => "baseline",
-            Self::Sse42 => "sse4.2",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
         }
@@ -82,7 +109,6 @@ impl Level {
             let lowered = match self {
                 Self::Avx512 => highest.as_avx512().map(L::Avx512),
                 Self::Avx2 => highest.as_avx2().map(L::Avx2),
-                Self::Sse42 => highest.as_sse4_2().map(L::Sse4_2),
                 Self::Baseline => highest.as_sse2().map(L::Sse2),
             };
             lowered.unwrap_or(highest)

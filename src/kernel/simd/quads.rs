@@ -183,12 +183,12 @@ mod tests {
                 for len in [1, 3, 15, 16, 17, 63, TILE] {
                     let plane: Vec<u8> = (0..len * bytes).map(|i| (i * 7 + i / 256) as u8).collect();
                     let mut out = vec![0; TILE * bytes];
-                    fearless_simd::dispatch!(level.token(), simd => of_elements(simd, &plane, bytes, len, 0x80, &mut out));
+                    crate::kernel::simd::dispatch!(level.token(), simd => of_elements(simd, &plane, bytes, len, 0x80, &mut out));
                     for (i, code) in plane.iter().enumerate() {
                         let (row, byte) = (i / bytes, i % bytes);
                         assert_eq!(out[4 * (byte / 4 * TILE + row) + byte % 4], code ^ 0x80);
                     }
-                    fearless_simd::dispatch!(level.token(), simd => of_rows(simd, &plane, bytes, len, 0, &mut out));
+                    crate::kernel::simd::dispatch!(level.token(), simd => of_rows(simd, &plane, bytes, len, 0, &mut out));
                     for i in 0..len.next_multiple_of(4) * bytes {
                         let (row, byte) = (i / bytes, i % bytes);
                         let code = plane[row.min(len - 1) * bytes + byte];

@@ -301,11 +301,11 @@ mod tests {
         for level in Level::available() {
             for start in [0, 1, 15, 60001] {
                 let mut out = vec![0.0f32; bits.len() - start];
-                fearless_simd::dispatch!(level.token(), simd => widen(simd, Rows::F16(halves), start, &mut out));
+                crate::kernel::simd::dispatch!(level.token(), simd => widen(simd, Rows::F16(halves), start, &mut out));
                 for (h, o) in halves[start..].iter().zip(&out).filter(|(h, _)| !h.is_nan()) {
                     assert_eq!(h.to_f32().to_bits(), o.to_bits(), "{h} at {}", level.name());
                 }
-                fearless_simd::dispatch!(level.token(), simd => widen(simd, Rows::Bf16(brains), start, &mut out));
+                crate::kernel::simd::dispatch!(level.token(), simd => widen(simd, Rows::Bf16(brains), start, &mut out));
                 for (h, o) in brains[start..].iter().zip(&out).filter(|(h, _)| !h.is_nan()) {
                     assert_eq!(h.to_f32().to_bits(), o.to_bits(), "{h} at {}", level.name());
                 }

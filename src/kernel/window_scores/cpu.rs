@@ -14,8 +14,8 @@ use crate::kernel::simd::prefetch::Ahead;
 use crate::kernel::simd::tile::{
     BLOCK, QueryBlock, ScoreScratch, TILE, padded_bias, page_count, rotation_len, tiles,
 };
-use crate::kernel::simd::{Exec, Split, take};
-use fearless_simd::{Simd, SimdBase, dispatch};
+use crate::kernel::simd::{Exec, Split, dispatch, take};
+use fearless_simd::{Simd, SimdBase};
 
 /// See [`super`].
 ///

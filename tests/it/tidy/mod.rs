@@ -94,5 +94,11 @@ fn kernels_have_their_parts_and_shaders() {
 fn every_policy_has_a_page() {
     let registry = kvsieve::policy::registry::Registry::builtin();
     let entries: Vec<_> = registry.iter().map(|entry| (entry.name, entry.page())).collect();
-    none(&rules::pages(&repository(), &entries));
+    none(&rules::pages(&repository(), "docs/policies/", &entries));
+}
+
+#[test]
+fn every_codec_has_a_page() {
+    let entries: Vec<_> = kvsieve::codec::CODECS.iter().map(|c| (c.format.name(), c.page())).collect();
+    none(&rules::pages(&repository(), "docs/codecs/", &entries));
 }

@@ -32,6 +32,8 @@ const SIBLINGS: &[(&str, &str)] = &[
     // A recipe is the text form of a policy: the two are one level in two files.
     ("policy", "recipe"),
     ("recipe", "policy"),
+    // A recipe names storage.
+    ("recipe", "codec"),
     // An index searches encoded entries.
     ("index", "codec"),
     // Messages carry numbers in their own types (a position, the extents of a tensor) instead of strings.
@@ -220,20 +222,19 @@ fn belongs(shader: &str, kernel: &str) -> bool {
     shader.strip_prefix(kernel).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
 }
 
-/// Every registered policy has a page, every page a policy.
-pub(super) fn pages(files: &[File], registry: &[(&str, String)]) -> Vec<String> {
+/// Every registered policy or codec has its page in `folder`, every page there something it describes.
+pub(super) fn pages(files: &[File], folder: &str, registry: &[(&str, String)]) -> Vec<String> {
     let mut problems = Vec::new();
     for (name, page) in registry {
-        if *page != format!("docs/policies/{name}.md") {
-            problems.push(format!("policy `{name}` names the page {page}, not docs/policies/{name}.md"));
-        }
-        if !files.iter().any(|f| f.path == *page) {
-            problems.push(format!("policy `{name}` has no page {page}"));
+        if !page.starts_with(folder) || !files.iter().any(|f| f.path == *page) {
+            problems.push(format!("`{name}` has no page {page} in {folder}"));
+        } else if !files.iter().any(|f| f.path == *page && has_word(&f.text, name)) {
+            problems.push(format!("{page} does not mention `{name}`"));
         }
     }
-    let found = files.iter().filter_map(|f| f.path.strip_prefix("docs/policies/")?.strip_suffix(".md"));
-    let orphans = found.filter(|stem| *stem != "README" && !registry.iter().any(|(name, _)| name == stem));
-    problems.extend(orphans.map(|stem| format!("docs/policies/{stem}.md describes no registered policy")));
+    let found = files.iter().filter(|f| f.path.starts_with(folder) && !f.path.ends_with("/README.md"));
+    let orphans = found.filter(|f| !registry.iter().any(|(_, page)| *page == f.path));
+    problems.extend(orphans.map(|f| format!("{} describes nothing registered", f.path)));
     problems
 }
 
@@ -323,12 +324,14 @@ mod tests {
 
     #[test]
     fn policies_without_pages_and_pages_without_policies_fail() {
-        let files = [File::new("docs/policies/h2o.md", ""), File::new("docs/policies/README.md", "")];
+        let files = [File::new("docs/policies/h2o.md", "# h2o"), File::new("docs/policies/README.md", "")];
+        let pages = |registry: &[(&str, String)]| pages(&files, "docs/policies/", registry);
         let entry = |name, page: &str| (name, page.to_owned());
         let h2o = entry("h2o", "docs/policies/h2o.md");
-        assert!(pages(&files, std::slice::from_ref(&h2o)).is_empty());
-        assert_eq!(pages(&files, &[]).len(), 1);
-        assert_eq!(pages(&files, &[h2o, entry("tova", "docs/policies/tova.md")]).len(), 1);
-        assert_eq!(pages(&files, &[entry("h2o", "docs/h2o.md")]).len(), 2);
+        assert!(pages(std::slice::from_ref(&h2o)).is_empty());
+        assert_eq!(pages(&[]).len(), 1);
+        assert_eq!(pages(&[h2o, entry("tova", "docs/policies/tova.md")]).len(), 1);
+        assert_eq!(pages(&[entry("h2o", "docs/h2o.md")]).len(), 2);
+        assert_eq!(pages(&[entry("tova", "docs/policies/h2o.md")]).len(), 1);
     }
 }
