@@ -357,6 +357,36 @@ fn eval_measures_a_real_model() {
 }
 
 #[test]
+fn guard_says_what_packing_does_layer_by_layer() {
+    let Some(model) = model() else { return };
+    let text = scratch("guard.txt");
+    std::fs::write(&text, long_text()).unwrap();
+    let common = ["eval", "--task", "guard", "--model", &model, "--text", text.to_str().unwrap()];
+    let sizes = ["--prompt-tokens", "300", "--score-tokens", "16"];
+    let recipe = ["--recipe", "full+k=lm2+v=int8+layers=0(k=f32,v=f32)", "--threshold", "0.02"];
+    let json = stdout(&[&common[..], &sizes, &recipe, &["--json"]].concat());
+    let rows: Value = serde_json::from_str(&json).unwrap();
+    let rows = rows.as_array().unwrap();
+    assert_eq!(rows.len(), 30 * KV_HEADS);
+    let get = |row: &Value, field: &str| row[field].as_f64().unwrap_or_else(|| panic!("{row}"));
+    for row in rows {
+        let exact = row["layer"] == 0;
+        assert_eq!(get(row, "key_error") == 0.0, exact, "{row}");
+        assert_eq!(get(row, "output_error") == 0.0, exact, "{row}");
+        assert!(
+            exact || get(row, "key_error") > 10.0 * get(row, "value_error"),
+            "two bits against eight: {row}"
+        );
+        assert_eq!(row["upgraded"].is_string(), get(row, "output_error") > 0.02, "{row}");
+    }
+    assert!(rows.iter().any(|row| row["upgraded"] == "int8/f16"), "{json}");
+    let table = stdout(&[&common[..], &sizes, &["--recipe", "full+safe"]].concat());
+    assert!(table.contains("key error") && table.lines().count() == 2 + 30, "{table}");
+    let plain = failure(&[&common[..], &sizes, &["--recipe", "full+k=f16"]].concat());
+    assert!(plain.contains("packs nothing"), "{plain}");
+}
+
+#[test]
 fn windows_count_what_storage_costs() {
     let Some(model) = model() else { return };
     let text = scratch("windows.txt");

@@ -5,6 +5,7 @@
 
 mod compare;
 mod figure;
+mod guard;
 mod needle;
 mod running;
 mod span;
@@ -26,6 +27,7 @@ const EXAMPLES: &str = "\
 Examples:
   kvsieve eval --recipe snapkv,tova,streaming --budget 50%,25%,10% --figure kl.svg
   kvsieve eval --task windows --recipe full+k=f16+v=f16,full+k=bf16+v=bf16
+  kvsieve eval --task guard --recipe full+compact --threshold 0.1
   kvsieve eval --task span-copy --recipe snapkv --budget 25% --prompt-tokens 1024,2048 --depth 0.1,0.5,0.9
   kvsieve eval --task needle --model llama-3.1-8b.Q4_K_M.gguf --recipe snapkv --budget 25% --prompt-tokens 4096
 
@@ -38,6 +40,8 @@ Tasks:
   span-copy  64 tokens that stand at a depth of the prompt are fed again after it was compressed, and the last 48
              predictions scored. `fresh` is the same for tokens that the prompt does not contain: a cache that has lost
              the passage does no better than that.
+  guard      Exact and packed storage side by side over C tokens after a prompt of P: errors of packed keys and values and
+             of attention outputs per layer; with --threshold, which heads would get more bits.
   needle     A number is hidden in the text and asked for after compression. For models of a billion parameters and
              more; the small default model fails it with its full cache.";
 
@@ -48,6 +52,8 @@ enum Task {
     Text,
     /// KL, same-top-1 and NLL over the second halves of windows, as llama.cpp measures.
     Windows,
+    /// Errors of packed storage, layer by layer.
+    Guard,
     /// Continue a passage of the prompt.
     SpanCopy,
     /// Find a hidden number.
@@ -81,9 +87,12 @@ pub(crate) struct Args {
     /// P: tokens of the prompt. Several for span-copy and needle.
     #[arg(long, value_delimiter = ',', default_value = "1024")]
     prompt_tokens: Vec<usize>,
-    /// C: tokens scored after the prompt (text).
+    /// C: tokens scored after the prompt (text), or watched (guard).
     #[arg(long, default_value_t = 128)]
     score_tokens: usize,
+    /// Relative error of attention outputs above which heads get more bits (guard).
+    #[arg(long)]
+    threshold: Option<f64>,
     /// S: samples at equal strides through the text (text).
     #[arg(long, default_value_t = 4)]
     samples: usize,
@@ -253,9 +262,9 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     }
     let prompt = match (args.task, &args.prompt_tokens[..]) {
         (Task::Windows, _) => args.window_tokens,
-        (Task::Text, [one]) => *one,
-        (Task::Text, _) => {
-            return Err(Error::usage("the task text takes one prompt length", "give one --prompt-tokens"));
+        (Task::Text | Task::Guard, [one]) => *one,
+        (Task::Text | Task::Guard, _) => {
+            return Err(Error::usage("this task takes one prompt length", "give one --prompt-tokens"));
         }
         (_, many) => many.iter().max().copied().unwrap_or(0),
     };
@@ -285,6 +294,15 @@ pub(crate) fn main(args: &Args) -> Result<()> {
             running::run(&job, protocol, &text)?
         }
         Task::Windows => windows::run(&job, args.windows(), &text)?,
+        Task::Guard => {
+            let (watched, threshold) = (args.score_tokens, args.threshold);
+            let rows = guard::run(&job, guard::Protocol { prompt, watched, threshold }, &text)?;
+            if args.json {
+                return print_json(&rows);
+            }
+            guard::print(&rows);
+            return Ok(());
+        }
         Task::SpanCopy => {
             let protocol = span::Protocol {
                 prompts: args.prompt_tokens.clone(),
@@ -300,8 +318,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         }
     };
     if args.json {
-        let text = serde_json::to_string(&rows).map_err(|e| Error::usage(e.to_string(), "report this"))?;
-        println!("{text}");
+        print_json(&rows)?;
     } else {
         print(args.task, &rows);
         if args.task == Task::Windows {
@@ -312,6 +329,12 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         let title = format!("{}: {}", host.model.config().name, args.protocol());
         figure::draw(path, &rows, &title)?;
     }
+    Ok(())
+}
+
+fn print_json(rows: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string(rows).map_err(|e| Error::usage(e.to_string(), "report this"))?;
+    println!("{text}");
     Ok(())
 }
 
