@@ -393,7 +393,18 @@ fn windows_count_what_storage_costs() {
     std::fs::write(&text, long_text()).unwrap();
     let recipes = "full,full+k=f16+v=f16,full+k=bf16+v=bf16,snapkv";
     let common = ["eval", "--task", "windows", "--model", &model, "--text", text.to_str().unwrap()];
-    let sizes = ["--windows", "2", "--window-tokens", "256", "--recipe", recipes, "--budget", "50%"];
+    let sizes = [
+        "--windows",
+        "2",
+        "--window-tokens",
+        "256",
+        "--chunk-tokens",
+        "64",
+        "--recipe",
+        recipes,
+        "--budget",
+        "50%",
+    ];
     let rows: Value = serde_json::from_str(&stdout(&[&common[..], &sizes, &["--json"]].concat())).unwrap();
     let rows = rows.as_array().unwrap();
     assert_eq!(rows.len(), 4);

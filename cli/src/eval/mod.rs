@@ -109,8 +109,8 @@ pub(crate) struct Args {
     #[arg(long, value_delimiter = ',', default_value = "20000,60000")]
     offset: Vec<usize>,
     /// Feed the model in steps of N tokens; prompts whole by default, so that every recipe chooses with the whole prompt
-    /// in sight, windows by 512. A step may read its own tokens before they are packed: for packed recipes give windows
-    /// 64 or fewer.
+    /// in sight, windows one by one under recipes that pack: a step reads its own tokens before they are packed, so larger
+    /// steps are faster and flatter.
     #[arg(long, value_name = "N")]
     chunk_tokens: Option<usize>,
     /// Where the cache runs; the model itself always runs on the CPU.
@@ -126,7 +126,7 @@ pub(crate) struct Args {
 
 impl Args {
     fn windows(&self) -> windows::Protocol {
-        windows::Protocol { windows: self.windows, tokens: self.window_tokens }
+        windows::Protocol { windows: self.windows, tokens: self.window_tokens, chunk: self.chunk_tokens }
     }
 
     /// What a task that measures KL did, in a line.
@@ -214,12 +214,18 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
+    /// The same in other steps.
+    fn in_chunks(&self, chunk: usize) -> Self {
+        Self { chunk, backend: Arc::clone(&self.backend), ..*self }
+    }
+
     /// A cache after a prompt, compressed as the recipe says.
     fn prefilled(&self, variant: &Variant, prompt: &[u32]) -> Result<(KvCache, SequenceId, Measured)> {
         let mut cache =
             args::cache(self.host.model.shape()?, &variant.recipe[..], variant.budget, &self.backend)?;
         let sequence = cache.create_sequence();
-        self.host.model.prefill(&mut cache, sequence, prompt, self.chunk, &mut |_| ())?;
+        // A cache takes the first single token for the end of the prompt.
+        self.host.model.prefill(&mut cache, sequence, prompt, self.chunk.max(2), &mut |_| ())?;
         let measured = Measured::of(&cache, sequence)?;
         Ok((cache, sequence, measured))
     }
@@ -278,15 +284,9 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     let backend = args.backend.open()?;
     let recipes = args::split_recipes(&args.recipe);
     let variants = args::variants(&host.model.shape()?, &recipes, &args.budget, &*backend)?;
-    if args.chunk_tokens == Some(1) && variants.iter().any(|variant| variant.budget.is_some()) {
-        return Err(Error::usage(
-            "--chunk-tokens 1: a cache takes the first single token for the end of the prompt, and would evict there",
-            "give 2 or more",
-        ));
-    }
     let text = host.encode(&host::text(args.text.as_deref())?)?;
-    let chunk = if args.task == Task::Windows { host::CHUNK } else { usize::MAX };
-    let job = Job { host: &host, variants: &variants, backend, chunk: args.chunk_tokens.unwrap_or(chunk) };
+    let job =
+        Job { host: &host, variants: &variants, backend, chunk: args.chunk_tokens.unwrap_or(usize::MAX) };
     let began = Instant::now();
     let rows = match args.task {
         Task::Text => {
