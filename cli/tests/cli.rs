@@ -417,7 +417,7 @@ fn windows_count_what_storage_costs() {
     let bits: Vec<f64> = (0..4).map(|i| get(i, "bits_per_element")).collect();
     assert!(bits[0] > 32.0 && bits[0] < 36.0 && bits[1] > 16.0 && bits[1] < 20.0, "{bits:?}");
     assert_eq!(bits[1], bits[2]);
-    assert!(bits[3] < 0.9 * bits[0], "half of the first half is gone: {bits:?}");
+    assert!(bits[3] < 0.9 * bits[0], "half of the first half is gone, a page of every head: {bits:?}");
     assert_eq!((get(0, "entries_per_head"), get(3, "entries_per_head")), (256.0, 192.0));
 
     let small =

@@ -235,7 +235,7 @@ pub fn backends() -> Vec<Arc<dyn Backend>> {
 
 /// As [`backends`], but the GPU is the caller's alone: for tests that count its memory.
 pub fn own_backends() -> Vec<Arc<dyn Backend>> {
-    #[cfg_attr(not(feature = "gpu"), allow(unused_mut, reason = "only the GPU is replaced"))]
+    #[cfg_attr(not(feature = "gpu"), allow(unused_mut, reason = "only the GPU is exchanged"))]
     let mut all = backends();
     #[cfg(feature = "gpu")]
     if let Some(gpu) = all.iter_mut().find(|backend| backend.name() == "gpu") {

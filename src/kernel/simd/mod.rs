@@ -1,7 +1,7 @@
 //! What the CPU halves of the kernels share: the instruction set chosen at run time, the threads, and the
 //! small vector routines (widening, exponential, a block product) they are built from.
 //!
-//! Vector code is generic over `fearless_simd`'s token and enters through [`dispatch!`], so one source
+//! Vector code is generic over `fearless_simd`'s token and enters through `dispatch!`, so one source
 //! serves every instruction set and there is no `unsafe`. *Helps* every kernel alike. *Hurts* by one copy of
 //! the machine code per instruction set.
 
