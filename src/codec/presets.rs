@@ -16,7 +16,7 @@ pub struct Preset {
 
 /// All, from most to fewest bits.
 pub const PRESETS: [Preset; 3] = [
-    Preset { name: "safe", summary: "8 bits everywhere: no loss that a task shows", terms: "k=int8+v=int8" },
+    Preset { name: "safe", summary: "8 bits everywhere", terms: "k=int8+v=int8" },
     Preset {
         name: "balanced",
         summary: "keys at 8 bits, values at 4; 8 at both ends of the model and at 8 query heads per KV head",
