@@ -6,8 +6,8 @@
 //! the machine code per instruction set.
 
 /// Runs an expression with the token of a level: `fearless_simd`'s macro of that name, without the copy for SSE4.2.
-/// Processors that have it and not AVX2 are from before 2013; for them the baseline will do, and everyone builds a
-/// fifth less.
+/// Processors that have it and not AVX2 are from before 2013; for them the baseline will do, and everyone compiles
+/// one copy less.
 macro_rules! dispatch {
     ($level:expr, $simd:ident => $op:expr) => {{
         let level: fearless_simd::Level = $level;
