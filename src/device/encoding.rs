@@ -371,6 +371,22 @@ impl PackedLayout {
         }
     }
 
+    /// Writes the codes of a row, padding included.
+    #[inline(always)]
+    pub fn set_codes(&self, bytes: &mut [u8], row: usize, codes: &[u8]) {
+        let mut from = 0;
+        for (index, &width) in self.packing.format.planes().iter().enumerate() {
+            let stretch = self.plane_row(width);
+            let out = &mut bytes[self.plane(index) + row * stretch..][..stretch];
+            out.fill(0);
+            for (field, codes) in codes.chunks_exact(stretch).enumerate() {
+                let (mask, to) = (((1u16 << width) - 1) as u8, field * width);
+                out.iter_mut().zip(codes).for_each(|(byte, code)| *byte |= (code >> from & mask) << to);
+            }
+            from += width;
+        }
+    }
+
     /// Writes the parameters of a group.
     pub fn set_parameters(&self, bytes: &mut [u8], group: usize, scale: f16, min: f16) {
         let at = self.parameters() + 2 * group * self.group_halves();
@@ -472,6 +488,7 @@ pub const fn rotation_block(d: usize) -> usize {
 
 /// Rotates a row in place by the orthonormal Walsh–Hadamard transform, block by block of [`rotation_block`]
 /// elements. Twice gives the row back.
+#[inline(always)]
 pub fn rotate(row: &mut [f32]) {
     let block = rotation_block(row.len());
     let factor = 1.0 / (block as f32).sqrt();

@@ -38,6 +38,28 @@ pub struct Packed {
     pub tail: usize,
 }
 
+/// Where a run of exact entries is cut, in slots of the run.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    /// End of the sinks, which stay exact.
+    sinks: usize,
+    /// End of the full packed pages.
+    end: usize,
+    /// Whether what follows becomes a packed page too, though not a full one.
+    partial: bool,
+}
+
+impl Packed {
+    /// What becomes of the last `rows` entries, exact ones, behind `before` others. Nothing if they stay as they are.
+    fn cut(&self, before: usize, rows: usize) -> Option<Cut> {
+        let sinks = self.sinks.saturating_sub(before).min(rows);
+        let full = rows.saturating_sub(sinks + self.tail) / self.layout.capacity;
+        let end = sinks + full * self.layout.capacity;
+        let partial = self.tail == 0 && end < rows;
+        (full > 0 || partial).then_some(Cut { sinks, end, partial })
+    }
+}
+
 impl Storage {
     /// How a side of an entry is stored when it comes, and how later.
     pub fn stored(&self, side: Side) -> (Encoding, Encoding) {
@@ -84,22 +106,20 @@ pub fn page_bytes(layout: &PageLayout) -> usize {
 /// [`KernelError`]; the head is then as before.
 pub fn seal(backend: &dyn Backend, storage: &Storage, head: &mut HeadRows) -> Result<bool, KernelError> {
     let Some(packed) = &storage.packed else { return Ok(false) };
-    if head.segments.last().is_none_or(|s| s.layout != storage.exact) {
+    let exact =
+        |head: &HeadRows| head.segments.iter().rev().take_while(|s| s.layout == storage.exact).count();
+    let run = &head.segments[head.segments.len() - exact(head)..];
+    let rows: usize = run.iter().map(|s| s.rows).sum();
+    // Most commits end here, before anything is copied. Entries that are kept open wait for the next one that comes.
+    let ready = head.open.is_some() || packed.cut(head.rows() - rows, rows).is_some();
+    if rows == 0 || !ready {
         return Ok(false);
     }
     let mut sealed = head.clone();
     reopen(backend, &mut sealed)?;
-    let exact = sealed.segments.iter().rev().take_while(|s| s.layout == storage.exact).count();
-    let run = sealed.segments.split_off(sealed.segments.len() - exact);
+    let run = sealed.segments.split_off(sealed.segments.len() - exact(&sealed));
     let rows: usize = run.iter().map(|s| s.rows).sum();
-    // In slots of the run: sinks that are still in it, packed pages, the rest.
-    let sinks = packed.sinks.saturating_sub(sealed.rows()).min(rows);
-    let full = rows.saturating_sub(sinks + packed.tail) / packed.layout.capacity;
-    let end = sinks + full * packed.layout.capacity;
-    let partial = packed.tail == 0 && end < rows;
-    if full == 0 && !partial {
-        return Ok(false);
-    }
+    let Some(Cut { sinks, end, partial }) = packed.cut(sealed.rows(), rows) else { return Ok(false) };
     let source = HeadRows::new(run);
     let mut add = |slots: std::ops::Range<usize>, layout: &Arc<PageLayout>| -> Result<(), KernelError> {
         let mut left = slots.len();

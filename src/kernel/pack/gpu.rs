@@ -4,10 +4,11 @@
 //! *Helps* a prompt, whose rows are staged through the host anyway. *Hurts* long generation, where rows make the
 //! trip down and up again, once per page.
 
-use super::{PackArgs, reference};
+use super::{PackArgs, cpu};
 use crate::device::gpu::{Context, DeviceBlock};
 use crate::device::page::Side;
 use crate::error::KernelError;
+use crate::kernel::simd::Level;
 
 /// See [`super`].
 ///
@@ -23,7 +24,7 @@ pub(crate) fn run(context: &Context, args: &mut PackArgs<'_>) -> Result<(), Kern
             continue;
         }
         let mut bytes = vec![0; layout.side_bytes(side)];
-        reference::side(layout, side, rows, &mut bytes)?;
+        cpu::side(Level::detect(), layout, side, rows, &mut bytes)?;
         context.memory.write_side(block, layout, side, &bytes);
     }
     Ok(())

@@ -11,11 +11,17 @@
 //! | format | scale `s` | min `m` | code |
 //! |---|---|---|---|
 //! | int8 | max abs / 127 | | round(z/s) within ±127 |
-//! | int4, kivi4, kivi2 | (max − min) / (2^b − 1) | min | round((z − m)/s) |
-//! | lm4, lm3, lm2 | Σ z·c / Σ c² over the levels `c` chosen | | level nearest to z / rms(z) |
+//! | int4 | of several, see below, the fit that loses least | | round((z − m)/s) |
+//! | kivi4, kivi2 | (max − min) / (2^b − 1) | min | round((z − m)/s) |
+//! | lm4, lm3, lm2 | of several, see below, the fit that loses least | | level nearest to z / (a·rms(z)) |
 //! | q8_0 | max abs / 127, rounded after use | | round half away from zero |
 //! | q4_0, q5_0 | element of largest magnitude / −2^(b−1), rounded after use | | ⌊z/s + 2^(b−1) + ½⌋, at most 2^b − 1 |
 //! | q4_1, q5_1 | (max − min) / (2^b − 1), rounded after use | min | ⌊(z − m)/s + ½⌋ |
+//!
+//! A fit tries seven ranges: for int4 the whole one about its middle and down to 0.7 of it, for Lloyd–Max levels
+//! multiples `a` of the root mean square from 0.8 to 1.21. For the levels `c` that each gives, scale and minimum follow
+//! by least squares (`s = Σ z·c / Σ c²` without minimum), and the one with the least `Σ (z − s·c − m)²` stays. A few
+//! elements clipped let all others round finer; it also finds the range of groups that are not normally distributed.
 //!
 //! "round" is half to even. The last three rows are llama.cpp's, to the bit. A group of equal elements has scale 0
 //! (and its value as minimum, where there is one).
@@ -29,8 +35,10 @@ pub mod quantize;
 pub mod reference;
 
 use super::expect_len;
+use crate::device::encoding::PackedLayout;
 use crate::device::page::{Page, PageLayout};
 use crate::error::KernelError;
+use half::f16;
 
 /// Name in errors, benchmarks and shaders.
 pub const NAME: &str = "pack";
@@ -39,6 +47,14 @@ pub const NAME: &str = "pack";
 /// widen them and turn them back are not.
 pub fn allowed(want: f32) -> f64 {
     1e-5 * (1.0 + f64::from(want.abs()))
+}
+
+/// Checks that a group's parameters can be stored.
+fn in_range(layout: &PackedLayout, row: usize, (scale, min): (f16, f16)) -> Result<(), KernelError> {
+    if scale.is_finite() && min.is_finite() {
+        return Ok(());
+    }
+    Err(KernelError::Range { kernel: NAME, row, format: layout.packing.format.name() })
 }
 
 /// Rows for the start of one page.

@@ -2,7 +2,8 @@
 //!
 //! *Helps* doubt the others. *Hurts* by its speed.
 
-use super::{PackArgs, quantize};
+use super::PackArgs;
+use super::quantize::Quantizer;
 use crate::device::encoding::{PackedLayout, rotate};
 use crate::device::page::{PageLayout, Side};
 use crate::error::KernelError;
@@ -21,12 +22,7 @@ pub fn run(args: &mut PackArgs<'_>) -> Result<(), KernelError> {
 }
 
 /// One side, into its bytes.
-pub(super) fn side(
-    layout: &PageLayout,
-    side: Side,
-    rows: &[f32],
-    bytes: &mut [u8],
-) -> Result<(), KernelError> {
+fn side(layout: &PageLayout, side: Side, rows: &[f32], bytes: &mut [u8]) -> Result<(), KernelError> {
     match layout.packed(side) {
         Some(packed) => pack(&packed, rows, bytes),
         None => {
@@ -48,12 +44,13 @@ fn pack(layout: &PackedLayout, rows: &[f32], bytes: &mut [u8]) -> Result<(), Ker
     }
     if layout.packing.center {
         for c in 0..d {
-            let sum: f32 = (0..n).map(|j| rows[j * d + c]).sum();
+            let sum = (0..n).map(|j| rows[j * d + c]).fold(0.0, |sum: f32, x| sum + x);
             let mean = f16::from_f32(sum / n as f32);
             (0..n).for_each(|j| rows[j * d + c] -= mean.to_f32());
             layout.set_mean(bytes, c, mean);
         }
     }
+    let mut quantizer = Quantizer::new(layout.packing.format);
     for first in (0..n).step_by(layout.group_rows) {
         for start in (0..d).step_by(layout.group_dims) {
             let members: Vec<(usize, usize)> = (first..(first + layout.group_rows).min(n))
@@ -61,14 +58,8 @@ fn pack(layout: &PackedLayout, rows: &[f32], bytes: &mut [u8]) -> Result<(), Ker
                 .collect();
             let values: Vec<f32> = members.iter().map(|&(j, c)| rows[j * d + c]).collect();
             let mut codes = vec![0; values.len()];
-            let (scale, min) = quantize::group(layout.packing.format, &values, &mut codes);
-            if !(scale.is_finite() && min.is_finite()) {
-                return Err(KernelError::Range {
-                    kernel: super::NAME,
-                    row: first,
-                    format: layout.packing.format.name(),
-                });
-            }
+            let (scale, min) = quantizer.group(&values, &mut codes);
+            super::in_range(layout, first, (scale, min))?;
             layout.set_parameters(bytes, layout.group(first, start), scale, min);
             for (&(j, c), code) in members.iter().zip(codes) {
                 layout.set_code(bytes, j, c, code);
