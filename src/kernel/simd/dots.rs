@@ -74,10 +74,9 @@ fn pass<S: Simd, B: Source, const C: usize, const R: usize>(
     simd.vectorize(
         #[inline(always)]
         || {
-            let ahead = ahead.over(len.div_ceil(R));
+            let mut ahead = ahead.over(len.div_ceil(R) * (d / S::f32s::LEN));
             for j in (0..len).step_by(R) {
-                ahead.fetch(j / R);
-                block::<S, B, C, R>(simd, queries, keys, (d, len, j), scores, stride);
+                block::<S, B, C, R>(simd, queries, keys, (d, len, j), scores, stride, &mut ahead);
             }
         },
     );
@@ -96,6 +95,7 @@ fn block<S: Simd, B: Source, const C: usize, const R: usize>(
     (d, len, j): (usize, usize, usize),
     scores: &mut [f32],
     stride: usize,
+    ahead: &mut Ahead<'_>,
 ) {
     let lanes = S::f32s::LEN;
     // Slices of known length, so that the loop below indexes without checks. A block that sticks out repeats
@@ -113,6 +113,7 @@ fn block<S: Simd, B: Source, const C: usize, const R: usize>(
     // As many vectors as lanes; those past C·R stay zero.
     let mut sums = [S::f32s::splat(simd, 0.0); 16];
     for i in (0..whole).step_by(lanes) {
+        ahead.step();
         let mut k = [S::f32s::splat(simd, 0.0); R];
         for r in 0..R {
             // SAFETY: every row is `d` long, and `i + lanes <= whole <= d`.

@@ -19,9 +19,6 @@ use fearless_simd::{Simd, SimdBase};
 /// The widest vector, in elements: leading dimensions of `C` (and of `B`'s padding) are multiples of it.
 pub(crate) const PAD: usize = 16;
 
-/// Steps of the inner dimension between two requests for memory ahead.
-const STEPS: usize = 8;
-
 /// A matrix in a slice: row `i` starts at `i * stride`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Matrix<T> {
@@ -43,7 +40,6 @@ pub(crate) fn multiply<S: Simd, B: Source>(
     accumulate: bool,
     ahead: Ahead<'_>,
 ) {
-    let mut ahead = ahead.over(k.div_ceil(STEPS));
     simd.vectorize(
         #[inline(always)]
         || {
@@ -51,16 +47,18 @@ pub(crate) fn multiply<S: Simd, B: Source>(
             let vectors = columns.div_ceil(lanes);
             let mut j = 0;
             // With 32 registers of 16 lanes a 4 × 4 block fits; with 16 registers 4 × 2 does.
-            if lanes >= 16 && (m < 8 || !B::NARROW) {
+            let by_four = lanes >= 16 && (m < 8 || !B::NARROW);
+            let eights = if by_four || lanes < 16 { 0 } else { m / 8 };
+            let blocks = vectors.div_ceil(if by_four { 4 } else { 2 }) * (m.div_ceil(4) - eights);
+            let ahead = &mut ahead.over(blocks * k);
+            if by_four {
                 while j + 4 <= vectors {
                     rows::<S, B, 4>(simd, a, b, c, c_stride, (m, k, j * lanes), accumulate, ahead);
-                    ahead = Ahead::NONE;
                     j += 4;
                 }
             }
             while j + 2 <= vectors {
                 rows::<S, B, 2>(simd, a, b, c, c_stride, (m, k, j * lanes), accumulate, ahead);
-                ahead = Ahead::NONE;
                 j += 2;
             }
             if j < vectors {
@@ -80,20 +78,18 @@ fn rows<S: Simd, B: Source, const N: usize>(
     c_stride: usize,
     (m, k, j): (usize, usize, usize),
     accumulate: bool,
-    mut ahead: Ahead<'_>,
+    ahead: &mut Ahead<'_>,
 ) {
     let mut i = 0;
     // Eight rows by two vectors convert a stored row half as often as four by four.
     if N == 2 && S::f32s::LEN >= 16 {
         while i + 8 <= m {
             block::<S, B, 8, N>(simd, a, b, c, c_stride, (i, k, j), accumulate, ahead);
-            ahead = Ahead::NONE;
             i += 8;
         }
     }
     while i + 4 <= m {
         block::<S, B, 4, N>(simd, a, b, c, c_stride, (i, k, j), accumulate, ahead);
-        ahead = Ahead::NONE;
         i += 4;
     }
     match m - i {
@@ -118,7 +114,7 @@ fn block<S: Simd, B: Source, const M: usize, const N: usize>(
     c_stride: usize,
     (i, k, j): (usize, usize, usize),
     accumulate: bool,
-    ahead: Ahead<'_>,
+    ahead: &mut Ahead<'_>,
 ) {
     let lanes = S::f32s::LEN;
     // Slices of known length here, so that the loop below indexes without checks. Plain loops, because the
@@ -129,21 +125,19 @@ fn block<S: Simd, B: Source, const M: usize, const N: usize>(
     }
     assert!(k == 0 || (k - 1) * b.stride + j + N * lanes <= b.data.len(), "a row of b sticks out");
     let mut sums = [[S::f32s::splat(simd, 0.0); N]; M];
-    for (share, first) in (0..k).step_by(STEPS).enumerate() {
-        ahead.fetch(share);
-        for step in first..(first + STEPS).min(k) {
-            let at = step * b.stride + j;
-            let mut columns = [S::f32s::splat(simd, 0.0); N];
+    for step in 0..k {
+        ahead.step();
+        let at = step * b.stride + j;
+        let mut columns = [S::f32s::splat(simd, 0.0); N];
+        for n in 0..N {
+            // SAFETY: `step < k` and `n < N`, so the assertion above covers it.
+            columns[n] = unsafe { b.data.vector_at(simd, at + n * lanes) };
+        }
+        for r in 0..M {
+            // SAFETY: the rows of `a` are `k` long.
+            let x = S::f32s::splat(simd, unsafe { *a_rows[r].get_unchecked(step) });
             for n in 0..N {
-                // SAFETY: `step < k` and `n < N`, so the assertion above covers it.
-                columns[n] = unsafe { b.data.vector_at(simd, at + n * lanes) };
-            }
-            for r in 0..M {
-                // SAFETY: the rows of `a` are `k` long.
-                let x = S::f32s::splat(simd, unsafe { *a_rows[r].get_unchecked(step) });
-                for n in 0..N {
-                    sums[r][n] = columns[n].mul_add(x, sums[r][n]);
-                }
+                sums[r][n] = columns[n].mul_add(x, sums[r][n]);
             }
         }
     }

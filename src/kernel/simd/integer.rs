@@ -30,7 +30,7 @@ const DIGITS: usize = 2;
 /// The largest integer of that many digits whose negative is one too.
 const MOST: f32 = (127 * (0x100 + 1)) as f32;
 
-/// Steps between two requests for memory ahead.
+/// Steps between two requests for memory ahead: codes are few bytes, and asking is a good part of a step.
 const STEPS: usize = 4;
 
 /// What all digits are shifted by to become unsigned, which carries what must be carried between them.
@@ -148,10 +148,9 @@ pub(crate) fn multiply<S: Simd>(
     ahead: Ahead<'_>,
 ) {
     let vectors = lanes.div_ceil(S::i32s::LEN);
-    // As many shares as steps of all blocks, by fours.
     let blocks = rows.div_ceil(4) * vectors.div_ceil(if rows < 4 { 4 } else { 2 });
     let ahead = ahead.over(blocks * steps.div_ceil(STEPS));
-    let mut product = Product { x, codes, out, steps, accumulate, ahead, share: 0 };
+    let mut product = Product { x, codes, out, steps, accumulate, ahead };
     simd.vectorize(
         #[inline(always)]
         || {
@@ -177,8 +176,6 @@ struct Product<'a> {
     steps: usize,
     accumulate: bool,
     ahead: Ahead<'a>,
-    /// The next share of `ahead`.
-    share: usize,
 }
 
 impl Product<'_> {
@@ -221,8 +218,7 @@ impl Product<'_> {
         }
         for step in 0..self.steps {
             if step.is_multiple_of(STEPS) {
-                self.ahead.fetch(self.share);
-                self.share += 1;
+                self.ahead.step();
             }
             let from = &codes.words[step * codes.stride + lane..][..V * lanes];
             let mut quads = [S::i32s::splat(simd, 0); V];
