@@ -162,12 +162,12 @@ impl KvCache {
         shadow.is_some_and(|shadow| shadow.packs())
     }
 
-    /// More bits for a head from now on: 8 for fewer, exact for 8.
+    /// More bits for a head from now on: 8 for fewer, centred and rotated as these were, exact for 8.
     fn upgrade(&mut self, layer: usize, head: usize) -> Option<(Encoding, Encoding)> {
         let storage = &self.storage[layer][head];
         let (k, v) = (storage.bulk().k, storage.bulk().v);
         let more = |encoding: Encoding, exact: DType| match encoding.packed() {
-            Some(packing) if packing.format.bits() < 8 => Packing::new(Format::Int8).into(),
+            Some(packing) if packing.format.bits() < 8 => Packing { format: Format::Int8, ..packing }.into(),
             Some(_) => exact.into(),
             None => encoding,
         };
@@ -190,21 +190,13 @@ impl KvCache {
             for (head, (exact, packed)) in exact.iter().zip(packed).enumerate() {
                 let (sum, count) = shadow.outputs[layer][head];
                 let bulk = self.storage[layer][head].bulk();
-                let (keys, values) = (self.dense(exact)?, self.dense(packed)?);
-                let error = |side: Side| {
-                    let (a, b) = match side {
-                        Side::Key => (&keys.0, &values.0),
-                        Side::Value => (&keys.1, &values.1),
-                    };
-                    storage_error(packed, side, a, b)
-                };
                 heads.push(HeadReport {
                     layer,
                     head,
                     k: bulk.k,
                     v: bulk.v,
-                    key_error: error(Side::Key),
-                    value_error: error(Side::Value),
+                    key_error: self.storage_error(exact, packed, Side::Key)?,
+                    value_error: self.storage_error(exact, packed, Side::Value)?,
                     output_error: if count == 0 { 0.0 } else { sum / count as f64 },
                     upgraded: None,
                 });
@@ -213,33 +205,34 @@ impl KvCache {
         Ok(GuardReport { tokens: shadow.tokens, done: false, heads })
     }
 
-    fn dense(&self, head: &HeadRows) -> Result<(Vec<f32>, Vec<f32>), Error> {
-        let Some(layout) = head.segments.first().map(|s| &s.layout) else { return Ok(Default::default()) };
-        let rows = head.rows();
-        let (mut keys, mut values) = (vec![0.0; rows * layout.d_k], vec![0.0; rows * layout.d_v]);
-        let slots: Vec<u32> = (0..rows as u32).collect();
-        let target = GatherTarget::Dense { keys: &mut keys, values: &mut values };
-        self.backend.gather(&mut GatherArgs { head, slots: &slots, target })?;
-        Ok((keys, values))
+    /// Error of a side over the entries that are packed on it, relative to how much they differ from one another.
+    fn storage_error(&self, exact: &HeadRows, packed: &HeadRows, side: Side) -> Result<f64, Error> {
+        let pages = packed.pages().filter(|p| p.layout.encoding(side).packed().is_some());
+        let slots: Vec<u32> = pages.flat_map(|p| p.first as u32..(p.first + p.rows) as u32).collect();
+        let Some(d) = packed.segments.first().map(|s| s.layout.dim(side)) else { return Ok(0.0) };
+        let (want, got) = (self.rows_of(exact, &slots, side)?, self.rows_of(packed, &slots, side)?);
+        let (mut error, mut spread) = (0.0, 0.0);
+        for c in 0..d {
+            let column = || want.iter().zip(&got).skip(c).step_by(d);
+            let mean = |sum: f64| sum / slots.len() as f64;
+            let centre = mean(column().map(|(&x, _)| f64::from(x)).sum());
+            // A softmax over keys cannot see what all of them share; a sum of values can.
+            let off = |(&x, &y): (&f32, &f32)| f64::from(y) - f64::from(x);
+            let shift = if side == Side::Key { mean(column().map(off).sum()) } else { 0.0 };
+            error += column().map(|pair| (off(pair) - shift).powi(2)).sum::<f64>();
+            spread += column().map(|(&x, _)| (f64::from(x) - centre).powi(2)).sum::<f64>();
+        }
+        Ok(if error > 0.0 { error / spread } else { 0.0 })
     }
-}
 
-/// Error of a side over the entries that are packed on it, relative to how much entries differ from one another.
-fn storage_error(packed: &HeadRows, side: Side, exact: &[f32], stored: &[f32]) -> f64 {
-    let pages = packed.pages().filter(|p| p.layout.encoding(side).packed().is_some());
-    let rows: Vec<usize> = pages.flat_map(|p| p.first..p.first + p.rows).collect();
-    let Some(d) = packed.segments.first().map(|s| s.layout.dim(side)) else { return 0.0 };
-    let (mut error, mut spread) = (0.0, 0.0);
-    for c in 0..d {
-        let at = |row: &usize| f64::from(exact[row * d + c]);
-        let off = |row: &usize| f64::from(stored[row * d + c]) - at(row);
-        let mean = |f: &dyn Fn(&usize) -> f64| rows.iter().map(f).sum::<f64>() / rows.len() as f64;
-        // A softmax over keys cannot see what all of them share; a sum of values can.
-        let (centre, shift) = (mean(&at), if side == Side::Key { mean(&off) } else { 0.0 });
-        error += rows.iter().map(|row| (off(row) - shift).powi(2)).sum::<f64>();
-        spread += rows.iter().map(|row| (at(row) - centre).powi(2)).sum::<f64>();
+    fn rows_of(&self, head: &HeadRows, slots: &[u32], side: Side) -> Result<Vec<f32>, Error> {
+        let Some(layout) = head.segments.first().map(|s| &s.layout) else { return Ok(Vec::new()) };
+        let (mut keys, mut values) =
+            (vec![0.0; slots.len() * layout.d_k], vec![0.0; slots.len() * layout.d_v]);
+        let target = GatherTarget::Dense { keys: &mut keys, values: &mut values };
+        self.backend.gather(&mut GatherArgs { head, slots, target })?;
+        Ok(if side == Side::Key { keys } else { values })
     }
-    if error > 0.0 { error / spread } else { 0.0 }
 }
 
 impl Step<'_> {

@@ -74,16 +74,17 @@ fn error(packing: Packing) -> f64 {
     lost / all
 }
 
-/// The error of each format on normally distributed rows, from the formats' definitions: the mean squared error of
-/// the quantizer for the Lloyd–Max ones, measured once with an independent program for the others.
+/// The error of each format on normally distributed rows, measured once with an independent program: for `int4` and the
+/// Lloyd–Max formats with the fit that `kernel::pack` describes.
 #[test]
 fn normal_rows_lose_what_the_format_says() {
     for (format, want) in [
         (Format::Int8, 4.2e-5),
-        (Format::Int4, 9.8e-3),
-        (Format::Lm4, 9.5e-3),
-        (Format::Lm3, 3.45e-2),
-        (Format::Lm2, 0.1175),
+        // Without the fit 9.98e-3, 9.22e-3, 3.37e-2 and 0.1157.
+        (Format::Int4, 8.75e-3),
+        (Format::Lm4, 7.93e-3),
+        (Format::Lm3, 3.18e-2),
+        (Format::Lm2, 0.1147),
         (Format::Kivi2, 0.153),
         (Format::Q8_0, 2.9e-5),
         (Format::Q5_0, 1.84e-3),
@@ -93,7 +94,7 @@ fn normal_rows_lose_what_the_format_says() {
     ] {
         for packing in [plain(format), plain(format).rotated()] {
             let got = error(packing);
-            assert!((got / want - 1.0).abs() <= 0.10, "{packing}: {got:.3e}, should be {want:.3e}");
+            assert!((got / want - 1.0).abs() <= 0.05, "{packing}: {got:.3e}, should be {want:.3e}");
         }
     }
 }

@@ -66,7 +66,7 @@ fn outputs_are_exact_until_it_ends_and_weak_heads_get_more_bits() {
         for head in &report.heads {
             assert_eq!(head.upgraded.is_some(), head.layer == 0, "{head:?}");
         }
-        assert_eq!(cache.config().storage, ["int8/f32", "int8/int8"]);
+        assert_eq!(cache.config().storage, ["int8(center,hadamard)/f32", "int8/int8"]);
         let total = cache.stats(id).unwrap().total();
         assert_eq!(total.packed, 4 * 128, "packed at the end, with more bits");
         assert!(cache.memory().resident < guarded);

@@ -45,11 +45,11 @@ fn canonical_forms() {
     canonical("full+v=int8+layers=-1(v=f32,heads=0)", "full+v=int8+layers=-1..(heads=0..1,v=f32)");
     canonical("full+exact=f16(tail=128,sinks=4)", "full");
     canonical("full+k=int8+exact=f32(tail=0)", "full+k=int8+exact=f32(tail=0)");
-    canonical("safe+full", "full+k=int8+v=int8");
-    canonical("full+safe+v=f16", "full+k=int8+v=f16");
+    canonical("safe+full", "full+k=int8(center,hadamard)+v=int8");
+    canonical("full+safe+v=f16", "full+k=int8(center,hadamard)+v=f16");
     canonical(
         "full+balanced",
-        "full+k=int8+v=int4(center,hadamard)+layers=0..2(v=int8)+layers=-2..(v=int8)+layers=0..(group=8,v=int8)",
+        "full+k=int8(center,hadamard)+v=int4(hadamard)+layers=0..2(v=int8)+layers=-2..(v=int8)+layers=0..(group=8,v=int8)",
     );
     // Later terms override earlier ones.
     canonical("snapkv+h2o+k=f16+k=f32+sinks=1+sinks=2", "h2o+sinks=2");

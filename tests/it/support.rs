@@ -248,3 +248,53 @@ pub fn own_backends() -> Vec<Arc<dyn Backend>> {
 pub fn plain(positions: &[Position]) -> Vec<i32> {
     positions.iter().map(|p| p.0).collect()
 }
+
+/// Attention accumulates in `f32`; against `f64` a few hundred terms leave about 1e-6. The bound is the one users are
+/// promised, over exact entries and over what packing left of them alike.
+pub const TOLERANCE: f64 = 1e-4;
+
+/// Checks the output rows of those at `checked` against dense attention over exactly the stored
+/// entries. A single token ends the prompt first, as the cache would, so that what is stored is what it attends to.
+fn feed_checked(cache: &mut KvCache, id: SequenceId, tokens: &[u64], checked: &[usize], what: &str) {
+    let shape = cache.shape().clone();
+    if tokens.len() == 1 {
+        cache.end_prefill(id).unwrap();
+    }
+    let before: Vec<Vec<Vec<Entry>>> = (0..shape.layers())
+        .map(|l| (0..shape.layer(l).kv_heads).map(|h| entries(cache, id, l, h)).collect())
+        .collect();
+    let start = cache.next_position(id).unwrap().0;
+    let precision = cache.recipe().precision.clone();
+    let outs = feed(cache, id, tokens, tokens.len());
+    for layer in 0..shape.layers() {
+        let l = shape.layer(layer);
+        for h in 0..l.query_heads {
+            let head = h / l.group();
+            let exact = precision.head((layer, shape.layers()), (head, l.kv_heads), l.group()).exact;
+            let round = |dtype: DType, row: Vec<f32>| row.into_iter().map(|x| stored(dtype, x)).collect();
+            let mut all = before[layer][head].clone();
+            all.extend(tokens.iter().zip(start..).map(|(&t, position)| Entry {
+                position,
+                key: round(exact.0, placed(Kind::Key, l, t, layer, head, position)),
+                value: round(exact.1, placed(Kind::Value, l, t, layer, head, position)),
+            }));
+            for &i in checked {
+                let position = start + i as i32;
+                let query = placed(Kind::Query, l, tokens[i], layer, h, position);
+                let at = (i * l.query_heads + h) * l.d_v;
+                let error = distance(&outs[layer][at..at + l.d_v], &dense(l, h, &query, position, &all));
+                assert!(error < TOLERANCE, "{what}: layer {layer} head {h} token {i}: {error:e}");
+            }
+        }
+    }
+}
+
+/// Feeds tokens and checks every output row.
+pub fn feed_all_checked(cache: &mut KvCache, id: SequenceId, tokens: &[u64], what: &str) {
+    feed_checked(cache, id, tokens, &(0..tokens.len()).collect::<Vec<_>>(), what);
+}
+
+/// Feeds tokens and checks the first and the last output row: the ends of a step see most of what can go wrong.
+pub fn feed_ends_checked(cache: &mut KvCache, id: SequenceId, tokens: &[u64], what: &str) {
+    feed_checked(cache, id, tokens, &[0, tokens.len() - 1], what);
+}
