@@ -13,7 +13,7 @@ Examples:
   kvsieve policies --json | jq '.[].name'
 
 A name is a recipe; arguments go in parentheses, storage and other stages after `+`:
-  snapkv            snapkv(window=32,kernel=7)            snapkv+k=int8+v=int4(center,hadamard)";
+  snapkv            snapkv(window=32,kernel=7)            snapkv+k=int8+v=int4(hadamard)";
 
 /// Arguments of `kvsieve policies`.
 #[derive(Debug, clap::Args)]

@@ -2,8 +2,8 @@
 //!
 //! Keys get more bits than values, the first and last two layers more than those between, and models whose KV heads
 //! serve eight or more query heads more than others: there one rounded key errs for all of them. Keys are centred and
-//! rotated, which at 8 bits already makes a tenth of the error; values are not centred, so that a page's mean adds no error
-//! to the small values of entries that draw most attention.
+//! rotated, which at 8 bits already makes a tenth of the error. So are values of 4 bits, since the first entries are exact: where
+//! they are packed too, a page's mean adds error to their small values, which draw most attention.
 
 /// Terms under a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,12 +22,12 @@ pub const PRESETS: [Preset; 3] = [
     Preset {
         name: "balanced",
         summary: "keys at 8 bits, values at 4; 8 at both ends of the model and at 8 query heads per KV head",
-        terms: "k=int8(center,hadamard)+v=int4(hadamard)+layers=0..2(v=int8)+layers=-2..(v=int8)+layers=0..(group=8,v=int8)",
+        terms: "k=int8(center,hadamard)+v=int4(center,hadamard)+layers=0..2(v=int8)+layers=-2..(v=int8)+layers=0..(group=8,v=int8)",
     },
     Preset {
         name: "compact",
         summary: "4 bits, centred and rotated; keys at 8 at both ends of the model and at 8 query heads per KV head",
-        terms: "k=int4(center,hadamard)+v=lm4(hadamard)+layers=0..2(k=int8(center,hadamard))+layers=-2..(k=int8(center,hadamard))+layers=0..(group=8,k=int8(center,hadamard))",
+        terms: "k=lm4+v=lm4+layers=0..2(k=int8(center,hadamard))+layers=-2..(k=int8(center,hadamard))+layers=0..(group=8,k=int8(center,hadamard))",
     },
 ];
 

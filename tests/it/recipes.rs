@@ -49,7 +49,7 @@ fn canonical_forms() {
     canonical("full+safe+v=f16", "full+k=int8(center,hadamard)+v=f16");
     canonical(
         "full+balanced",
-        "full+k=int8(center,hadamard)+v=int4(hadamard)+layers=0..2(v=int8)+layers=-2..(v=int8)+layers=0..(group=8,v=int8)",
+        "full+k=int8(center,hadamard)+v=int4(center,hadamard)+layers=0..2(v=int8)+layers=-2..(v=int8)+layers=0..(group=8,v=int8)",
     );
     // Later terms override earlier ones.
     canonical("snapkv+h2o+k=f16+k=f32+sinks=1+sinks=2", "h2o+sinks=2");

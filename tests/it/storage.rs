@@ -305,7 +305,7 @@ fn rules_reach_the_heads_they_name() {
     let ends = "int8(center,hadamard)/int8";
     assert_eq!(cache.config().storage, vec![ends; 6], "eight query heads share a KV head");
     let cache = KvCache::builder(small_model(6, 4, 2, 32)).recipe("full+balanced").build().unwrap();
-    let middle = "int8(center,hadamard)/int4(hadamard)";
+    let middle = "int8(center,hadamard)/int4(center,hadamard)";
     assert_eq!(cache.config().storage, [ends, ends, middle, middle, ends, ends]);
     let text = cache.config().to_string();
     assert!(text.contains(&format!("2 × {ends}, 2 × {middle}, 2 × {ends}")), "{text}");
