@@ -2,8 +2,8 @@
 // The importing shader declares `slab`, an array<u32>, and the uniform `packs`, an array<Pack, 2>: keys, then
 // values. How a side is laid out is told in src/device/encoding.rs.
 //
-// Four consecutive elements, the first a multiple of four, have their codes in the four bytes of one word of
-// each plane. Helps attention read 2 to 8 bits where it read 16. Hurts by shifts and a scale per element.
+// Four consecutive elements of a key, the first a multiple of four, have their codes in the four bytes of one word of each
+// plane, and so have four consecutive rows of an element of values. Helps attention read 2 to 8 bits where it read 16. Hurts by shifts and a scale per element.
 
 // The kind of a packed side, after those of exact elements.
 const PACKED: u32 = 3u;
@@ -18,7 +18,7 @@ struct Pack {
     // Bits of a code in each plane; no high ones: 0.
     low_bits: u32,
     high_bits: u32,
-    // Words from one row to the next in each plane: a quarter of a stretch of elements.
+    // Words of a row in each plane: a quarter of a stretch of elements.
     low_words: u32,
     high_words: u32,
     // Words from the start of a page.
@@ -40,6 +40,30 @@ struct Pack {
     levels_d: u32,
     // Turns the sign bit of codes that are signed bytes, so that `zero` fits them too.
     flip: u32,
+    // Whether words hold four rows of an element, not four elements of a row.
+    by_rows: u32,
+    padding_a: u32,
+    padding_b: u32,
+    padding_c: u32,
+}
+
+// Rows of keys that lie together: BAND of src/device/encoding.rs, as a power of two.
+const BAND_SHIFT: u32 = 6u;
+
+// Words from the first row to this one in a plane with `words` of each row.
+fn row_start(side: u32, row: u32, words: u32) -> u32 {
+    let by_elements = (((row >> BAND_SHIFT) * words) << BAND_SHIFT) + (row & ((1u << BAND_SHIFT) - 1u));
+    return select(by_elements, (row & ~3u) * words, packs[side].by_rows != 0u);
+}
+
+// Words from the first element to element `d`, which is within the first stretch.
+fn element_start(side: u32, d: u32) -> u32 {
+    return select((d >> 2u) << BAND_SHIFT, d, packs[side].by_rows != 0u);
+}
+
+// The shift of the byte of an element of a row in its word.
+fn byte_shift(side: u32, row: u32, d: u32) -> u32 {
+    return 8u * (select(d, row, packs[side].by_rows != 0u) & 3u);
 }
 
 fn level_of(side: u32, code: u32) -> f32 {
@@ -72,19 +96,25 @@ fn bytes_of(word: u32, shift: u32, bits: u32) -> vec4<u32> {
     return (vec4<u32>(word) >> shifts) & vec4<u32>((1u << bits) - 1u);
 }
 
+// The codes of elements d..d + 4 of a row in the plane at `plane` with `words` of each row.
+fn codes_of(side: u32, plane: u32, words: u32, bits: u32, row: u32, d: u32) -> vec4<u32> {
+    let stretch = (d >> 2u) / words;
+    let first = plane + row_start(side, row, words) + element_start(side, d - 4u * stretch * words);
+    let shift = stretch * bits;
+    if packs[side].by_rows == 0u {
+        return bytes_of(slab[first], shift, bits);
+    }
+    let four = vec4<u32>(slab[first], slab[first + 1u], slab[first + 2u], slab[first + 3u]);
+    return (four >> vec4<u32>(shift + 8u * (row & 3u))) & vec4<u32>((1u << bits) - 1u);
+}
+
 // Elements d..d + 4 of a row, d a multiple of 4. Those past the end of the row are undefined.
 fn packed_four(side: u32, page: u32, row: u32, d: u32) -> vec4<f32> {
-    let words = packs[side].low_words;
-    let stretch = (d >> 2u) / words;
     let bits = packs[side].low_bits;
-    let low = slab[page + packs[side].low + row * words + (d >> 2u) - stretch * words];
-    var codes = bytes_of(low, stretch * bits, bits);
+    var codes = codes_of(side, page + packs[side].low, packs[side].low_words, bits, row, d);
     if packs[side].high_bits != 0u {
-        let high_words = packs[side].high_words;
-        let high_stretch = (d >> 2u) / high_words;
-        let high_bits = packs[side].high_bits;
-        let high = slab[page + packs[side].high + row * high_words + (d >> 2u) - high_stretch * high_words];
-        codes |= bytes_of(high, high_stretch * high_bits, high_bits) << vec4<u32>(bits);
+        let high = codes_of(side, page + packs[side].high, packs[side].high_words, packs[side].high_bits, row, d);
+        codes |= high << vec4<u32>(bits);
     }
     let levels = vec4<f32>(
         level_of(side, codes.x),
@@ -117,23 +147,23 @@ struct Column {
     low_shift: u32,
     high: u32,
     high_shift: u32,
+    d: u32,
     // Index of its group along the row.
     group: u32,
     mean: f32,
 }
 
 fn column_of(side: u32, page: u32, d: u32) -> Column {
-    let byte = 8u * (d & 3u);
     let words = packs[side].low_words;
     let stretch = (d >> 2u) / words;
-    var column = Column(0u, 0u, 0u, 0u, 0u, 0.0);
-    column.low = page + packs[side].low + (d >> 2u) - stretch * words;
-    column.low_shift = byte + stretch * packs[side].low_bits;
+    var column = Column(0u, 0u, 0u, 0u, d, 0u, 0.0);
+    column.low = page + packs[side].low + element_start(side, d - 4u * stretch * words);
+    column.low_shift = stretch * packs[side].low_bits;
     if packs[side].high_bits != 0u {
         let high_words = packs[side].high_words;
         let high_stretch = (d >> 2u) / high_words;
-        column.high = page + packs[side].high + (d >> 2u) - high_stretch * high_words;
-        column.high_shift = byte + high_stretch * packs[side].high_bits;
+        column.high = page + packs[side].high + element_start(side, d - 4u * high_stretch * high_words);
+        column.high_shift = high_stretch * packs[side].high_bits;
     }
     column.group = d >> packs[side].dim_shift;
     if packs[side].center != 0u {
@@ -146,10 +176,11 @@ fn column_of(side: u32, page: u32, d: u32) -> Column {
 // The element of a row in this column.
 fn packed_element(side: u32, page: u32, row: u32, column: Column) -> f32 {
     let bits = packs[side].low_bits;
-    let low = slab[column.low + row * packs[side].low_words] >> column.low_shift;
+    let byte = byte_shift(side, row, column.d);
+    let low = slab[column.low + row_start(side, row, packs[side].low_words)] >> (column.low_shift + byte);
     var code = low & ((1u << bits) - 1u);
     if packs[side].high_bits != 0u {
-        let high = slab[column.high + row * packs[side].high_words] >> column.high_shift;
+        let high = slab[column.high + row_start(side, row, packs[side].high_words)] >> (column.high_shift + byte);
         code |= (high & ((1u << packs[side].high_bits) - 1u)) << bits;
     }
     let group = (row >> packs[side].row_shift) * packs[side].row_groups + column.group;

@@ -10,11 +10,20 @@
 //! All of `x̂` is in the rotated space; [`rotate`] is its own inverse.
 //!
 //! ```text
-//! a side of a page:  | codes: a plane per width [capacity][row] | parameters: f16 [groups] | mean: f16 [d] |
+//! a side of a page:  | codes: a plane per width | parameters: f16 [groups] | mean: f16 [d] |
 //! ```
 //! A plane of `w` bits lays the `d` elements of a row (padded to 32) in `8 / w` stretches over the same bytes: byte
 //! `i` holds elements `i`, `i + s`, `i + 2s`, … from its lowest bits up, `s` being the stretch. So a mask and a
 //! shift of a vector of bytes give consecutive elements. Widths: 8; 4 and 1 for five bits; 4; 2 and 1 for three; 2.
+//!
+//! The bytes of a plane lie by fours in the direction that attention sums over, the elements of keys and the rows of
+//! values, so that a word holds four factors of one sum and neighbouring words belong to neighbouring sums:
+//! ```text
+//! keys:    [capacity / BAND][bytes of a row / 4][BAND rows][4 bytes]
+//! values:  [capacity / 4][bytes of a row][4 rows]
+//! ```
+//! It is the order in which processors and shaders multiply bytes, and where none do a vector of words still gives four
+//! vectors of elements without being transposed.
 //!
 //! *Helps* where memory or its bandwidth is what runs out: 2 to 8 bits instead of 16. *Hurts* entries that carry
 //! much attention, sinks and the most recent: the cache keeps those exact.
@@ -121,6 +130,9 @@ pub enum Format {
 
 /// Elements that share a scale where a format does not say "row".
 pub const GROUP: usize = 32;
+
+/// Rows of packed keys that lie together.
+pub const BAND: usize = 64;
 
 /// The positive halves of the Lloyd–Max levels of the standard normal distribution, ascending, in units of a 127th
 /// of the last: 0.4528 and 1.5104; 0.2451, 0.7560, 1.3439 and 2.1519; 0.1284, 0.3880, 0.6568, 0.9423, 1.2562, 1.6180,
@@ -283,6 +295,8 @@ impl fmt::Display for Packing {
 pub struct PackedLayout {
     /// How it is packed.
     pub packing: Packing,
+    /// Of what.
+    pub side: Side,
     /// Elements of a row.
     pub d: usize,
     /// Rows.
@@ -297,12 +311,20 @@ impl PackedLayout {
     /// The layout of `capacity` rows of `d` elements.
     pub const fn new(packing: Packing, side: Side, d: usize, capacity: usize) -> Self {
         let (group_rows, group_dims) = packing.format.group(side, d);
-        Self { packing, d, capacity, group_rows, group_dims }
+        Self { packing, side, d, capacity, group_rows, group_dims }
     }
 
     /// Elements of a row with padding.
     pub const fn padded(&self) -> usize {
         self.d.next_multiple_of(32)
+    }
+
+    /// Rows a plane has room for.
+    pub const fn rows(&self) -> usize {
+        self.capacity.next_multiple_of(match self.side {
+            Side::Key => BAND,
+            Side::Value => 4,
+        })
     }
 
     /// Bytes of a row in the plane of this width.
@@ -313,7 +335,7 @@ impl PackedLayout {
     /// Where plane `index` starts.
     pub fn plane(&self, index: usize) -> usize {
         let before: usize = self.packing.format.planes()[..index].iter().sum();
-        self.capacity * self.plane_row(before)
+        self.rows() * self.plane_row(before)
     }
 
     /// Groups along a row.
@@ -328,7 +350,7 @@ impl PackedLayout {
 
     /// Where the parameters start: per group a scale, then a minimum if there is one, as `f16`.
     pub const fn parameters(&self) -> usize {
-        self.capacity * self.plane_row(self.packing.format.bits())
+        self.rows() * self.plane_row(self.packing.format.bits())
     }
 
     /// Index of the group of an element.
@@ -357,8 +379,17 @@ impl PackedLayout {
     fn place(&self, index: usize, row: usize, dim: usize) -> (usize, usize, u8) {
         let width = self.packing.format.planes()[index];
         let stretch = self.plane_row(width);
-        let byte = self.plane(index) + row * stretch + dim % stretch;
+        let byte = self.plane(index) + self.within(stretch, row, dim % stretch);
         (byte, dim / stretch * width, ((1u16 << width) - 1) as u8)
+    }
+
+    /// Where byte `i` of a row lies in a plane with `bytes` of each.
+    #[inline(always)]
+    const fn within(&self, bytes: usize, row: usize, i: usize) -> usize {
+        match self.side {
+            Side::Key => (row / BAND * bytes + i / 4 * 4) * BAND + row % BAND * 4 + i % 4,
+            Side::Value => (row / 4 * bytes + i) * 4 + row % 4,
+        }
     }
 
     /// Writes the code of an element.
@@ -377,11 +408,12 @@ impl PackedLayout {
         let mut from = 0;
         for (index, &width) in self.packing.format.planes().iter().enumerate() {
             let stretch = self.plane_row(width);
-            let out = &mut bytes[self.plane(index) + row * stretch..][..stretch];
-            out.fill(0);
-            for (field, codes) in codes.chunks_exact(stretch).enumerate() {
-                let (mask, to) = (((1u16 << width) - 1) as u8, field * width);
-                out.iter_mut().zip(codes).for_each(|(byte, code)| *byte |= (code >> from & mask) << to);
+            let plane = &mut bytes[self.plane(index)..][..self.rows() * stretch];
+            let mask = ((1u16 << width) - 1) as u8;
+            for i in 0..stretch {
+                let fields = codes[i..].iter().step_by(stretch).enumerate();
+                plane[self.within(stretch, row, i)] =
+                    fields.fold(0, |byte, (field, code)| byte | (code >> from & mask) << (field * width));
             }
             from += width;
         }
@@ -424,10 +456,16 @@ impl<'a> PackedRows<'a> {
         code
     }
 
-    /// All rows of plane `index`.
-    pub fn plane_rows(&self, index: usize) -> &'a [u8] {
-        let bytes = self.layout.capacity * self.layout.plane_row(self.layout.packing.format.planes()[index]);
-        &self.bytes[self.layout.plane(index)..][..bytes]
+    /// Rows `from .. from + len` of plane `index` as they lie, and the bytes of each: of keys a whole band, which `from`
+    /// must start and `len` not exceed, of values up to the next four, which `from` must start.
+    pub fn plane_rows(&self, index: usize, from: usize, len: usize) -> (&'a [u8], usize) {
+        let bytes = self.layout.plane_row(self.layout.packing.format.planes()[index]);
+        let (unit, rows) = match self.layout.side {
+            Side::Key => (BAND, BAND),
+            Side::Value => (4, len.next_multiple_of(4)),
+        };
+        debug_assert!(from.is_multiple_of(unit) && len <= rows);
+        (&self.bytes[self.layout.plane(index) + from * bytes..][..rows * bytes], bytes)
     }
 
     /// The parameters of `count` groups from `first` on: per group a scale, then a minimum if there is one.
@@ -455,12 +493,6 @@ impl<'a> PackedRows<'a> {
     /// An element of the mean, 0 if there is none.
     pub fn mean(&self, dim: usize) -> f32 {
         if self.layout.packing.center { self.half(self.layout.mean() + 2 * dim) } else { 0.0 }
-    }
-
-    /// The bytes of a row in plane `index`.
-    pub fn plane_row(&self, index: usize, row: usize) -> &'a [u8] {
-        let bytes = self.layout.plane_row(self.layout.packing.format.planes()[index]);
-        &self.bytes[self.layout.plane(index) + row * bytes..][..bytes]
     }
 
     /// A row as it was packed: still in the rotated space if there is one.
@@ -504,5 +536,45 @@ pub fn rotate(row: &mut [f32]) {
             width *= 2;
         }
         part.iter_mut().for_each(|x| *x *= factor);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every code has bits of its own, within its plane, whatever the rows and their number.
+    #[test]
+    fn codes_do_not_share_bits() {
+        for format in Format::ALL {
+            for side in [Side::Key, Side::Value] {
+                for (d, capacity) in [(64, 128), (12, 7), (80, 65)] {
+                    let layout = PackedLayout::new(Packing::new(format), side, d, capacity);
+                    let mut bytes = vec![0u8; layout.bytes()];
+                    let top = ((1u16 << format.bits()) - 1) as u8;
+                    let code = |row: usize, dim: usize| (row * 31 + dim * 7) as u8 & top;
+                    for row in 0..capacity {
+                        if row % 2 == 0 {
+                            (0..d).for_each(|dim| layout.set_code(&mut bytes, row, dim, code(row, dim)));
+                        } else {
+                            let codes: Vec<u8> = (0..layout.padded()).map(|dim| code(row, dim)).collect();
+                            layout.set_codes(&mut bytes, row, &codes);
+                        }
+                    }
+                    assert!(bytes[layout.parameters()..].iter().all(|&byte| byte == 0));
+                    let packed = PackedRows { layout, bytes: &bytes };
+                    for row in 0..capacity {
+                        for dim in 0..d {
+                            assert_eq!(
+                                packed.code(row, dim),
+                                code(row, dim),
+                                "{side:?} of {}",
+                                format.name()
+                            );
+                        }
+                    }
+                }
+            }
+        }
     }
 }

@@ -40,6 +40,9 @@ pub(crate) struct Pack {
     tabled: u32,
     levels: [u32; 4],
     flip: u32,
+    by_rows: u32,
+    /// Elements of a uniform array start at multiples of 16 bytes.
+    padding: [u32; 3],
 }
 
 /// Where what lies in two sides.
@@ -83,6 +86,8 @@ impl Pack {
             tabled: u32::from(format.lloyd().is_some()),
             levels,
             flip: if format.bits() == 8 { 128 } else { 0 },
+            by_rows: u32::from(layout.side == Side::Value),
+            padding: [0; 3],
         }
     }
 }

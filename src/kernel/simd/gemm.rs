@@ -26,14 +26,44 @@ pub(crate) struct Matrix<T> {
     pub stride: usize,
 }
 
+/// The right-hand side of a product, read a vector at a time.
+pub(crate) trait Operand: Copy {
+    /// Whether loading converts.
+    const NARROW: bool;
+
+    /// Whether it has so many steps of the inner dimension and columns.
+    fn holds(self, steps: usize, columns: usize) -> bool;
+
+    /// A vector of row `step` from `column` on.
+    ///
+    /// # Safety
+    /// The row and the columns of the vector must be held.
+    unsafe fn vector<S: Simd>(self, simd: S, step: usize, column: usize) -> S::f32s;
+}
+
+impl<B: Source> Operand for Matrix<B> {
+    const NARROW: bool = B::NARROW;
+
+    #[inline(always)]
+    fn holds(self, steps: usize, columns: usize) -> bool {
+        steps == 0 || (steps - 1) * self.stride + columns <= self.data.len()
+    }
+
+    #[inline(always)]
+    unsafe fn vector<S: Simd>(self, simd: S, step: usize, column: usize) -> S::f32s {
+        // SAFETY: the caller's promise.
+        unsafe { self.data.vector_at(simd, step * self.stride + column) }
+    }
+}
+
 /// `c[m, columns] = a[m, k] · b[k, columns]`, or added to what is there. `columns` is rounded up to whole
 /// vectors, so rows of `b` and `c` must be readable up to there.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the classic signature")]
-pub(crate) fn multiply<S: Simd, B: Source>(
+pub(crate) fn multiply<S: Simd, B: Operand>(
     simd: S,
     a: Matrix<&[f32]>,
-    b: Matrix<B>,
+    b: B,
     c: &mut [f32],
     c_stride: usize,
     (m, k, columns): (usize, usize, usize),
@@ -70,10 +100,10 @@ pub(crate) fn multiply<S: Simd, B: Source>(
 
 #[allow(clippy::too_many_arguments, reason = "those of multiply")]
 #[inline(always)]
-fn rows<S: Simd, B: Source, const N: usize>(
+fn rows<S: Simd, B: Operand, const N: usize>(
     simd: S,
     a: Matrix<&[f32]>,
-    b: Matrix<B>,
+    b: B,
     c: &mut [f32],
     c_stride: usize,
     (m, k, j): (usize, usize, usize),
@@ -106,10 +136,10 @@ fn rows<S: Simd, B: Source, const N: usize>(
     reason = "iterators' closures would be compiled without the level's instructions"
 )]
 #[inline(always)]
-fn block<S: Simd, B: Source, const M: usize, const N: usize>(
+fn block<S: Simd, B: Operand, const M: usize, const N: usize>(
     simd: S,
     a: Matrix<&[f32]>,
-    b: Matrix<B>,
+    b: B,
     c: &mut [f32],
     c_stride: usize,
     (i, k, j): (usize, usize, usize),
@@ -123,15 +153,14 @@ fn block<S: Simd, B: Source, const M: usize, const N: usize>(
     for (r, row) in a_rows.iter_mut().enumerate() {
         *row = &a.data[(i + r) * a.stride..][..k];
     }
-    assert!(k == 0 || (k - 1) * b.stride + j + N * lanes <= b.data.len(), "a row of b sticks out");
+    assert!(b.holds(k, j + N * lanes), "a row of b sticks out");
     let mut sums = [[S::f32s::splat(simd, 0.0); N]; M];
     for step in 0..k {
         ahead.step();
-        let at = step * b.stride + j;
         let mut columns = [S::f32s::splat(simd, 0.0); N];
         for n in 0..N {
             // SAFETY: `step < k` and `n < N`, so the assertion above covers it.
-            columns[n] = unsafe { b.data.vector_at(simd, at + n * lanes) };
+            columns[n] = unsafe { b.vector(simd, step, j + n * lanes) };
         }
         for r in 0..M {
             // SAFETY: the rows of `a` are `k` long.

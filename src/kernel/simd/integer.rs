@@ -14,8 +14,10 @@
 //! four multiplications as well as, shared by the rows, eight conversions in `f32`. *Hurts* elsewhere: AVX2 would need
 //! eight instructions for the two. There [`pays`] says no, and the codes are widened.
 
+#![allow(unsafe_code, reason = "unchecked loads in the innermost loop; the caller states the bound")]
+
 use super::dots::ROWS_MAX;
-use super::gemm::{Matrix, PAD};
+use super::gemm::{Matrix, Operand, PAD};
 use super::prefetch::Ahead;
 use bytemuck::cast_slice_mut;
 use fearless_simd::prelude::*;
@@ -32,6 +34,9 @@ const MOST: f32 = (127 * (0x100 + 1)) as f32;
 
 /// Steps between two requests for memory ahead: codes are few bytes, and asking is a good part of a step.
 const STEPS: usize = 4;
+
+/// Turns signed bytes into unsigned ones that are 128 more.
+const FLIP: i32 = 0x8080_8080u32 as i32;
 
 /// What all digits are shifted by to become unsigned, which carries what must be carried between them.
 const SHIFT: i32 = 0x8080;
@@ -126,13 +131,50 @@ fn cut_row<S: Simd>(simd: S, row: &mut [f32]) -> Unit {
     unit
 }
 
-/// Codes in words of four along the direction that is summed: `words[step * stride + lane]`.
+/// Levels, signed bytes, in words of four along the direction that is summed: `words[step * stride + lane]`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Quads<'a> {
     pub words: &'a [i32],
     pub stride: usize,
-    /// What was added to the levels to make them unsigned.
-    pub zero: i32,
+    /// Whether no level is negative.
+    pub unsigned: bool,
+}
+
+impl Quads<'_> {
+    /// What is added to the levels of a word to make them unsigned, by flipping bits; and to each of them.
+    fn shift(&self) -> (i32, i32) {
+        if self.unsigned { (0, 0) } else { (FLIP, 0x80) }
+    }
+
+    /// A vector of levels of factor `step` of the sums.
+    #[inline(always)]
+    pub(crate) fn at<S: Simd>(&self, simd: S, step: usize, lane: usize) -> S::f32s {
+        let at = step / 4 * self.stride + lane;
+        byte::<S>(S::i32s::from_slice(simd, &self.words[at..at + S::i32s::LEN]), step)
+    }
+}
+
+impl Operand for Quads<'_> {
+    const NARROW: bool = true;
+
+    #[inline(always)]
+    fn holds(self, steps: usize, columns: usize) -> bool {
+        steps == 0 || (steps - 1) / 4 * self.stride + columns <= self.words.len()
+    }
+
+    #[inline(always)]
+    unsafe fn vector<S: Simd>(self, simd: S, step: usize, column: usize) -> S::f32s {
+        let at = step / 4 * self.stride + column;
+        // SAFETY: the caller's promise.
+        let words = S::i32s::from_slice(simd, unsafe { self.words.get_unchecked(at..at + S::i32s::LEN) });
+        byte::<S>(words, step)
+    }
+}
+
+/// Byte `step % 4` of words, signed.
+#[inline(always)]
+fn byte<S: Simd>(words: S::i32s, step: usize) -> S::f32s {
+    ((words << (24 - 8 * (step % 4) as u32)) >> 24u32).to_float()
 }
 
 /// `out[row, lane] = Σ x[row, i] level[i, lane]`, or added to what is there, over `4 · steps` elements. `lanes` is
@@ -207,13 +249,15 @@ impl Product<'_> {
     fn block<S: Simd, const C: usize, const V: usize>(&mut self, simd: S, row: usize, lane: usize) {
         let lanes = S::i32s::LEN;
         let (x, codes) = (self.x, self.codes);
+        let (flip, zero) = codes.shift();
+        let flip = S::i32s::splat(simd, flip);
         let mut sums = [[[S::i32s::splat(simd, 0); V]; DIGITS]; C];
         let mut words: [&[[i32; 4]]; C] = [&[]; C];
         for c in 0..C {
             let from = &x.words[(row + c) * x.stride..][..4 * self.steps];
             words[c] = &from.as_chunks().0[..self.steps];
             for digit in 0..DIGITS {
-                sums[c][digit] = [S::i32s::splat(simd, -codes.zero * x.units[row + c].sums[digit]); V];
+                sums[c][digit] = [S::i32s::splat(simd, -zero * x.units[row + c].sums[digit]); V];
             }
         }
         for step in 0..self.steps {
@@ -223,7 +267,7 @@ impl Product<'_> {
             let from = &codes.words[step * codes.stride + lane..][..V * lanes];
             let mut quads = [S::i32s::splat(simd, 0); V];
             for v in 0..V {
-                quads[v] = S::i32s::from_slice(simd, &from[v * lanes..(v + 1) * lanes]);
+                quads[v] = S::i32s::from_slice(simd, &from[v * lanes..(v + 1) * lanes]) ^ flip;
             }
             for c in 0..C {
                 for digit in 0..DIGITS {
@@ -309,11 +353,11 @@ mod tests {
         let codes: Vec<i32> = (0..steps * lanes).map(|_| random.bits() as i32).collect();
         let mut first: Option<Vec<f32>> = None;
         for level in Level::available() {
-            for zero in [0, 128] {
+            for unsigned in [true, false] {
                 let (mut values, mut out) = (x.clone(), vec![1.0f32; rows * lanes]);
                 crate::kernel::simd::dispatch!(level.token(), simd => {
                     let digits = Digits::cut(simd, Matrix { data: &mut values, stride: n }, rows);
-                    let codes = Quads { words: &codes, stride: lanes, zero };
+                    let codes = Quads { words: &codes, stride: lanes, unsigned };
                     let out = Matrix { data: &mut out[..], stride: lanes };
                     multiply(simd, &digits, codes, out, (rows, steps, lanes), false, Ahead::NONE);
                 });
@@ -322,7 +366,8 @@ mod tests {
                     let most = x.iter().fold(0.0f64, |a, &b| a.max(f64::from(b).abs()));
                     for lane in 0..lanes {
                         let code = |i: usize| codes[i / 4 * lanes + lane].to_le_bytes()[i % 4];
-                        let u = |i: usize| f64::from(i32::from(code(i)) - zero);
+                        let u =
+                            |i: usize| if unsigned { f64::from(code(i)) } else { f64::from(code(i) as i8) };
                         let want: f64 = (0..n).map(|i| f64::from(x[i]) * u(i)).sum();
                         let size: f64 = (0..n).map(|i| u(i).abs()).sum();
                         let got = f64::from(out[row * lanes + lane]);
@@ -335,7 +380,7 @@ mod tests {
                         );
                     }
                 }
-                if zero == 0 {
+                if unsigned {
                     let want = first.get_or_insert_with(|| out.clone());
                     assert_eq!(want, &out, "{}", level.name());
                 }
@@ -354,7 +399,7 @@ mod tests {
             let (mut values, mut out) = (x, [0.0f32; 16]);
             crate::kernel::simd::dispatch!(level.token(), simd => {
                 let digits = Digits::cut(simd, Matrix { data: &mut values, stride: 64 }, 1).keeping_sums();
-                let codes = Quads { words: &codes, stride: 16, zero: 0 };
+                let codes = Quads { words: &codes, stride: 16, unsigned: true };
                 let out = Matrix { data: &mut out[..], stride: 16 };
                 multiply(simd, &digits, codes, out, (1, 16, 16), false, Ahead::NONE);
             });

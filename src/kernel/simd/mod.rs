@@ -43,7 +43,6 @@ pub(crate) mod gemm;
 pub(crate) mod integer;
 pub(crate) mod math;
 pub(crate) mod prefetch;
-pub(crate) mod quads;
 pub(crate) mod tile;
 pub(crate) mod unpack;
 pub(crate) mod widen;

@@ -157,7 +157,7 @@ impl<'a> Tile<'a> {
     }
 
     /// The rows of a side from the tile's first, with their stride in elements: where they are stored, or
-    /// decoded into `scratch` if they are packed (and then still rotated).
+    /// decoded into `scratch` if they are packed values (and then still rotated). Packed keys are not rows any more.
     #[inline(always)]
     fn rows<'s, S: Simd>(&self, simd: S, side: Side, scratch: &'s mut UnpackScratch<'_>) -> (Rows<'s>, usize)
     where
@@ -171,7 +171,7 @@ impl<'a> Tile<'a> {
             Rows::F16(s) => (Rows::F16(&s[span]), stride),
             Rows::Bf16(s) => (Rows::Bf16(&s[span]), stride),
             Rows::Packed(p) => {
-                let stride = scratch.decode(simd, &p, self.from, self.len);
+                let stride = scratch.decode_values(simd, &p, (self.from, self.len));
                 (Rows::F32(scratch.rows()), stride)
             }
         }
@@ -209,8 +209,7 @@ impl<'a> Tile<'a> {
         if let Some(packed) = self.by_row(Side::Value) {
             // Columns to whole vectors: levels are there up to their stride, sums up to `padded`.
             let scales = if rows <= dots::ROWS_MAX && integer::pays(simd) {
-                let (values, scales, scaled) =
-                    unpack.quads(simd, &packed, Side::Value, (self.from, self.len));
+                let (values, scales, scaled) = unpack.quads(simd, &packed, (self.from, self.len));
                 scales.scale_weights(simd, weights, rows, scaled);
                 let scaled = Digits::cut(simd, Matrix { data: scaled, stride: TILE }, rows).keeping_sums();
                 let sums = Matrix { data: &mut *sums, stride: padded };
@@ -218,7 +217,7 @@ impl<'a> Tile<'a> {
                 integer::multiply(simd, &scaled, values, sums, extent, true, ahead);
                 scales
             } else {
-                let (values, scales, scaled) = unpack.levels(simd, &packed, self.from, self.len);
+                let (values, scales, scaled) = unpack.quads(simd, &packed, (self.from, self.len));
                 scales.scale_weights(simd, weights, rows, scaled);
                 let scaled = Matrix { data: &*scaled, stride: TILE };
                 gemm::multiply(simd, scaled, values, sums, padded, (rows, self.len, d), true, ahead);
@@ -261,7 +260,7 @@ fn transpose_keys<S: Simd>(simd: S, stored: Rows<'_>, stride: usize, d: usize, l
         Rows::F32(stored) => transpose_any(simd, stored, stride, (d, len), keys),
         Rows::F16(stored) => transpose_any(simd, stored, stride, (d, len), keys),
         Rows::Bf16(stored) => transpose_any(simd, stored, stride, (d, len), keys),
-        Rows::Packed(_) => unreachable!("packed rows were decoded"),
+        Rows::Packed(_) => unreachable!("packed keys are multiplied as they lie"),
     }
 }
 
@@ -432,29 +431,34 @@ impl<'a> QueryBlock<'a> {
         let d = tile.page.layout.d_k;
         let data = if tile.rotated(Side::Key) { self.rotated } else { self.queries };
         let q = Matrix { data, stride: d };
+        // (rows, inner dimension, columns) of a product of matrices.
         let extent = (self.rows, d, tile.len);
         let ScoreScratch { keys, scores, unpack } = scratch;
         if let Some(packed) = tile.by_row(Side::Key) {
+            let (k, scales, _) = unpack.quads(simd, &packed, (tile.from, tile.len));
+            let out = Matrix { data: &mut **scores, stride: TILE };
             if let Some(digits) = &self.digits
                 && tile.rotated(Side::Key) != self.rotated.is_empty()
             {
-                let (keys, scales, _) = unpack.quads(simd, &packed, Side::Key, (tile.from, tile.len));
                 let extent = (self.rows, d.div_ceil(4), tile.len);
-                let out = Matrix { data: &mut **scores, stride: TILE };
-                integer::multiply(simd, digits, keys, out, extent, false, ahead);
-                return scales.finish_dots(simd, q, (self.rows, d, tile.len), scores);
-            }
-            let (k, scales, _) = unpack.levels(simd, &packed, tile.from, tile.len);
-            if self.rows > dots::ROWS_MAX {
+                integer::multiply(simd, digits, k, out, extent, false, ahead);
+            } else if self.rows > dots::ROWS_MAX {
                 if !std::mem::replace(turned, true) {
-                    transpose_any(simd, k.data, k.stride, (d, tile.len), keys);
+                    k.widen(simd, (d, tile.len), keys, TILE);
                 }
                 let k = Matrix { data: &**keys, stride: TILE };
                 gemm::multiply(simd, q, k, scores, TILE, extent, false, ahead);
             } else {
-                dots::dots(simd, q, k, extent, scores, TILE, ahead);
+                gemm::multiply(simd, q, k, scores, TILE, extent, false, ahead);
             }
             return scales.finish_dots(simd, q, extent, scores);
+        }
+        if let Rows::Packed(packed) = tile.stored(Side::Key) {
+            if !std::mem::replace(turned, true) {
+                unpack.decode_keys(simd, &packed, (tile.from, tile.len), keys);
+            }
+            let k = Matrix { data: &**keys, stride: TILE };
+            return gemm::multiply(simd, q, k, scores, TILE, extent, false, ahead);
         }
         if self.rows > dots::ROWS_MAX {
             if !std::mem::replace(turned, true) {
@@ -474,7 +478,7 @@ impl<'a> QueryBlock<'a> {
             (Rows::Bf16(data), stride) => {
                 dots::dots(simd, q, Matrix { data, stride }, extent, scores, TILE, ahead);
             }
-            (Rows::Packed(_), _) => unreachable!("packed rows were decoded"),
+            (Rows::Packed(_), _) => unreachable!("packed keys are multiplied as they lie"),
         }
     }
 

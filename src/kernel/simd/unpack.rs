@@ -1,11 +1,11 @@
 //! Packed rows back into numbers, a tile at a time: what [`crate::device::encoding`] describes.
 //!
-//! Codes are spread into bytes and turned into levels by a subtraction or a table in a register. Where a row has one
-//! scale and one minimum that is all that happens to its elements: the levels are multiplied with queries and
-//! weights as they are, and scale, minimum and mean are applied to the products, `TILE` of them instead of
-//! `TILE · d` elements: in integers ([`super::integer`]) where that pays and the query rows are few, else widened while
-//! they are loaded. Formats with more parameters are widened to `f32` rows. All of it stays in the space the rows
-//! were packed in: who multiplies them with a query rotates the query instead.
+//! Codes are spread into bytes and turned into levels by a subtraction or a table in a register, by fours as they lie
+//! ([`Quads`]). Where a row has one scale and one minimum that is all that happens to its elements: the levels are
+//! multiplied with queries and weights as they are, and scale, minimum and mean are applied to the products, `TILE` of
+//! them instead of `TILE · d` elements: in integers ([`super::integer`]) where that pays and the query rows are few, else
+//! widened while they are loaded. Formats with more parameters are widened to `f32`, keys at once transposed. All of it stays
+//! in the space the rows were packed in: who multiplies them with a query rotates the query instead.
 //!
 //! *Helps* every kernel read packed pages through the code it has for exact ones. *Hurts* formats with a scale per 32
 //! elements or per channel, which pay for widening.
@@ -13,10 +13,10 @@
 use super::gemm::{Matrix, PAD};
 use super::integer::Quads;
 use super::math::{add_scaled, dot, sum};
+use super::take;
 use super::tile::{BLOCK, TILE};
-use super::widen::{Source, widen};
-use super::{quads, take};
-use crate::device::encoding::{Format, GROUP, PackedRows};
+use super::widen::widen;
+use crate::device::encoding::{BAND, Format, GROUP, PackedRows};
 use crate::device::page::{Rows, Side};
 use bytemuck::{cast_slice, cast_slice_mut};
 use fearless_simd::prelude::*;
@@ -25,12 +25,15 @@ use fearless_simd::{Simd, SimdBase, u8x16, u8x32, u8x64};
 /// Bytes of the widest vector: levels are computed for whole vectors.
 const BYTES: usize = 64;
 
+// A tile of keys is a band.
+const _: () = assert!(TILE == BAND);
+
 /// Memory to unpack a tile into.
 #[derive(Debug)]
 pub(crate) struct UnpackScratch<'a> {
-    /// `[TILE, d padded]`.
+    /// Decoded values, `[TILE, d padded]`.
     rows: &'a mut [f32],
-    /// Levels, `[TILE, d padded]` bytes.
+    /// Levels, `TILE · d padded` bytes.
     levels: &'a mut [f32],
     /// Parameters of a tile's rows, or of a row's elements, as stored.
     pairs: &'a mut [f32],
@@ -159,7 +162,7 @@ impl<'a> UnpackScratch<'a> {
         }
     }
 
-    /// The rows last decoded.
+    /// The values last decoded.
     pub(crate) fn rows(&self) -> &[f32] {
         self.rows
     }
@@ -189,15 +192,15 @@ impl<'a> UnpackScratch<'a> {
         }
     }
 
-    /// The scales of rows `from .. from + len`, the memory for levels and for their planes, and room for `[BLOCK, TILE]`
+    /// Levels of rows `from .. from + len`, their parameters if each row has one scale, and room for `[BLOCK, TILE]`
     /// weights.
     #[inline(always)]
-    fn scales<S: Simd>(
-        &mut self,
+    pub(crate) fn quads<'s, S: Simd>(
+        &'s mut self,
         simd: S,
-        packed: &PackedRows<'_>,
+        packed: &PackedRows<'s>,
         (from, len): (usize, usize),
-    ) -> (RowScales<'_>, &mut [f32], &mut [f32], &mut [f32]) {
+    ) -> (Quads<'s>, RowScales<'s>, &'s mut [f32]) {
         let layout = packed.layout;
         self.parameters(simd, packed, from, len);
         self.scales[len..TILE].fill(0.0);
@@ -210,131 +213,35 @@ impl<'a> UnpackScratch<'a> {
             mins: layout.packing.format.has_min().then_some(&self.mins[..TILE]),
             means: layout.packing.center.then_some(&self.means[..layout.d]),
         };
-        (scales, self.levels, self.rows, self.weights)
+        (levels(simd, packed, (from, len), self.levels), scales, self.weights)
     }
 
-    /// Levels of rows `from .. from + len` of a format with one scale per row, row `i` at `i * stride` and readable to
-    /// whole vectors; their scales, and room for `[BLOCK, TILE]` weights.
+    /// Decodes values `from .. from + len` to `f32`. Gives their stride.
     #[inline(always)]
-    pub(crate) fn levels<'s, S: Simd>(
-        &'s mut self,
-        simd: S,
-        packed: &PackedRows<'s>,
-        from: usize,
-        len: usize,
-    ) -> (Matrix<&'s [i8]>, RowScales<'s>, &'s mut [f32]) {
-        let layout = packed.layout;
-        let (scales, levels, _, weights) = self.scales(simd, packed, (from, len));
-        if layout.packing.format == Format::Int8 {
-            // Bytes as they are.
-            let data = cast_slice(&packed.plane_rows(0)[from * layout.padded()..]);
-            return (Matrix { data, stride: layout.padded() }, scales, weights);
-        }
-        let stride = layout.padded().next_multiple_of(BYTES);
-        let levels = &mut cast_slice_mut::<_, i8>(levels)[..len * stride];
-        simd.vectorize(
-            #[inline(always)]
-            || spread(simd, layout.packing.format, 0, planes(packed, from, len), levels, stride),
-        );
-        (Matrix { data: &*levels, stride }, scales, weights)
-    }
-
-    /// The same by fours for [`super::integer`]: of keys four elements, of values four rows.
-    #[inline(always)]
-    pub(crate) fn quads<'s, S: Simd>(
-        &'s mut self,
-        simd: S,
-        packed: &PackedRows<'s>,
-        side: Side,
-        (from, len): (usize, usize),
-    ) -> (Quads<'s>, RowScales<'s>, &'s mut [f32]) {
-        let (format, padded) = (packed.layout.packing.format, packed.layout.padded());
-        let (scales, words, room, weights) = self.scales(simd, packed, (from, len));
-        let words = cast_slice_mut::<_, u8>(words);
-        // What is done to the rows of a plane, and how many rows it makes of how many bytes for one byte of them.
-        let (count, unit) = match side {
-            Side::Key => (1, TILE),
-            Side::Value => (len.div_ceil(4), 4),
-        };
-        // Levels that may be negative are shifted.
-        let zero = if format == Format::Int4 { 0 } else { 128 };
-        simd.vectorize(
-            #[inline(always)]
-            || {
-                let [first, second] = planes(packed, from, len);
-                if format == Format::Int8 {
-                    return quads::of(simd, side, first, len, zero, words);
-                }
-                let (low, high) = cast_slice_mut::<_, u8>(room).split_at_mut(TILE * first.1);
-                quads::of(simd, side, first, len, 0, low);
-                if second.1 > 0 {
-                    quads::of(simd, side, second, len, 0, high);
-                }
-                let arranged = [
-                    (&low[..count * unit * first.1], unit * first.1),
-                    (&high[..count * unit * second.1], unit * second.1),
-                ];
-                let stride = unit * padded;
-                let levels = &mut cast_slice_mut(words)[..count * stride];
-                spread(simd, format, zero, arranged, levels, stride);
-            },
-        );
-        let stride = match side {
-            Side::Key => TILE,
-            Side::Value => padded,
-        };
-        (Quads { words: cast_slice(words), stride, zero: i32::from(zero) }, scales, weights)
-    }
-
-    /// Decodes rows `from .. from + len` to `f32`. Gives their stride.
-    #[inline(always)]
-    pub(crate) fn decode<S: Simd>(
+    pub(crate) fn decode_values<S: Simd>(
         &mut self,
         simd: S,
         packed: &PackedRows<'_>,
-        from: usize,
-        len: usize,
+        (from, len): (usize, usize),
     ) -> usize {
         let layout = packed.layout;
-        let (d, stride) = (layout.d, layout.d.next_multiple_of(PAD));
-        let level_stride = layout.padded().next_multiple_of(BYTES);
+        let (stride, lanes) = (layout.d.next_multiple_of(PAD), S::f32s::LEN);
         self.means(simd, packed);
+        self.parameters(simd, packed, layout.group(from, 0), len * layout.row_groups());
         simd.vectorize(
             #[inline(always)]
             || {
-                let levels = &mut cast_slice_mut(self.levels)[..len * level_stride];
-                spread(simd, layout.packing.format, 0, planes(packed, from, len), levels, level_stride);
-                let by_channel = layout.group_dims == 1;
-                if !by_channel {
-                    self.parameters(simd, packed, layout.group(from, 0), len * layout.row_groups());
-                }
-                for i in 0..len {
-                    let row = from + i;
-                    if by_channel && (i == 0 || row.is_multiple_of(layout.group_rows)) {
-                        self.parameters(simd, packed, layout.group(row, 0), d);
-                    }
-                    let levels: &[i8] = &cast_slice(self.levels)[i * level_stride..][..level_stride];
-                    let out = &mut self.rows[i * stride..][..stride];
-                    let (lanes, means) = (S::f32s::LEN, &self.means[..stride]);
-                    let part = |x: &[f32], at: usize| S::f32s::from_slice(simd, &x[at..at + lanes]);
-                    if by_channel {
-                        for at in (0..stride).step_by(lanes) {
-                            let (scale, min) = (part(self.scales, at), part(self.mins, at));
-                            let level = levels[at..at + lanes].vector(simd);
-                            (level.mul_add(scale, min) + part(means, at))
-                                .store_slice(&mut out[at..at + lanes]);
-                        }
-                        continue;
-                    }
+                let levels = levels(simd, packed, (from, len), self.levels);
+                for (i, out) in self.rows.chunks_exact_mut(stride).take(len).enumerate() {
                     // Groups are whole vectors, but for the last of a row, behind which nothing is read.
-                    let first = i * layout.row_groups();
                     for (group, start) in (0..stride).step_by(layout.group_dims).enumerate() {
-                        let scale = S::f32s::splat(simd, self.scales[first + group]);
-                        let min = S::f32s::splat(simd, self.mins[first + group]);
+                        let group = i * layout.row_groups() + group;
+                        let scale = S::f32s::splat(simd, self.scales[group]);
+                        let min = S::f32s::splat(simd, self.mins[group]);
                         for at in (start..(start + layout.group_dims).min(stride)).step_by(lanes) {
-                            let level = levels[at..at + lanes].vector(simd);
-                            (level.mul_add(scale, min) + part(means, at))
-                                .store_slice(&mut out[at..at + lanes]);
+                            let mean = S::f32s::from_slice(simd, &self.means[at..at + lanes]);
+                            let level = levels.at(simd, i, at);
+                            (level.mul_add(scale, min) + mean).store_slice(&mut out[at..at + lanes]);
                         }
                     }
                 }
@@ -342,25 +249,120 @@ impl<'a> UnpackScratch<'a> {
         );
         stride
     }
-}
 
-/// Rows `from .. from + len` of the planes of a format, each with the bytes of a row; 0 bytes if there is no second.
-fn planes<'a>(packed: &PackedRows<'a>, from: usize, len: usize) -> [(&'a [u8], usize); 2] {
-    let mut planes = [(&[][..], 0); 2];
-    for (index, (plane, width)) in planes.iter_mut().zip(packed.layout.packing.format.planes()).enumerate() {
-        let bytes = packed.layout.plane_row(*width);
-        *plane = (&packed.plane_rows(index)[from * bytes..][..len * bytes], bytes);
+    /// Decodes keys `from .. from + len` to `f32`: element `c` of key `j` to `keys[c * TILE + j]`.
+    #[inline(always)]
+    pub(crate) fn decode_keys<S: Simd>(
+        &mut self,
+        simd: S,
+        packed: &PackedRows<'_>,
+        (from, len): (usize, usize),
+        keys: &mut [f32],
+    ) {
+        let layout = packed.layout;
+        let (d, lanes, groups) = (layout.d, S::f32s::LEN, layout.row_groups());
+        self.means(simd, packed);
+        let by_channel = layout.group_dims == 1;
+        let first = layout.group(from, 0);
+        let count = if by_channel { len.div_ceil(layout.group_rows) } else { len } * groups;
+        self.parameters(simd, packed, first, count);
+        if !by_channel {
+            // A scale per key side by side.
+            let (scales, mins) = self.pairs.split_at_mut(groups * TILE);
+            for (j, (s, m)) in
+                self.scales.chunks_exact(groups).zip(self.mins.chunks_exact(groups)).take(len).enumerate()
+            {
+                for g in 0..groups {
+                    (scales[g * TILE + j], mins[g * TILE + j]) = (s[g], m[g]);
+                }
+            }
+        }
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                let levels = levels(simd, packed, (from, len), self.levels);
+                for (c, out) in keys.chunks_exact_mut(TILE).take(d).enumerate() {
+                    let mean = S::f32s::splat(simd, self.means[c]);
+                    for at in (0..len).step_by(lanes) {
+                        let (scale, min) = if by_channel {
+                            let group = at / layout.group_rows * groups + c;
+                            (S::f32s::splat(simd, self.scales[group]), S::f32s::splat(simd, self.mins[group]))
+                        } else {
+                            let (scales, mins) = self.pairs.split_at(groups * TILE);
+                            let at = c / layout.group_dims * TILE + at;
+                            let part = at..at + lanes;
+                            (
+                                S::f32s::from_slice(simd, &scales[part.clone()]),
+                                S::f32s::from_slice(simd, &mins[part]),
+                            )
+                        };
+                        let level = levels.at(simd, c, at);
+                        (level.mul_add(scale, min) + mean).store_slice(&mut out[at..at + lanes]);
+                    }
+                }
+            },
+        );
     }
-    planes
 }
 
-/// The levels of the rows of some planes, `flip` in every byte flipped, row `i` at `i * stride`; what follows a row up to
-/// `stride` is unspecified.
+/// Levels of rows `from .. from + len`, in `room` if they are not stored as such.
+#[inline(always)]
+fn levels<'a, S: Simd>(
+    simd: S,
+    packed: &PackedRows<'a>,
+    (from, len): (usize, usize),
+    room: &'a mut [f32],
+) -> Quads<'a> {
+    let layout = packed.layout;
+    let format = layout.packing.format;
+    // How many bytes lie between two of a row, and what a word of the next step is off by.
+    let (unit, stride) = match layout.side {
+        Side::Key => (BAND, BAND),
+        Side::Value => (4, layout.padded()),
+    };
+    let unsigned =
+        matches!(format, Format::Int4 | Format::Kivi4 | Format::Kivi2 | Format::Q4_1 | Format::Q5_1);
+    let words = if format.planes() == [8] {
+        packed.plane_rows(0, from, len).0
+    } else {
+        let levels = &mut cast_slice_mut::<_, i8>(room)[..len.next_multiple_of(unit) * layout.padded()];
+        let mut planes = [(&[][..], 0); 2];
+        for (index, plane) in planes.iter_mut().enumerate().take(format.planes().len()) {
+            let (bytes, row) = packed.plane_rows(index, from, len);
+            *plane = (bytes, unit * row);
+        }
+        simd.vectorize(
+            #[inline(always)]
+            || spread(simd, format, planes, levels, unit * layout.padded()),
+        );
+        cast_slice(&*levels)
+    };
+    Quads { words: cast_slice(words), stride, unsigned }
+}
+
+impl Quads<'_> {
+    /// Widens `steps` factors of `lanes` sums to `out[step * stride + lane]`, whole vectors of lanes.
+    #[inline(always)]
+    pub(crate) fn widen<S: Simd>(
+        &self,
+        simd: S,
+        (steps, lanes): (usize, usize),
+        out: &mut [f32],
+        stride: usize,
+    ) {
+        for (step, out) in out.chunks_exact_mut(stride).take(steps).enumerate() {
+            for lane in (0..lanes).step_by(S::f32s::LEN) {
+                self.at(simd, step, lane).store_slice(&mut out[lane..lane + S::f32s::LEN]);
+            }
+        }
+    }
+}
+
+/// The levels of the rows of some planes, row `i` at `i * stride`.
 #[inline(always)]
 fn spread<S: Simd>(
     simd: S,
     format: Format,
-    flip: u8,
     [first, second]: [(&[u8], usize); 2],
     out: &mut [i8],
     stride: usize,
@@ -368,17 +370,11 @@ fn spread<S: Simd>(
     let table = format.lloyd().map(|_| {
         let mut table = [0u8; 16];
         for (code, level) in table.iter_mut().enumerate().take(1 << format.bits()) {
-            *level = format.level(code as u8) as u8 ^ flip;
+            *level = format.level(code as u8) as u8;
         }
         S::u8s::block_splat(u8x16::from_slice(simd, &table))
     });
     match format.planes() {
-        [8] => {
-            let (codes, bytes) = first;
-            for (row, out) in codes.chunks_exact(bytes).zip(out.chunks_exact_mut(stride)) {
-                out[..bytes].copy_from_slice(cast_slice(row));
-            }
-        }
         [4] => fields::<S, 4, 0>(simd, first, out, stride),
         [2] => fields::<S, 2, 0>(simd, first, out, stride),
         [4, 1] => {
@@ -417,10 +413,9 @@ fn fields<S: Simd, const WIDTH: usize, const TO: usize>(
         wide_fields::<S, u8x64<S>, WIDTH, TO>(simd, (plane, bytes), out, stride);
     } else if bytes.is_multiple_of(32) && S::u8s::LEN >= 32 {
         wide_fields::<S, u8x32<S>, WIDTH, TO>(simd, (plane, bytes), out, stride);
-    } else if bytes.is_multiple_of(16) {
-        wide_fields::<S, u8x16<S>, WIDTH, TO>(simd, (plane, bytes), out, stride);
     } else {
-        byte_fields::<WIDTH, TO>((plane, bytes), out, stride);
+        // Four rows of a value's shortest plane.
+        wide_fields::<S, u8x16<S>, WIDTH, TO>(simd, (plane, bytes), out, stride);
     }
 }
 
@@ -446,30 +441,6 @@ fn wide_fields<S: Simd, V, const WIDTH: usize, const TO: usize>(
                 let code = (packed >> (field * WIDTH) as u32) & mask;
                 let code = if TO == 0 { code } else { V::from_slice(simd, out) | (code << TO as u32) };
                 code.store_slice(out);
-            }
-        }
-    }
-}
-
-/// The same for rows that no vector divides, eight bytes at a time where that goes.
-#[inline(always)]
-fn byte_fields<const WIDTH: usize, const TO: usize>(
-    (plane, bytes): (&[u8], usize),
-    out: &mut [i8],
-    stride: usize,
-) {
-    let mask = u64::from_le_bytes([((1u16 << WIDTH) - 1) as u8; 8]);
-    for (row, out) in plane.chunks_exact(bytes).zip(out.chunks_exact_mut(stride)) {
-        for field in 0..8 / WIDTH {
-            let out: &mut [u8] = cast_slice_mut(&mut out[field * bytes..][..bytes]);
-            for (row, out) in row.chunks(8).zip(out.chunks_mut(8)) {
-                let mut word = [0; 8];
-                word[..row.len()].copy_from_slice(row);
-                // What a shift drags over from the byte above is masked away.
-                let code = ((u64::from_le_bytes(word) >> (field * WIDTH)) & mask) << TO;
-                for (out, code) in out.iter_mut().zip(code.to_le_bytes()) {
-                    *out = if TO == 0 { code } else { *out | code };
-                }
             }
         }
     }
