@@ -31,28 +31,40 @@ pub(crate) trait Operand: Copy {
     /// Whether loading converts.
     const NARROW: bool;
 
-    /// Whether it has so many steps of the inner dimension and columns.
-    fn holds(self, steps: usize, columns: usize) -> bool;
+    /// Rows that one load brings.
+    const ROWS: usize;
 
-    /// A vector of row `step` from `column` on.
+    /// Whether it has so many rows and columns.
+    fn holds(self, rows: usize, columns: usize) -> bool;
+
+    /// What the rows from `row` on, a multiple of [`Self::ROWS`], hold from `column` on.
     ///
     /// # Safety
     /// The row and the columns of the vector must be held.
-    unsafe fn vector<S: Simd>(self, simd: S, step: usize, column: usize) -> S::f32s;
+    unsafe fn load<S: Simd>(self, simd: S, row: usize, column: usize) -> S::f32s;
+
+    /// One of the rows that were loaded.
+    fn pick<S: Simd>(loaded: S::f32s, row: usize) -> S::f32s;
 }
 
 impl<B: Source> Operand for Matrix<B> {
     const NARROW: bool = B::NARROW;
+    const ROWS: usize = 1;
 
     #[inline(always)]
-    fn holds(self, steps: usize, columns: usize) -> bool {
-        steps == 0 || (steps - 1) * self.stride + columns <= self.data.len()
+    fn holds(self, rows: usize, columns: usize) -> bool {
+        rows == 0 || (rows - 1) * self.stride + columns <= self.data.len()
     }
 
     #[inline(always)]
-    unsafe fn vector<S: Simd>(self, simd: S, step: usize, column: usize) -> S::f32s {
+    unsafe fn load<S: Simd>(self, simd: S, row: usize, column: usize) -> S::f32s {
         // SAFETY: the caller's promise.
-        unsafe { self.data.vector_at(simd, step * self.stride + column) }
+        unsafe { self.data.vector_at(simd, row * self.stride + column) }
+    }
+
+    #[inline(always)]
+    fn pick<S: Simd>(loaded: S::f32s, _row: usize) -> S::f32s {
+        loaded
     }
 }
 
@@ -155,18 +167,28 @@ fn block<S: Simd, B: Operand, const M: usize, const N: usize>(
     }
     assert!(b.holds(k, j + N * lanes), "a row of b sticks out");
     let mut sums = [[S::f32s::splat(simd, 0.0); N]; M];
-    for step in 0..k {
-        ahead.step();
-        let mut columns = [S::f32s::splat(simd, 0.0); N];
+    for first in (0..k).step_by(B::ROWS) {
+        let mut loaded = [S::f32s::splat(simd, 0.0); N];
         for n in 0..N {
-            // SAFETY: `step < k` and `n < N`, so the assertion above covers it.
-            columns[n] = unsafe { b.vector(simd, step, j + n * lanes) };
+            // SAFETY: `first < k` and `n < N`, so the assertion above covers it.
+            loaded[n] = unsafe { b.load(simd, first, j + n * lanes) };
         }
-        for r in 0..M {
-            // SAFETY: the rows of `a` are `k` long.
-            let x = S::f32s::splat(simd, unsafe { *a_rows[r].get_unchecked(step) });
+        for row in 0..B::ROWS {
+            let step = first + row;
+            if step == k {
+                break;
+            }
+            ahead.step();
+            let mut columns = loaded;
             for n in 0..N {
-                sums[r][n] = columns[n].mul_add(x, sums[r][n]);
+                columns[n] = B::pick::<S>(loaded[n], row);
+            }
+            for r in 0..M {
+                // SAFETY: the rows of `a` are `k` long.
+                let x = S::f32s::splat(simd, unsafe { *a_rows[r].get_unchecked(step) });
+                for n in 0..N {
+                    sums[r][n] = columns[n].mul_add(x, sums[r][n]);
+                }
             }
         }
     }

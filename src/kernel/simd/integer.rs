@@ -156,18 +156,23 @@ impl Quads<'_> {
 
 impl Operand for Quads<'_> {
     const NARROW: bool = true;
+    const ROWS: usize = 4;
 
     #[inline(always)]
-    fn holds(self, steps: usize, columns: usize) -> bool {
-        steps == 0 || (steps - 1) / 4 * self.stride + columns <= self.words.len()
+    fn holds(self, rows: usize, columns: usize) -> bool {
+        rows == 0 || (rows - 1) / 4 * self.stride + columns <= self.words.len()
     }
 
     #[inline(always)]
-    unsafe fn vector<S: Simd>(self, simd: S, step: usize, column: usize) -> S::f32s {
-        let at = step / 4 * self.stride + column;
+    unsafe fn load<S: Simd>(self, simd: S, row: usize, column: usize) -> S::f32s {
+        let at = row / 4 * self.stride + column;
         // SAFETY: the caller's promise.
-        let words = S::i32s::from_slice(simd, unsafe { self.words.get_unchecked(at..at + S::i32s::LEN) });
-        byte::<S>(words, step)
+        S::i32s::from_slice(simd, unsafe { self.words.get_unchecked(at..at + S::i32s::LEN) }).bitcast()
+    }
+
+    #[inline(always)]
+    fn pick<S: Simd>(loaded: S::f32s, row: usize) -> S::f32s {
+        byte::<S>(loaded.bitcast(), row)
     }
 }
 
