@@ -379,7 +379,7 @@ fn guard_says_what_packing_does_layer_by_layer() {
         );
         assert_eq!(row["upgraded"].is_string(), get(row, "output_error") > 0.02, "{row}");
     }
-    assert!(rows.iter().any(|row| row["upgraded"] == "int8/f16"), "{json}");
+    assert!(rows.iter().any(|row| row["upgraded"] == "int8(center,hadamard)/f16"), "{json}");
     let table = stdout(&[&common[..], &sizes, &["--recipe", "full+safe"]].concat());
     assert!(table.contains("key error") && table.lines().count() == 2 + 30, "{table}");
     let plain = failure(&[&common[..], &sizes, &["--recipe", "full+k=f16"]].concat());

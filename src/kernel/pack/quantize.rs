@@ -1,7 +1,7 @@
 //! Scale, minimum and codes of one group: the arithmetic that [`super`]'s table states, shared by the host
 //! implementations so that they agree to the bit.
 //!
-//! Sums run over [`LANES`] partial ones and rounding is an addition, so that a compiler may use vectors of any width and
+//! Sums run over sixteen partial ones and rounding is an addition, so that a compiler may use vectors of any width and
 //! every instruction set gives the same bits. *Helps* because bit-exactness with other engines lives in one place.
 //! *Hurts* nothing.
 
