@@ -235,6 +235,24 @@ impl Format {
         }
     }
 
+    /// The levels of all codes, in formats that look them up; 0 for codes that do not occur.
+    pub const fn table(self) -> Option<[i8; 16]> {
+        const fn of(format: Format) -> Option<[i8; 16]> {
+            let (mut table, mut code) = ([0; 16], 0);
+            while code < 1 << format.bits() {
+                table[code as usize] = format.level(code);
+                code += 1;
+            }
+            Some(table)
+        }
+        match self {
+            Self::Lm4 => const { of(Self::Lm4) },
+            Self::Lm3 => const { of(Self::Lm3) },
+            Self::Lm2 => const { of(Self::Lm2) },
+            _ => None,
+        }
+    }
+
     /// Rows and elements of a row that share parameters, for rows of `d` elements.
     pub const fn group(self, side: Side, d: usize) -> (usize, usize) {
         match (self, side) {

@@ -9,12 +9,13 @@
 //! *Helps* because the stored type, the page size and the mask are dealt with here and nowhere else. *Hurts*
 //! pages of a few entries: a tile never spans two pages.
 
+use super::digits::Digits;
 use super::dots;
 use super::gemm::{self, Matrix, PAD};
-use super::integer::{self, Digits};
-use super::math::soft_cap;
+use super::integer;
+use super::math::{soft_cap, sum};
 use super::prefetch::Ahead;
-use super::unpack::{self, UnpackScratch};
+use super::unpack::{self, UnpackScratch, Weighed};
 use super::widen::{Source, widen};
 use crate::device::encoding::{PackedRows, rotate};
 use crate::device::page::{PageRef, Rows, Side};
@@ -208,22 +209,29 @@ impl<'a> Tile<'a> {
         let padded = d.next_multiple_of(PAD);
         if let Some(packed) = self.by_row(Side::Value) {
             // Columns to whole vectors: levels are there up to their stride, sums up to `padded`.
-            let scales = if rows <= dots::ROWS_MAX && integer::pays(simd) {
-                let (values, scales, scaled) = unpack.quads(simd, &packed, (self.from, self.len));
-                scales.scale_weights(simd, weights, rows, scaled);
-                let scaled = Digits::cut(simd, Matrix { data: scaled, stride: TILE }, rows).keeping_sums();
-                let sums = Matrix { data: &mut *sums, stride: padded };
+            if rows <= dots::ROWS_MAX && integer::pays(simd) {
+                let (values, scales, scaled) = unpack.levels(simd, &packed, (self.from, self.len));
+                let mut weighed = [Weighed::NONE; dots::ROWS_MAX];
+                for row in 0..rows {
+                    let (w, out) = (&weights[row * TILE..], &mut scaled[row * TILE..(row + 1) * TILE]);
+                    weighed[row] = scales.weigh(simd, w, self.len, out);
+                }
+                let sizes = weighed[..rows].iter().map(|w| w.scaled);
+                let scaled = Digits::of_weights(simd, Matrix { data: scaled, stride: TILE }, sizes);
+                let (finish, sums) = (scales.for_sums(weighed), Matrix { data: sums, stride: padded });
                 let extent = (rows, self.len.div_ceil(4), d);
-                integer::multiply(simd, &scaled, values, sums, extent, true, ahead);
-                scales
+                integer::multiply(simd, &scaled, values, sums, extent, &finish, ahead);
             } else {
                 let (values, scales, scaled) = unpack.quads(simd, &packed, (self.from, self.len));
-                scales.scale_weights(simd, weights, rows, scaled);
+                for row in 0..rows {
+                    let (w, out) = (&weights[row * TILE..], &mut scaled[row * TILE..(row + 1) * TILE]);
+                    let weighed = scales.weigh(simd, w, self.len, out);
+                    scales.finish_sums(simd, weighed, &mut sums[row * padded..(row + 1) * padded]);
+                }
                 let scaled = Matrix { data: &*scaled, stride: TILE };
                 gemm::multiply(simd, scaled, values, sums, padded, (rows, self.len, d), true, ahead);
-                scales
-            };
-            return scales.finish_sums(simd, weights, (rows, self.len), sums, padded);
+            }
+            return;
         }
         let weights = Matrix { data: weights, stride: TILE };
         let extent = (rows, self.len, d);
@@ -337,8 +345,8 @@ pub(crate) struct QueryBlock<'a> {
     queries: &'a [f32],
     /// The same rotated, for keys that were packed so; empty if there are none.
     rotated: &'a [f32],
-    /// These, or the queries if there are none, for products in integers.
-    digits: Option<Digits<'a>>,
+    /// These, or the queries if there are none, for products in integers; with the sum of each.
+    digits: Option<(Digits<'a, true>, [f32; dots::ROWS_MAX])>,
     /// Positions of the `T` queries.
     positions: &'a [i32],
     /// Index of the first row among the `G·T`.
@@ -404,12 +412,16 @@ impl<'a> QueryBlock<'a> {
         }
         let stride = d_k.next_multiple_of(PAD);
         let queries = if self.rotated.is_empty() { self.queries } else { self.rotated };
-        for (query, row) in queries.chunks_exact(d_k).zip(memory.chunks_exact_mut(stride)) {
+        let mut totals = [0.0; dots::ROWS_MAX];
+        for ((query, row), total) in
+            queries.chunks_exact(d_k).zip(memory.chunks_exact_mut(stride)).zip(&mut totals)
+        {
             row[..d_k].copy_from_slice(query);
             row[d_k..].fill(0.0);
+            *total = sum(simd, query);
         }
-        let digits = Digits::cut(simd, Matrix { data: memory, stride }, self.rows);
-        Self { digits: Some(digits), ..self }
+        let digits = Digits::of_queries(simd, Matrix { data: memory, stride }, self.rows);
+        Self { digits: Some((digits, totals)), ..self }
     }
 
     fn position(&self, row: usize) -> i32 {
@@ -435,14 +447,18 @@ impl<'a> QueryBlock<'a> {
         let extent = (self.rows, d, tile.len);
         let ScoreScratch { keys, scores, unpack } = scratch;
         if let Some(packed) = tile.by_row(Side::Key) {
-            let (k, scales, _) = unpack.quads(simd, &packed, (tile.from, tile.len));
-            let out = Matrix { data: &mut **scores, stride: TILE };
-            if let Some(digits) = &self.digits
+            let rows = (tile.from, tile.len);
+            if let Some((digits, totals)) = &self.digits
                 && tile.rotated(Side::Key) != self.rotated.is_empty()
             {
+                let (k, scales, _) = unpack.levels(simd, &packed, rows);
+                let finish = scales.for_dots(simd, q, (self.rows, d), totals);
+                let out = Matrix { data: &mut **scores, stride: TILE };
                 let extent = (self.rows, d.div_ceil(4), tile.len);
-                integer::multiply(simd, digits, k, out, extent, false, ahead);
-            } else if self.rows > dots::ROWS_MAX {
+                return integer::multiply(simd, digits, k, out, extent, &finish, ahead);
+            }
+            let (k, scales, _) = unpack.quads(simd, &packed, rows);
+            if self.rows > dots::ROWS_MAX {
                 if !std::mem::replace(turned, true) {
                     k.widen(simd, (d, tile.len), keys, TILE);
                 }

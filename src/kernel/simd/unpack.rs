@@ -11,16 +11,17 @@
 //! elements or per channel, which pay for widening.
 
 use super::gemm::{Matrix, PAD};
-use super::integer::Quads;
-use super::math::{add_scaled, dot, sum};
+use super::integer::{Finish, Levels, Quads};
+use super::math::{dot, sum};
 use super::take;
 use super::tile::{BLOCK, TILE};
 use super::widen::widen;
-use crate::device::encoding::{BAND, Format, GROUP, PackedRows};
+use crate::device::encoding::{BAND, Format, GROUP, PackedRows, Packing};
 use crate::device::page::{Rows, Side};
 use bytemuck::{cast_slice, cast_slice_mut};
 use fearless_simd::prelude::*;
 use fearless_simd::{Simd, SimdBase, u8x16, u8x32, u8x64};
+use std::ops::{BitAnd, BitOr, Shl, Shr, Sub};
 
 /// Bytes of the widest vector: levels are computed for whole vectors.
 const BYTES: usize = 64;
@@ -54,12 +55,50 @@ pub(crate) struct RowScales<'s> {
     scales: &'s [f32],
     /// As `scales`, if the format has minimums.
     mins: Option<&'s [f32]>,
-    /// `d` long, if rows were centred.
+    /// `d` long and 0 up to the next whole vector, if rows were centred.
     means: Option<&'s [f32]>,
 }
 
-impl RowScales<'_> {
-    /// Turns dot products with levels into dot products with rows: `· scale[j] + min[j] Σq + q·mean`.
+/// What a row of weights comes to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Weighed {
+    /// The largest weight times its scale, and the sum of all.
+    pub scaled: (f32, f32),
+    /// `Σ w[j] min[j]`.
+    offset: f32,
+    /// `Σ w[j]`, if there is a mean it belongs to.
+    mass: f32,
+}
+
+impl<'s> RowScales<'s> {
+    fn new(packed: &PackedRows<'_>, scales: &'s [f32], mins: &'s [f32], means: &'s [f32]) -> Self {
+        let Packing { format, center, .. } = packed.layout.packing;
+        Self {
+            scales: &scales[..TILE],
+            mins: format.has_min().then_some(&mins[..TILE]),
+            means: center.then_some(&means[..packed.layout.d.next_multiple_of(PAD)]),
+        }
+    }
+
+    /// What turns dot products of `N` queries with levels into those with rows. `totals` are `Σq`.
+    #[inline(always)]
+    pub(crate) fn for_dots<S: Simd, const N: usize>(
+        &self,
+        simd: S,
+        queries: Matrix<&[f32]>,
+        (rows, d): (usize, usize),
+        totals: &[f32; N],
+    ) -> FinishDots<'s, N> {
+        let mut finish = FinishDots { scales: *self, totals: *totals, bases: [0.0; N] };
+        if let Some(means) = self.means {
+            for row in 0..rows {
+                finish.bases[row] = dot(simd, &queries.data[row * queries.stride..][..d], means);
+            }
+        }
+        finish
+    }
+
+    /// The same done to products that are there.
     #[inline(always)]
     pub(crate) fn finish_dots<S: Simd>(
         &self,
@@ -69,65 +108,123 @@ impl RowScales<'_> {
         scores: &mut [f32],
     ) {
         for row in 0..rows {
-            let q = &queries.data[row * queries.stride..][..d];
+            let q = Matrix { data: &queries.data[row * queries.stride..][..d], stride: d };
             // No closures: they would be compiled without the level's instructions.
-            let mut base = S::f32s::splat(simd, 0.0);
-            if let Some(means) = self.means {
-                base = S::f32s::splat(simd, dot(simd, q, means));
-            }
-            let mut total = base;
+            let mut total = [0.0];
             if self.mins.is_some() {
-                total = S::f32s::splat(simd, sum(simd, q));
+                total = [sum(simd, q.data)];
             }
+            let finish = self.for_dots(simd, q, (1, d), &total);
             let scores = &mut scores[row * TILE..][..len.next_multiple_of(S::f32s::LEN)];
             for (i, x) in scores.chunks_exact_mut(S::f32s::LEN).enumerate() {
-                let at = i * S::f32s::LEN;
-                let mut offset = base;
-                if let Some(mins) = self.mins {
-                    offset = S::f32s::from_slice(simd, &mins[at..at + S::f32s::LEN]).mul_add(total, offset);
-                }
-                let scale = S::f32s::from_slice(simd, &self.scales[at..at + S::f32s::LEN]);
-                S::f32s::from_slice(simd, x).mul_add(scale, offset).store_slice(x);
+                let product = S::f32s::from_slice(simd, x);
+                finish.finish(simd, (0, i * S::f32s::LEN), product, x).store_slice(x);
             }
         }
     }
 
-    /// `scaled[row, j] = weights[row, j] · scale[j]`.
+    /// `scaled[j] = weights[j] · scale[j]` for the first `len`, 0 behind.
     #[inline(always)]
-    pub(crate) fn scale_weights<S: Simd>(&self, simd: S, weights: &[f32], rows: usize, scaled: &mut [f32]) {
-        for (w, out) in weights.chunks_exact(TILE).zip(scaled.chunks_exact_mut(TILE)).take(rows) {
-            for ((w, s), out) in w
-                .chunks_exact(S::f32s::LEN)
-                .zip(self.scales.chunks_exact(S::f32s::LEN))
-                .zip(out.chunks_exact_mut(S::f32s::LEN))
-            {
-                (S::f32s::from_slice(simd, w) * S::f32s::from_slice(simd, s)).store_slice(out);
+    pub(crate) fn weigh<S: Simd>(&self, simd: S, weights: &[f32], len: usize, scaled: &mut [f32]) -> Weighed {
+        let lanes = S::f32s::LEN;
+        let zero = S::f32s::splat(simd, 0.0);
+        let (mut most, mut total, mut offset, mut mass) = (zero, zero, zero, zero);
+        let (used, rest) = scaled.split_at_mut(len.next_multiple_of(lanes));
+        rest.fill(0.0);
+        for (i, out) in used.chunks_exact_mut(lanes).enumerate() {
+            let part = i * lanes..(i + 1) * lanes;
+            let w = S::f32s::from_slice(simd, &weights[part.clone()]);
+            let x = w * S::f32s::from_slice(simd, &self.scales[part.clone()]);
+            x.store_slice(out);
+            (most, total, mass) = (most.max(x), total + x, mass + w);
+            if let Some(mins) = self.mins {
+                offset = S::f32s::from_slice(simd, &mins[part]).mul_add(w, offset);
             }
         }
+        let mut weighed = Weighed { scaled: (most.reduce_max(), total.reduce_sum()), offset: 0.0, mass: 0.0 };
+        if self.mins.is_some() {
+            weighed.offset = offset.reduce_sum();
+        }
+        if self.means.is_some() {
+            weighed.mass = mass.reduce_sum();
+        }
+        weighed
     }
 
-    /// Adds what minimums and mean contribute to the weighted sums: `Σ_j w[j] (min[j] + mean)`.
+    /// What adds the contribution of minimums and mean to sums of `N` rows.
     #[inline(always)]
-    pub(crate) fn finish_sums<S: Simd>(
+    pub(crate) fn for_sums<const N: usize>(&self, weighed: [Weighed; N]) -> FinishSums<'s, N> {
+        FinishSums { weighed, means: self.means }
+    }
+
+    /// Adds it to sums that are there.
+    #[inline(always)]
+    pub(crate) fn finish_sums<S: Simd>(&self, simd: S, weighed: Weighed, sums: &mut [f32]) {
+        let finish = self.for_sums([weighed]);
+        let none = S::f32s::splat(simd, 0.0);
+        for (i, x) in sums.chunks_exact_mut(S::f32s::LEN).enumerate() {
+            finish.finish(simd, (0, i * S::f32s::LEN), none, x).store_slice(x);
+        }
+    }
+}
+
+impl Weighed {
+    /// Of no weights.
+    pub(crate) const NONE: Self = Self { scaled: (0.0, 0.0), offset: 0.0, mass: 0.0 };
+}
+
+/// Makes dot products with levels dot products with rows: `· scale[j] + min[j] Σq + q·mean`.
+#[derive(Debug)]
+pub(crate) struct FinishDots<'s, const N: usize> {
+    scales: RowScales<'s>,
+    /// `Σq`.
+    totals: [f32; N],
+    /// `q · mean`.
+    bases: [f32; N],
+}
+
+impl<const N: usize> Finish for FinishDots<'_, N> {
+    #[inline(always)]
+    fn finish<S: Simd>(
         &self,
         simd: S,
-        weights: &[f32],
-        (rows, len): (usize, usize),
-        sums: &mut [f32],
-        padded: usize,
-    ) {
-        for (w, out) in weights.chunks_exact(TILE).zip(sums.chunks_exact_mut(padded)).take(rows) {
-            let w = &w[..len];
-            if let Some(mins) = self.mins {
-                let offset = S::f32s::splat(simd, dot(simd, w, mins));
-                for out in out.chunks_exact_mut(S::f32s::LEN) {
-                    (S::f32s::from_slice(simd, out) + offset).store_slice(out);
-                }
-            }
-            if let Some(means) = self.means {
-                add_scaled(simd, &mut out[..means.len()], means, sum(simd, w));
-            }
+        (row, lane): (usize, usize),
+        product: S::f32s,
+        _out: &[f32],
+    ) -> S::f32s {
+        let part = lane..lane + S::f32s::LEN;
+        let mut offset = S::f32s::splat(simd, self.bases[row]);
+        if let Some(mins) = self.scales.mins {
+            let total = S::f32s::splat(simd, self.totals[row]);
+            offset = S::f32s::from_slice(simd, &mins[part.clone()]).mul_add(total, offset);
         }
+        product.mul_add(S::f32s::from_slice(simd, &self.scales.scales[part]), offset)
+    }
+}
+
+/// Adds products with scaled weights to the sums, and what minimums and mean contribute: `Σ_j w[j] (min[j] + mean)`.
+#[derive(Debug)]
+pub(crate) struct FinishSums<'s, const N: usize> {
+    weighed: [Weighed; N],
+    means: Option<&'s [f32]>,
+}
+
+impl<const N: usize> Finish for FinishSums<'_, N> {
+    #[inline(always)]
+    fn finish<S: Simd>(
+        &self,
+        simd: S,
+        (row, lane): (usize, usize),
+        product: S::f32s,
+        out: &[f32],
+    ) -> S::f32s {
+        let Weighed { offset, mass, .. } = self.weighed[row];
+        let mut sum = product + S::f32s::from_slice(simd, out) + S::f32s::splat(simd, offset);
+        if let Some(means) = self.means {
+            let means = S::f32s::from_slice(simd, &means[lane..lane + S::f32s::LEN]);
+            sum = means.mul_add(S::f32s::splat(simd, mass), sum);
+        }
+        sum
     }
 }
 
@@ -171,7 +268,10 @@ impl<'a> UnpackScratch<'a> {
     fn means<S: Simd>(&mut self, simd: S, packed: &PackedRows<'_>) {
         let d = packed.layout.d;
         match packed.layout.packing.center {
-            true => widen(simd, Rows::F16(packed.means()), 0, &mut self.means[..d]),
+            true => {
+                widen(simd, Rows::F16(packed.means()), 0, &mut self.means[..d]);
+                self.means[d..].fill(0.0);
+            }
             false => self.means.fill(0.0),
         }
     }
@@ -192,28 +292,51 @@ impl<'a> UnpackScratch<'a> {
         }
     }
 
-    /// Levels of rows `from .. from + len`, their parameters if each row has one scale, and room for `[BLOCK, TILE]`
-    /// weights.
+    /// Levels of rows `from .. from + len`, with their parameters if each row has one scale, and room for
+    /// `[BLOCK, TILE]` weights.
     #[inline(always)]
     pub(crate) fn quads<'s, S: Simd>(
         &'s mut self,
         simd: S,
         packed: &PackedRows<'s>,
-        (from, len): (usize, usize),
+        rows: (usize, usize),
     ) -> (Quads<'s>, RowScales<'s>, &'s mut [f32]) {
+        self.row_parameters(simd, packed, rows);
+        let scales = RowScales::new(packed, self.scales, self.mins, self.means);
+        (levels(simd, packed, rows, self.levels), scales, self.weights)
+    }
+
+    /// The same for products in integers, which take some codes as they lie.
+    #[inline(always)]
+    pub(crate) fn levels<'s, S: Simd>(
+        &'s mut self,
+        simd: S,
+        packed: &PackedRows<'s>,
+        (from, len): (usize, usize),
+    ) -> (Levels<'s>, RowScales<'s>, &'s mut [f32]) {
+        self.row_parameters(simd, packed, (from, len));
         let layout = packed.layout;
+        let format = layout.packing.format;
+        // Padding would be lanes behind those of the result, or steps behind those of the queries.
+        let levels = if format.planes() == [4] && layout.d == layout.padded() {
+            let (bytes, row) = packed.plane_rows(0, from, len);
+            let stride = if layout.side == Side::Key { BAND } else { row };
+            Levels::Nibbles(Quads { words: cast_slice(bytes), stride }, format.table())
+        } else {
+            Levels::Bytes(levels(simd, packed, (from, len), self.levels))
+        };
+        (levels, RowScales::new(packed, self.scales, self.mins, self.means), self.weights)
+    }
+
+    /// Parameters of rows `from .. from + len` that have one scale each; 0 behind them.
+    #[inline(always)]
+    fn row_parameters<S: Simd>(&mut self, simd: S, packed: &PackedRows<'_>, (from, len): (usize, usize)) {
         self.parameters(simd, packed, from, len);
         self.scales[len..TILE].fill(0.0);
         self.mins[len..TILE].fill(0.0);
-        if layout.packing.center {
+        if packed.layout.packing.center {
             self.means(simd, packed);
         }
-        let scales = RowScales {
-            scales: &self.scales[..TILE],
-            mins: layout.packing.format.has_min().then_some(&self.mins[..TILE]),
-            means: layout.packing.center.then_some(&self.means[..layout.d]),
-        };
-        (levels(simd, packed, (from, len), self.levels), scales, self.weights)
     }
 
     /// Decodes values `from .. from + len` to `f32`. Gives their stride.
@@ -320,8 +443,6 @@ fn levels<'a, S: Simd>(
         Side::Key => (BAND, BAND),
         Side::Value => (4, layout.padded()),
     };
-    let unsigned =
-        matches!(format, Format::Int4 | Format::Kivi4 | Format::Kivi2 | Format::Q4_1 | Format::Q5_1);
     let words = if format.planes() == [8] {
         packed.plane_rows(0, from, len).0
     } else {
@@ -337,7 +458,7 @@ fn levels<'a, S: Simd>(
         );
         cast_slice(&*levels)
     };
-    Quads { words: cast_slice(words), stride, unsigned }
+    Quads { words: cast_slice(words), stride }
 }
 
 impl Quads<'_> {
@@ -360,87 +481,95 @@ impl Quads<'_> {
 
 /// The levels of the rows of some planes, row `i` at `i * stride`.
 #[inline(always)]
-fn spread<S: Simd>(
-    simd: S,
-    format: Format,
-    [first, second]: [(&[u8], usize); 2],
-    out: &mut [i8],
-    stride: usize,
-) {
-    let table = format.lloyd().map(|_| {
-        let mut table = [0u8; 16];
-        for (code, level) in table.iter_mut().enumerate().take(1 << format.bits()) {
-            *level = format.level(code as u8) as u8;
-        }
-        S::u8s::block_splat(u8x16::from_slice(simd, &table))
-    });
-    match format.planes() {
-        [4] => fields::<S, 4, 0>(simd, first, out, stride),
-        [2] => fields::<S, 2, 0>(simd, first, out, stride),
-        [4, 1] => {
-            fields::<S, 4, 0>(simd, first, out, stride);
-            fields::<S, 1, 4>(simd, second, out, stride);
-        }
-        [2, 1] => {
-            fields::<S, 2, 0>(simd, first, out, stride);
-            fields::<S, 1, 2>(simd, second, out, stride);
-        }
+fn spread<S: Simd>(simd: S, format: Format, planes: [(&[u8], usize); 2], out: &mut [i8], stride: usize) {
+    let planes = Planes { planes, stride };
+    match (format.planes(), format.table().is_some()) {
+        ([4], true) => planes.spread::<S, 4, false, true>(simd, format, out),
+        ([4], false) => planes.spread::<S, 4, false, false>(simd, format, out),
+        ([4, 1], _) => planes.spread::<S, 4, true, false>(simd, format, out),
+        ([2], true) => planes.spread::<S, 2, false, true>(simd, format, out),
+        ([2], false) => planes.spread::<S, 2, false, false>(simd, format, out),
+        ([2, 1], _) => planes.spread::<S, 2, true, true>(simd, format, out),
         _ => unreachable!("no format has other planes"),
     }
-    if let Some(table) = table {
-        for chunk in out.chunks_exact_mut(S::u8s::LEN) {
-            let codes = S::u8s::from_slice(simd, cast_slice(chunk));
-            table.swizzle_dyn_within_blocks(codes).store_slice(cast_slice_mut(chunk));
-        }
-    } else if format.zero() > 0 {
-        let zero = S::u8s::splat(simd, format.zero());
-        for chunk in out.chunks_exact_mut(S::u8s::LEN) {
-            (S::u8s::from_slice(simd, cast_slice(chunk)) - zero).store_slice(cast_slice_mut(chunk));
-        }
-    }
 }
 
-/// Puts the `WIDTH`-bit fields of the rows of a plane into bytes, from bit `TO` up; 0 overwrites.
-#[inline(always)]
-fn fields<S: Simd, const WIDTH: usize, const TO: usize>(
-    simd: S,
-    (plane, bytes): (&[u8], usize),
-    out: &mut [i8],
+/// A plane of some bits of codes, and perhaps one of their highest bit; with the bytes of a row of each.
+struct Planes<'a> {
+    planes: [(&'a [u8], usize); 2],
+    /// Bytes from one row of levels to the next.
     stride: usize,
-) {
-    // The widest vector that divides a row.
-    if bytes.is_multiple_of(64) && S::u8s::LEN >= 64 {
-        wide_fields::<S, u8x64<S>, WIDTH, TO>(simd, (plane, bytes), out, stride);
-    } else if bytes.is_multiple_of(32) && S::u8s::LEN >= 32 {
-        wide_fields::<S, u8x32<S>, WIDTH, TO>(simd, (plane, bytes), out, stride);
-    } else {
-        // Four rows of a value's shortest plane.
-        wide_fields::<S, u8x16<S>, WIDTH, TO>(simd, (plane, bytes), out, stride);
-    }
 }
 
-#[inline(always)]
-fn wide_fields<S: Simd, V, const WIDTH: usize, const TO: usize>(
-    simd: S,
-    (plane, bytes): (&[u8], usize),
-    out: &mut [i8],
-    stride: usize,
-) where
-    V: SimdBase<S, Element = u8>
-        + std::ops::Shr<u32, Output = V>
-        + std::ops::Shl<u32, Output = V>
-        + std::ops::BitAnd<Output = V>
-        + std::ops::BitOr<Output = V>,
-{
-    let mask = V::splat(simd, ((1u16 << WIDTH) - 1) as u8);
-    for (row, out) in plane.chunks_exact(bytes).zip(out.chunks_exact_mut(stride)) {
-        for (at, chunk) in row.chunks_exact(V::LEN).enumerate() {
-            let packed = V::from_slice(simd, chunk);
-            for field in 0..8 / WIDTH {
-                let out: &mut [u8] = cast_slice_mut(&mut out[field * bytes + at * V::LEN..][..V::LEN]);
-                let code = (packed >> (field * WIDTH) as u32) & mask;
-                let code = if TO == 0 { code } else { V::from_slice(simd, out) | (code << TO as u32) };
-                code.store_slice(out);
+impl Planes<'_> {
+    /// Puts fields of `WIDTH` bits, with a bit `MORE` above them, into bytes, through a `TABLE` or less the format's
+    /// zero.
+    #[inline(always)]
+    fn spread<S: Simd, const WIDTH: usize, const MORE: bool, const TABLE: bool>(
+        self,
+        simd: S,
+        format: Format,
+        out: &mut [i8],
+    ) {
+        // The widest vector that divides a row of the narrowest plane.
+        let narrowest = if MORE { self.planes[1].1 } else { self.planes[0].1 };
+        if narrowest.is_multiple_of(64) && S::u8s::LEN >= 64 {
+            self.wide::<S, u8x64<S>, WIDTH, MORE, TABLE>(simd, format, out);
+        } else if narrowest.is_multiple_of(32) && S::u8s::LEN >= 32 {
+            self.wide::<S, u8x32<S>, WIDTH, MORE, TABLE>(simd, format, out);
+        } else {
+            // Four rows of a value's shortest plane.
+            self.wide::<S, u8x16<S>, WIDTH, MORE, TABLE>(simd, format, out);
+        }
+    }
+
+    #[inline(always)]
+    fn wide<S: Simd, V, const WIDTH: usize, const MORE: bool, const TABLE: bool>(
+        self,
+        simd: S,
+        format: Format,
+        out: &mut [i8],
+    ) where
+        V: SimdBase<S, Element = u8, Block = u8x16<S>, ByteVector = V>
+            + Shr<u32, Output = V>
+            + Shl<u32, Output = V>
+            + BitAnd<Output = V>
+            + BitOr<Output = V>
+            + Sub<Output = V>,
+    {
+        let [(plane, row), (bits, bits_row)] = self.planes;
+        let table = format.table().unwrap_or_default();
+        let table = V::block_splat(u8x16::from_slice(simd, cast_slice(&table)));
+        let zero = V::splat(simd, format.zero());
+        let mask = V::splat(simd, ((1u16 << WIDTH) - 1) as u8);
+        let bit = V::splat(simd, 1 << WIDTH);
+        // A row of the narrow plane serves every part of a row of the wide one.
+        let (parts, part) = if MORE { (WIDTH, bits_row) } else { (1, row) };
+        for (i, out) in out.chunks_exact_mut(self.stride).enumerate() {
+            for p in 0..parts {
+                for at in (0..part).step_by(V::LEN) {
+                    let at = p * part + at;
+                    let loaded = V::from_slice(simd, &plane[i * row + at..][..V::LEN]);
+                    let mut above = V::splat(simd, 0);
+                    if MORE {
+                        above = V::from_slice(simd, &bits[i * bits_row + at % part..][..V::LEN]);
+                    }
+                    for field in 0..8 / WIDTH {
+                        let mut code = (loaded >> (field * WIDTH) as u32) & mask;
+                        if MORE {
+                            // Bit `field * WIDTH + p` to bit `WIDTH`.
+                            let from = field * WIDTH + p;
+                            let moved = match from >= WIDTH {
+                                true => above >> (from - WIDTH) as u32,
+                                false => above << (WIDTH - from) as u32,
+                            };
+                            code = code | (moved & bit);
+                        }
+                        let level = if TABLE { table.swizzle_dyn_within_blocks(code) } else { code - zero };
+                        let out = &mut out[field * row + at..][..V::LEN];
+                        level.store_slice(cast_slice_mut(out));
+                    }
+                }
             }
         }
     }
