@@ -1,7 +1,8 @@
-//! Products of packed rows in integers: a few rows of numbers, cut into bytes, times a tile of codes.
+//! Products of packed rows in integers: a few rows of numbers, made integers ([`super::digits`]), times a tile of codes.
 //!
-//! A row `x` of two digits to the base 256 ([`super::digits`]) times levels, which are bytes, is two products of bytes,
-//! and the processor sums four of those per lane and instruction, one factor of them unsigned, the other signed:
+//! The processor multiplies integers of one or two bytes and sums neighbouring products per lane. Where it sums four
+//! products of bytes (AVX-512 VNNI), one factor of them unsigned and the other signed, a row `x` of two digits to the base
+//! 256 takes two instructions for 64 codes:
 //! ```text
 //! x[i] ≈ s · (256 a[i] + b[i])
 //! keys:    digits signed, levels made unsigned      u[i] = level[i] + zero, in 0 .. 256
@@ -9,14 +10,17 @@
 //! values:  digits of weights unsigned, levels signed
 //!          Σ x[i] level[i] = s · (256 Σ a[i] level[i] + Σ b[i] level[i])
 //! ```
-//! The sums are exact: at most 255 · 128 · `n` for `n` products, which stays below 2³¹ up to [`LENGTH_MAX`]. What is
-//! lost is the rounding of `x`. `docs/numerics.md` says what that comes to beside the error of the codes.
+//! Where it sums two products of words (AVX2), levels are widened, once for all rows, and a row takes two instructions
+//! and two additions for 32 codes.
 //!
-//! Codes of four bits are taken from their bytes in registers, on the way to the product; others lie in memory as bytes.
+//! The sums are exact: products are below 2¹⁵ · 2⁷, or 2⁸ · 2⁸ per digit, and at most [`LENGTH_MAX`] of them stay below
+//! 2³¹. What is lost is the rounding of `x`. `docs/numerics.md` says what that comes to beside the error of the codes.
 //!
-//! *Helps* where the processor multiplies bytes by fours (AVX-512 VNNI): 64 codes take two instructions per row, and
-//! four multiplications as well as, shared by the rows, eight conversions in `f32`. *Hurts* elsewhere: AVX2 would need
-//! eight instructions for the two. There [`pays`] says no, and the codes are widened.
+//! With bytes, codes of four bits are taken from memory as they lie and become levels in registers; others are spread
+//! into bytes before.
+//!
+//! *Helps* because as many products in `f32` take four multiplications per row and, shared by the rows, eight
+//! conversions. *Hurts* elsewhere: there [`pays`] says no, and the codes are widened.
 
 #![allow(unsafe_code, reason = "unchecked loads in the innermost loop, under an assertion before it")]
 
@@ -27,7 +31,7 @@ use fearless_simd::prelude::*;
 use fearless_simd::{Simd, SimdBase, SimdFloat, u8x16};
 
 /// Most products of a sum.
-pub(crate) const LENGTH_MAX: usize = 1 << 16;
+pub(crate) const LENGTH_MAX: usize = 1 << 10;
 
 /// Steps between two requests for memory ahead: codes are few bytes, and asking is a good part of a step.
 const STEPS: usize = 4;
@@ -35,18 +39,41 @@ const STEPS: usize = 4;
 /// What makes signed bytes unsigned, or adds to unsigned ones below it: 128.
 const FLIP: i32 = 0x8080_8080u32 as i32;
 
+/// What is multiplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Digits and levels of a byte, by fours.
+    Bytes,
+    /// Numbers and levels of two bytes, by twos.
+    Words,
+}
+
+/// How integers are multiplied at this level, if that is faster than widening to `f32`.
+#[inline(always)]
+pub(super) fn way<S: Simd>(simd: S) -> Option<Way> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if simd.level().as_avx512().is_some() {
+            return Some(Way::Bytes);
+        }
+        if simd.level().as_avx2().is_some() {
+            return Some(Way::Words);
+        }
+    }
+    let _ = simd;
+    None
+}
+
 /// Whether integer products are faster than widening at this level.
 #[inline(always)]
 pub(crate) fn pays<S: Simd>(simd: S) -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        simd.level().as_avx512().is_some()
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        let _ = simd;
-        false
-    }
+    way(simd).is_some()
+}
+
+/// Whether codes of four bits need not be spread into bytes.
+#[inline(always)]
+pub(crate) fn takes_nibbles<S: Simd>(simd: S) -> bool {
+    way(simd) == Some(Way::Bytes)
 }
 
 /// Levels, signed bytes, in words of four along the direction that is summed: `words[step * stride + lane]`.
@@ -183,7 +210,7 @@ pub(crate) trait Finish {
 }
 
 /// `out[row, lane] = finish(Σ x[row, i] level[i, lane])` over `4 · steps` elements. `lanes` is rounded up to whole
-/// vectors. Of nibbles, `steps` (keys) or `lanes` (values) must be all there are.
+/// vectors. Of nibbles, which [`takes_nibbles`] must allow, `steps` (keys) or `lanes` (values) must be all there are.
 #[inline(always)]
 pub(crate) fn multiply<S: Simd, F: Finish, const SIGNED: bool>(
     simd: S,
@@ -201,6 +228,7 @@ pub(crate) fn multiply<S: Simd, F: Finish, const SIGNED: bool>(
     let ahead = ahead.over(blocks * steps.div_ceil(STEPS));
     let product = Product { x, codes, half, out, steps, finish, ahead };
     match levels {
+        Levels::Bytes(_) if way(simd) == Some(Way::Words) => product.run_words(simd, rows, vectors),
         Levels::Bytes(_) => product.run(simd, Whole, rows, vectors),
         Levels::Nibbles(_, None) => product.run(simd, Linear, rows, vectors),
         Levels::Nibbles(_, Some(table)) => product.run(simd, Table::new::<SIGNED>(table), rows, vectors),
@@ -242,6 +270,98 @@ impl<F: Finish, const SIGNED: bool> Product<'_, F, SIGNED> {
                 }
             },
         );
+    }
+
+    /// The same of words.
+    #[inline(always)]
+    fn run_words<S: Simd>(mut self, simd: S, rows: usize, vectors: usize) {
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                let mut row = 0;
+                while row < rows {
+                    // Two registers of sums each; sixteen hold them, the levels and a number.
+                    row += match rows - row {
+                        4.. => self.rows_words::<S, 4, 1>(simd, row, vectors),
+                        3 => self.rows_words::<S, 3, 1>(simd, row, vectors),
+                        2 => self.rows_words::<S, 2, 2>(simd, row, vectors),
+                        _ => self.rows_words::<S, 1, 2>(simd, row, vectors),
+                    };
+                }
+            },
+        );
+    }
+
+    /// `C` rows on all vectors, `V` at a time. Gives `C`.
+    #[inline(always)]
+    fn rows_words<S: Simd, const C: usize, const V: usize>(
+        &mut self,
+        simd: S,
+        row: usize,
+        vectors: usize,
+    ) -> usize {
+        let mut vector = 0;
+        while vector + V <= vectors {
+            self.block_words::<S, C, V>(simd, row, vector * S::i32s::LEN);
+            vector += V;
+        }
+        while vector < vectors {
+            self.block_words::<S, C, 1>(simd, row, vector * S::i32s::LEN);
+            vector += 1;
+        }
+        C
+    }
+
+    #[allow(
+        clippy::needless_range_loop,
+        reason = "iterators' closures would be compiled without the level's instructions"
+    )]
+    #[inline(always)]
+    fn block_words<S: Simd, const C: usize, const V: usize>(&mut self, simd: S, row: usize, lane: usize) {
+        let lanes = S::i32s::LEN;
+        let (x, codes, half) = (self.x, self.codes, lanes / 2);
+        // A vector of sums for each half of a vector of lanes: two sums per lane.
+        let mut sums = [[[S::i32s::splat(simd, 0); 2]; V]; C];
+        let mut words: [&[[i32; 4]]; C] = [&[]; C];
+        for c in 0..C {
+            let from = &x.words[(row + c) * x.stride..][..4 * self.steps];
+            words[c] = &from.as_chunks().0[..self.steps];
+        }
+        let within =
+            self.steps == 0 || (self.steps - 1) * codes.stride + lane + V * lanes <= codes.words.len();
+        assert!(within, "codes end before the product does");
+        for step in 0..self.steps {
+            if step.is_multiple_of(STEPS) {
+                self.ahead.step();
+            }
+            let mut levels = [[S::i32s::splat(simd, 0); 2]; V];
+            for v in 0..V {
+                for h in 0..2 {
+                    let at = step * codes.stride + lane + v * lanes + h * half;
+                    // SAFETY: the assertion above.
+                    levels[v][h] = widen4(simd, unsafe { codes.words.get_unchecked(at..at + half) });
+                }
+            }
+            for c in 0..C {
+                let [first, second, ..] = words[c][step];
+                for v in 0..V {
+                    for h in 0..2 {
+                        sums[c][v][h] = dot2(simd, sums[c][v][h], levels[v][h], [first, second]);
+                    }
+                }
+            }
+        }
+        for c in 0..C {
+            let scale = S::f32s::splat(simd, x.units[row + c].scale);
+            for v in 0..V {
+                let lane = lane + v * lanes;
+                let out = &mut self.out.data[(row + c) * self.out.stride + lane..][..lanes];
+                let (first, second) = sums[c][v][0].deinterleave(sums[c][v][1]);
+                // Their sum need not fit.
+                let [first, second]: [S::f32s; 2] = [first.to_float(), second.to_float()];
+                self.finish.finish(simd, (row + c, lane), (first + second) * scale, out).store_slice(out);
+            }
+        }
     }
 
     /// `C` rows on all vectors, `V` at a time. Gives `C`.
@@ -364,11 +484,62 @@ pub(super) fn dot4<S: Simd>(simd: S, sum: S::i32s, a: S::i32s, b: S::i32s) -> S:
     S::i32s::from_slice(simd, &sums[..S::i32s::LEN])
 }
 
+/// Four signed bytes of half as many words as a vector has lanes, widened to two lanes of two words each.
+#[inline(always)]
+fn widen4<S: Simd>(simd: S, words: &[i32]) -> S::i32s {
+    #[cfg(target_arch = "x86_64")]
+    if let (8, Some(token)) = (S::i32s::LEN, simd.level().as_avx2()) {
+        return S::i32s::from_slice(simd, x86::widen4_avx2(token, words).as_slice());
+    }
+    let mut wide = [0i32; PAD];
+    for (wide, word) in wide.as_chunks_mut().0.iter_mut().zip(words) {
+        let [a, b, c, d] = word.to_le_bytes().map(|byte| i32::from(byte as i8));
+        *wide = [a & 0xffff | b << 16, c & 0xffff | d << 16];
+    }
+    S::i32s::from_slice(simd, &wide[..S::i32s::LEN])
+}
+
+/// `sum + a · x` of the two words of each lane; the even lanes of `x` are its first word, the odd ones its second.
+#[inline(always)]
+fn dot2<S: Simd>(simd: S, sum: S::i32s, a: S::i32s, x: [i32; 2]) -> S::i32s {
+    #[cfg(target_arch = "x86_64")]
+    if let (8, Some(token)) = (S::i32s::LEN, simd.level().as_avx2()) {
+        let x = i64::from(x[1]) << 32 | i64::from(x[0] as u32);
+        return S::i32s::from_slice(simd, x86::dot2_avx2(token, sum.as_slice(), a.as_slice(), x).as_slice());
+    }
+    let mut sums = [0i32; PAD];
+    sum.store_slice(&mut sums[..S::i32s::LEN]);
+    let words = |x: i32| [i32::from(x as i16), x >> 16];
+    for (i, (sum, a)) in sums.iter_mut().zip(a.as_slice()).enumerate() {
+        let (a, x) = (words(*a), words(x[i % 2]));
+        *sum += a[0] * x[0] + a[1] * x[1];
+    }
+    S::i32s::from_slice(simd, &sums[..S::i32s::LEN])
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use fearless_simd::prelude::*;
-    use fearless_simd::{i32x16, x86};
-    use std::arch::x86_64::_mm512_dpbusd_epi32;
+    use fearless_simd::{i32x4, i32x8, i32x16, x86};
+    use std::arch::x86_64::{
+        _mm256_add_epi32, _mm256_cvtepi8_epi16, _mm256_madd_epi16, _mm256_set1_epi64x, _mm512_dpbusd_epi32,
+    };
+
+    fearless_simd::kernel!(
+        #[inline(always)]
+        pub(super) fn widen4_avx2(token: Avx2, words: &[i32]) -> i32x8<x86::Avx2> {
+            _mm256_cvtepi8_epi16(i32x4::from_slice(token, words).into()).simd_into(token)
+        }
+    );
+
+    fearless_simd::kernel!(
+        #[inline(always)]
+        pub(super) fn dot2_avx2(token: Avx2, sum: &[i32], a: &[i32], x: i64) -> i32x8<x86::Avx2> {
+            let sum = i32x8::from_slice(token, sum).into();
+            let products = _mm256_madd_epi16(i32x8::from_slice(token, a).into(), _mm256_set1_epi64x(x));
+            _mm256_add_epi32(sum, products).simd_into(token)
+        }
+    );
 
     fearless_simd::kernel!(
         #[inline(always)]
@@ -431,8 +602,11 @@ mod tests {
         for levels in
             [Levels::Bytes(quads(96)), Levels::Nibbles(nibbles, None), Levels::Nibbles(nibbles, Some(table))]
         {
-            let mut first: Option<Vec<f32>> = None;
             for simd_level in Level::available() {
+                let way = crate::kernel::simd::dispatch!(simd_level.token(), simd => way(simd));
+                if way.is_none() || way == Some(Way::Words) && matches!(levels, Levels::Nibbles(..)) {
+                    continue;
+                }
                 let (mut values, mut out) = (x.clone(), vec![1.0f32; rows * 96]);
                 crate::kernel::simd::dispatch!(simd_level.token(), simd => {
                     let sizes = values.chunks(n).map(|x| (x.iter().copied().fold(0.0, f32::max), x.iter().sum()));
@@ -462,8 +636,6 @@ mod tests {
                         assert!((got - want).abs() <= allowed, "{row}, {lane}: {got}, {want}, {name}");
                     }
                 }
-                let want = first.get_or_insert_with(|| out.clone());
-                assert_eq!(want, &out, "{}", simd_level.name());
             }
         }
     }
@@ -488,6 +660,9 @@ mod tests {
         let codes = [0x0101_0101; 16 * 16];
         for level in Level::available() {
             let (mut values, mut out) = (x, [0.0f32; 16]);
+            if !crate::kernel::simd::dispatch!(level.token(), simd => pays(simd)) {
+                continue;
+            }
             crate::kernel::simd::dispatch!(level.token(), simd => {
                 let sizes = [(1.0, total)].into_iter();
                 let digits = Digits::of_weights(simd, Matrix { data: &mut values, stride: 64 }, sizes);
@@ -499,9 +674,13 @@ mod tests {
         }
     }
 
-    /// The longest sum of the largest codes and digits fits.
+    /// The longest sum of the largest codes and numbers fits.
     #[test]
     fn the_longest_sum_fits() {
-        assert!(255 * 128 * LENGTH_MAX as i64 <= i64::from(i32::MAX));
+        let length = LENGTH_MAX as i64;
+        let bytes = 255 * 128 * length;
+        // Half of the products of a lane are summed apart from the others.
+        let words = i64::from(i16::MAX) * 128 * length / 2;
+        assert!(bytes.max(words) <= i64::from(i32::MAX));
     }
 }

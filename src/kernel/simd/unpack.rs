@@ -11,7 +11,7 @@
 //! elements or per channel, which pay for widening.
 
 use super::gemm::{Matrix, PAD};
-use super::integer::{Finish, Levels, Quads};
+use super::integer::{Finish, Levels, Quads, takes_nibbles};
 use super::math::{dot, sum};
 use super::take;
 use super::tile::{BLOCK, TILE};
@@ -318,7 +318,7 @@ impl<'a> UnpackScratch<'a> {
         let layout = packed.layout;
         let format = layout.packing.format;
         // Padding would be lanes behind those of the result, or steps behind those of the queries.
-        let levels = if format.planes() == [4] && layout.d == layout.padded() {
+        let levels = if takes_nibbles(simd) && format.planes() == [4] && layout.d == layout.padded() {
             let (bytes, row) = packed.plane_rows(0, from, len);
             let stride = if layout.side == Side::Key { BAND } else { row };
             Levels::Nibbles(Quads { words: cast_slice(bytes), stride }, format.table())

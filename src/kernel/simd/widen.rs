@@ -121,29 +121,6 @@ impl Element for f32 {
     }
 }
 
-impl Element for i8 {
-    #[inline(always)]
-    fn single(self) -> f32 {
-        f32::from(self)
-    }
-
-    #[inline(always)]
-    fn vector<S: Simd>(simd: S, bytes: &[Self]) -> S::f32s {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if let (16, Some(token)) = (S::f32s::LEN, simd.level().as_avx512()) {
-                return S::f32s::from_slice(simd, x86::i8_avx512(token, bytes).as_slice());
-            }
-            if let (8, Some(token)) = (S::f32s::LEN, simd.level().as_avx2()) {
-                return S::f32s::from_slice(simd, x86::i8_avx2(token, bytes).as_slice());
-            }
-        }
-        let mut wide = [0.0f32; PAD];
-        wide.iter_mut().zip(bytes).for_each(|(w, b)| *w = f32::from(*b));
-        S::f32s::from_slice(simd, &wide[..S::f32s::LEN])
-    }
-}
-
 impl Element for f16 {
     #[inline(always)]
     fn single(self) -> f32 {
@@ -225,12 +202,11 @@ fn f16_bits<S: Simd>(simd: S, bits: S::u32s) -> S::f32s {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use fearless_simd::prelude::*;
-    use fearless_simd::{f32x8, f32x16, i8x16, u16x8, u16x16, x86};
+    use fearless_simd::{f32x8, f32x16, u16x8, u16x16, x86};
     use std::arch::x86_64::{
-        __m128i, __m256i, _MM_FROUND_CUR_DIRECTION, _mm256_castsi256_ps, _mm256_cvtepi8_epi32,
-        _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_slli_epi32, _mm512_castsi512_ps,
-        _mm512_cvt_roundph_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32,
-        _mm512_slli_epi32,
+        __m128i, __m256i, _MM_FROUND_CUR_DIRECTION, _mm256_castsi256_ps, _mm256_cvtepu16_epi32,
+        _mm256_cvtph_ps, _mm256_slli_epi32, _mm512_castsi512_ps, _mm512_cvt_roundph_ps,
+        _mm512_cvtepu16_epi32, _mm512_slli_epi32,
     };
 
     fearless_simd::kernel!(
@@ -248,24 +224,6 @@ mod x86 {
             // Not `_mm512_cvtph_ps`: that one suppresses exceptions, in an encoding that cannot read memory
             // and so costs one more operation on the ports of the multiplications.
             _mm512_cvt_roundph_ps::<_MM_FROUND_CUR_DIRECTION>(halves).simd_into(token)
-        }
-    );
-
-    fearless_simd::kernel!(
-        #[inline(always)]
-        pub(super) fn i8_avx2(token: Avx2, bytes: &[i8]) -> f32x8<x86::Avx2> {
-            let mut block = [0; 16];
-            block[..8].copy_from_slice(bytes);
-            let bytes: __m128i = i8x16::from_slice(token, &block).into();
-            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)).simd_into(token)
-        }
-    );
-
-    fearless_simd::kernel!(
-        #[inline(always)]
-        pub(super) fn i8_avx512(token: Avx512, bytes: &[i8]) -> f32x16<x86::Avx512> {
-            let bytes: __m128i = i8x16::from_slice(token, bytes).into();
-            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)).simd_into(token)
         }
     );
 
