@@ -6,7 +6,7 @@ use crate::device::memory::{BLOCK_ALIGN, HostArena, MemoryUsage};
 use crate::device::page::{Block, Page, PageLayout};
 use crate::error::DeviceError;
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Host memory for pages.
 #[derive(Debug, Default)]
@@ -56,15 +56,15 @@ impl HostMemory {
 pub(super) fn empty_page(layout: &PageLayout, block: Block) -> Page {
     Page {
         block,
-        positions: vec![0; layout.capacity].into(),
+        positions: std::iter::repeat_n(0, layout.capacity).collect(),
         bias: None,
         columns: vec![0; layout.capacity * layout.column_words].into(),
     }
 }
 
-/// Copies everything of a page that is not in its block.
+/// Copies everything of a page that is not in its block; positions are shared until one of the two writes them.
 pub(super) fn copy_metadata(from: &Page, to: &mut Page) {
-    to.positions.copy_from_slice(&from.positions);
+    to.positions = Arc::clone(&from.positions);
     to.bias.clone_from(&from.bias);
     to.columns.copy_from_slice(&from.columns);
 }

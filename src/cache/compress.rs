@@ -17,7 +17,7 @@ use crate::kernel::{AttentionParams, total_rows};
 use crate::plan::LayerPlan;
 use crate::policy::{Feed, FeedKind, LayerScores, LayerView, QueryWindow, TargetRequest, seen_by};
 use crate::recipe::{Budget, PositionMode};
-use crate::store;
+use crate::store::{self, SharedPositions};
 
 /// Query rows scored at once for [`FeedKind::Rows`]: bounds the buffer of weights to this many rows.
 const FEED_ROWS: usize = 16;
@@ -205,15 +205,16 @@ impl KvCache {
     /// [`Error`] from scoring or compacting; each layer is then either compressed or as it was.
     pub fn compress(&mut self, id: SequenceId) -> Result<(), Error> {
         let next = self.sequence(id)?.next;
-        let mut changed = self.drop_unseen(id)?;
+        let mut shared = SharedPositions::default();
+        let mut changed = self.drop_unseen(id, &mut shared)?;
         if self.recipe.policy.compresses() {
             for (layer, target) in self.targets(self.sequence(id)?) {
                 let plan = self.plan_layer(id, layer, target)?;
-                changed |= self.apply(id, layer, &plan)?;
+                changed |= self.apply(id, layer, &plan, &mut shared)?;
             }
         }
         if changed && self.recipe.positions == PositionMode::Renumber {
-            self.renumber(id)?;
+            self.renumber(id, &mut shared)?;
         }
         let sequence = self.sequence_mut(id)?;
         sequence.since = 0;
@@ -238,16 +239,17 @@ impl KvCache {
             return Ok(());
         }
         let Some(layers) = sequence.stores().last() else { return Ok(()) };
+        let mut shared = SharedPositions::default();
         for (heads, storage) in layers.iter_mut().zip(storage) {
             for (head, storage) in heads.iter_mut().zip(storage) {
-                store::seal(backend, storage, head)?;
+                store::seal(backend, storage, head, &mut shared)?;
             }
         }
         Ok(())
     }
 
     /// In layers with a sliding window, drops what no future query can see. Loses nothing.
-    fn drop_unseen(&mut self, id: SequenceId) -> Result<bool, Error> {
+    fn drop_unseen(&mut self, id: SequenceId, shared: &mut SharedPositions) -> Result<bool, Error> {
         let mut changed = false;
         for layer in self.shape.owners().collect::<Vec<_>>() {
             let Some(window) = self.shape.layer(layer).window else { continue };
@@ -260,7 +262,7 @@ impl KvCache {
                 crate::plan::HeadPlan { rows, keep: (gone as u32..rows as u32).collect() }
             });
             let plan = LayerPlan { heads: heads.collect() };
-            changed |= self.apply(id, layer, &plan)?;
+            changed |= self.apply(id, layer, &plan, shared)?;
         }
         Ok(changed)
     }
@@ -368,12 +370,18 @@ impl KvCache {
     }
 
     /// The one place where entries are removed by plan.
-    fn apply(&mut self, id: SequenceId, layer: usize, plan: &LayerPlan) -> Result<bool, Error> {
+    fn apply(
+        &mut self,
+        id: SequenceId,
+        layer: usize,
+        plan: &LayerPlan,
+        shared: &mut SharedPositions,
+    ) -> Result<bool, Error> {
         let backend = &*self.backend;
         let Some(sequence) = self.sequences.get_mut(&id.0) else { return Ok(false) };
         for layers in sequence.stores() {
             for (head, plan) in layers[layer].iter_mut().zip(&plan.heads) {
-                store::compact(backend, head, &plan.keep)?;
+                store::compact(backend, head, &plan.keep, shared)?;
             }
         }
         let dropped = plan.heads.iter().map(|plan| plan.rows - plan.keep.len()).sum::<usize>();
@@ -384,7 +392,7 @@ impl KvCache {
     }
 
     /// Gives the entries of every head the positions 0, 1, 2, … and the next token the one after.
-    fn renumber(&mut self, id: SequenceId) -> Result<(), Error> {
+    fn renumber(&mut self, id: SequenceId, shared: &mut SharedPositions) -> Result<(), Error> {
         let (backend, shape) = (&*self.backend, &self.shape);
         let Some(sequence) = self.sequences.get_mut(&id.0) else { return Ok(()) };
         let mut next = 0;
@@ -392,7 +400,7 @@ impl KvCache {
             for (layer, heads) in layers.iter_mut().enumerate() {
                 for head in heads {
                     next = next.max(head.rows() as i32);
-                    store::renumber(backend, shape.layer(layer), head, |slot, _| slot as i32)?;
+                    store::renumber(backend, shape.layer(layer), head, shared, |slot, _| slot as i32)?;
                 }
             }
         }

@@ -16,6 +16,8 @@ mod scratch;
 mod sequence;
 mod stats;
 mod step;
+#[cfg(test)]
+mod tests;
 
 pub use builder::{CacheBuilder, RecipeSource};
 pub use guard::{Guard, GuardReport, HeadReport};

@@ -11,7 +11,7 @@ use crate::error::{CacheError, Error, RecipeError};
 use crate::geometry::{KeyPhase, Position, Slot};
 use crate::kernel::gather::{GatherArgs, GatherTarget};
 use crate::plan::{HeadPlan, LayerPlan};
-use crate::store;
+use crate::store::{self, SharedPositions};
 use std::ops::Range;
 
 /// What becomes of the positions behind a removed span.
@@ -101,6 +101,7 @@ impl KvCache {
         if start == end {
             return Ok(());
         }
+        let mut shared = SharedPositions::default();
         for layer in self.shape.owners().collect::<Vec<_>>() {
             let heads = self.sequence(id)?.layers[layer].iter().map(|head| {
                 let rows = head.rows() as u32;
@@ -114,10 +115,10 @@ impl KvCache {
             };
             let heads = sequence.stores().flat_map(|layers| layers[layer].iter_mut().zip(&plan.heads));
             for (head, plan) in heads {
-                store::compact(backend, head, &plan.keep)?;
+                store::compact(backend, head, &plan.keep, &mut shared)?;
                 if mode == RemoveMode::Renumber {
                     let shift = |_, p| if p >= end { p - (end - start) } else { p };
-                    store::renumber(backend, self.shape.layer(layer), head, shift)?;
+                    store::renumber(backend, self.shape.layer(layer), head, &mut shared, shift)?;
                 }
             }
         }

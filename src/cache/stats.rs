@@ -3,13 +3,14 @@
 //!
 //! Bytes are counted from allocations: `logical` is what the entries need without padding, `resident` the
 //! pages in use (rows, positions, β, columns, recorded queries), `reserved` the address space or device
-//! buffers held. *Helps* because "did memory really go down" has an answer. *Hurts* by a walk over all pages
+//! buffers held. What is shared is there once and counts once: a page in two sequences, positions in all pages that
+//! hold them. *Helps* because "did memory really go down" has an answer. *Hurts* by a walk over all pages
 //! per call: not for the decode loop.
 
 use super::KvCache;
 use super::sequence::{Sequence, SequenceId};
 use crate::device::memory::MemoryUsage;
-use crate::device::page::{HeadRows, Page};
+use crate::device::page::Page;
 use crate::error::Error;
 use crate::store::{self, Storage};
 use std::collections::HashSet;
@@ -29,11 +30,12 @@ pub struct LayerStats {
     pub dropped: u64,
     /// Compactions that dropped something.
     pub compactions: u64,
-    /// Bytes the entries need without padding.
+    /// Bytes the entries need without padding, each with a position of its own.
     pub bytes_logical: usize,
-    /// Bytes of pages in use, shared pages counted in full, and of recorded queries.
+    /// Bytes of pages in use and of recorded queries: what the layer adds to those before it, with which it may
+    /// share positions. Pages shared with a fork count in full.
     pub bytes_resident: usize,
-    /// Bytes one decode step's attention reads.
+    /// Bytes one decode step's attention reads; positions that KV heads share count for each of them.
     pub bytes_read_per_step: usize,
 }
 
@@ -78,7 +80,7 @@ pub struct EffectiveConfig {
     /// Bytes one entry of the bulk of one KV head needs, per layer, on average over its heads: rows, position and
     /// columns, without page slack.
     pub entry_bytes: Vec<usize>,
-    /// Bytes of one page of the bulk, likewise.
+    /// Bytes of one page of the bulk, likewise, with positions that it shares with no other.
     pub page_bytes: Vec<usize>,
     /// Declared columns with their words per entry.
     pub columns: Vec<(String, usize)>,
@@ -139,16 +141,31 @@ fn mean(heads: &[Storage], bytes: impl Fn(&Storage) -> usize) -> usize {
     heads.iter().map(bytes).sum::<usize>().div_ceil(heads.len().max(1))
 }
 
-/// Every page of some heads, with its bytes.
-fn pages(heads: &[HeadRows]) -> impl Iterator<Item = (&Arc<Page>, usize)> {
-    let segments = heads.iter().flat_map(|h| h.segments.iter().chain(&h.open));
-    segments
-        .flat_map(|s| s.pages.iter().map(|p| (p, store::block_bytes(&s.layout) + store::metadata_bytes(p))))
+/// Memory counted so far, by address.
+#[derive(Default)]
+struct Counted {
+    pages: HashSet<*const Page>,
+    positions: HashSet<*const i32>,
 }
 
-/// The rows of a layer in the shadow of a guarded sequence.
-fn shadow(sequence: &Sequence, layer: usize) -> impl Iterator<Item = &[HeadRows]> {
-    sequence.watched.shadow.as_ref().map(|shadow| &shadow.layers[layer][..]).into_iter()
+impl Counted {
+    /// Bytes that a layer of a sequence, the shadow of a guarded one included, adds to what is counted.
+    fn add(&mut self, sequence: &Sequence, layer: usize) -> usize {
+        let shadow = sequence.watched.shadow.as_ref().map(|shadow| &shadow.layers[layer]);
+        let heads = sequence.layers[layer].iter().chain(shadow.into_iter().flatten());
+        let mut bytes = sequence.queries[layer].bytes();
+        for segment in heads.flat_map(|head| head.segments.iter().chain(&head.open)) {
+            for page in &segment.pages {
+                if self.pages.insert(Arc::as_ptr(page)) {
+                    bytes += store::block_bytes(&segment.layout) + store::metadata_bytes(page);
+                }
+                if self.positions.insert(page.positions.as_ptr()) {
+                    bytes += store::positions_bytes(page.positions.len());
+                }
+            }
+        }
+        bytes
+    }
 }
 
 impl KvCache {
@@ -158,6 +175,7 @@ impl KvCache {
     /// [`crate::error::CacheError::NoSequence`].
     pub fn stats(&self, id: SequenceId) -> Result<SequenceStats, Error> {
         let sequence = self.sequence(id)?;
+        let mut counted = Counted::default();
         let layers = sequence.layers.iter().enumerate().map(|(layer, heads)| {
             let counters = sequence.counters[layer];
             let segments = || heads.iter().flat_map(|h| &h.segments);
@@ -168,30 +186,21 @@ impl KvCache {
                 dropped: counters.dropped,
                 compactions: counters.compactions,
                 bytes_logical: segments().map(|s| s.rows * s.layout.entry_bytes()).sum(),
-                bytes_resident: pages(heads)
-                    .chain(shadow(sequence, layer).flat_map(pages))
-                    .map(|(_, bytes)| bytes)
-                    .sum::<usize>()
-                    + sequence.queries[layer].bytes(),
+                bytes_resident: counted.add(sequence, layer),
                 bytes_read_per_step: heads.iter().map(store::bytes_read).sum(),
             }
         });
         Ok(SequenceStats { layers: layers.collect() })
     }
 
-    /// Bytes of everything this cache stores: pages that sequences share are counted once. `peak` and
-    /// `reserved` are the backend's, over all caches that share it.
+    /// Bytes of everything this cache stores: pages that sequences share are counted once, and so are positions that
+    /// pages share. `peak` and `reserved` are the backend's, over all caches that share it.
     pub fn memory(&self) -> MemoryUsage {
-        let mut seen: HashSet<*const Page> = HashSet::new();
+        let mut counted = Counted::default();
         let mut resident = 0;
         for sequence in self.sequences.values() {
-            for (layer, heads) in sequence.layers.iter().enumerate() {
-                resident += pages(heads)
-                    .chain(shadow(sequence, layer).flat_map(pages))
-                    .filter(|(page, _)| seen.insert(Arc::as_ptr(page)))
-                    .map(|(_, bytes)| bytes)
-                    .sum::<usize>();
-                resident += sequence.queries[layer].bytes();
+            for layer in 0..sequence.layers.len() {
+                resident += counted.add(sequence, layer);
             }
         }
         let backend = self.backend.memory();

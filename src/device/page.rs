@@ -3,7 +3,8 @@
 //! A page holds up to `capacity` entries of one KV head: key rows, value rows, a position per entry, and
 //! (only when some entry has one) a log-mass bias β per entry. Rows live in a [`Block`] of the backend that
 //! allocated it, host or device; positions, β and columns stay on the host, where policies read them. A
-//! backend whose kernels run elsewhere keeps a mirror of positions and β behind the rows of the block.
+//! backend whose kernels run elsewhere keeps a mirror of positions and β behind the rows of the block. Pages with
+//! equal positions may share the array.
 //!
 //! ```text
 //! block:  | keys  [capacity][k_row_bytes] | values [capacity][v_row_bytes] | mirror: i32 positions, f32 β |
@@ -145,12 +146,20 @@ impl PageLayout {
 pub struct Page {
     /// Keys and values (and the mirror).
     pub block: Block,
-    /// One position per entry, `capacity` long.
-    pub positions: Box<[i32]>,
+    /// One position per entry, `capacity` long. Other pages may hold the same array, so it is written through
+    /// [`Page::positions_mut`].
+    pub positions: Arc<[i32]>,
     /// One β per entry, or `None` while all are 0: the logit of an entry becomes `s + β`.
     pub bias: Option<Box<[f32]>>,
     /// `column_words` words per entry, `capacity` entries.
     pub columns: Box<[u32]>,
+}
+
+impl Page {
+    /// The positions, writable: a copy of this page's own if another page shares them.
+    pub fn positions_mut(&mut self) -> &mut [i32] {
+        Arc::make_mut(&mut self.positions)
+    }
 }
 
 /// Rows of one side of a page, in the type they are stored in.

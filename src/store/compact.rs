@@ -5,6 +5,7 @@
 //! once more: only the rows that share a page with a dropped one are unpacked and packed again. Rows of a page that is
 //! not full yet are taken from their exact copies where there are any.
 
+use super::SharedPositions;
 use crate::backend::Backend;
 use crate::device::page::{HeadRows, Page, PageLayout, Segment};
 use crate::error::KernelError;
@@ -19,7 +20,12 @@ pub(super) const SPARE_PAGES: usize = 1;
 ///
 /// # Errors
 /// [`KernelError`]; the head then has the entries it had.
-pub fn compact(backend: &dyn Backend, head: &mut HeadRows, keep: &[u32]) -> Result<(), KernelError> {
+pub fn compact(
+    backend: &dyn Backend,
+    head: &mut HeadRows,
+    keep: &[u32],
+    shared: &mut SharedPositions,
+) -> Result<(), KernelError> {
     if keep.len() == head.rows() {
         return Ok(());
     }
@@ -34,23 +40,28 @@ pub fn compact(backend: &dyn Backend, head: &mut HeadRows, keep: &[u32]) -> Resu
         if local.len() == rows {
             segments.extend_from_slice(run);
         } else if !local.is_empty() && run[0].layout.is_exact() {
-            segments.push(compact_exact(backend, run, &local)?);
+            segments.push(compact_exact(backend, run, &local, shared)?);
         } else if !local.is_empty() {
-            compact_packed(backend, run, &local, &mut segments)?;
+            compact_packed(backend, run, &local, shared, &mut segments)?;
         }
     }
     head.segments = segments;
     Ok(())
 }
 
-fn compact_exact(backend: &dyn Backend, run: &[Segment], keep: &[u32]) -> Result<Segment, KernelError> {
+fn compact_exact(
+    backend: &dyn Backend,
+    run: &[Segment],
+    keep: &[u32],
+    shared: &mut SharedPositions,
+) -> Result<Segment, KernelError> {
     let layout = &run[0].layout;
     let untouched = keep.iter().enumerate().take_while(|&(i, &slot)| i == slot as usize).count();
     // Only the pages of the first segment are known to be full up to the last.
     let whole = (untouched / layout.capacity).min(run[0].rows / layout.capacity);
     let source = HeadRows::new(run.to_vec());
     let mut pages = run[0].pages[..whole].to_vec();
-    pages.extend(copy_rows(backend, &source, &keep[whole * layout.capacity..], layout)?);
+    pages.extend(copy_rows(backend, &source, &keep[whole * layout.capacity..], layout, shared)?);
     Ok(Segment { layout: Arc::clone(layout), pages, rows: keep.len() })
 }
 
@@ -72,6 +83,7 @@ fn compact_packed(
     backend: &dyn Backend,
     run: &[Segment],
     keep: &[u32],
+    shared: &mut SharedPositions,
     out: &mut Vec<Segment>,
 ) -> Result<(), KernelError> {
     let layout = &run[0].layout;
@@ -94,11 +106,11 @@ fn compact_packed(
         }
     };
     if stretches().map(needed).sum::<usize>() <= total.div_ceil(layout.capacity) + SPARE_PAGES {
-        return stretches().try_for_each(|part| repack(backend, layout, part, out));
+        return stretches().try_for_each(|part| repack(backend, layout, part, shared, out));
     }
     let (front, rest) = pages.split_at(pages.iter().take_while(|p| stays(p)).count());
-    repack(backend, layout, front, out)?;
-    repack(backend, layout, rest, out)
+    repack(backend, layout, front, shared, out)?;
+    repack(backend, layout, rest, shared, out)
 }
 
 /// Appends what stays of consecutive pages to `out`, packed anew if any of them loses something.
@@ -106,6 +118,7 @@ fn repack(
     backend: &dyn Backend,
     layout: &Arc<PageLayout>,
     part: &[Kept<'_>],
+    shared: &mut SharedPositions,
     out: &mut Vec<Segment>,
 ) -> Result<(), KernelError> {
     if part.iter().all(Kept::whole) {
@@ -120,7 +133,7 @@ fn repack(
         first += p.rows as u32;
         segments.push(Segment { layout: Arc::clone(layout), pages: vec![Arc::clone(p.page)], rows: p.rows });
     }
-    let pages = copy_rows(backend, &HeadRows::new(segments), &slots, layout)?;
+    let pages = copy_rows(backend, &HeadRows::new(segments), &slots, layout, shared)?;
     let mut left = slots.len();
     for page in pages {
         let rows = left.min(layout.capacity);
@@ -140,12 +153,13 @@ pub(super) fn push_page(out: &mut Vec<Segment>, layout: &Arc<PageLayout>, page: 
     last.rows += rows;
 }
 
-/// The given slots in fresh pages of `layout`, packed if that is.
+/// The given slots in fresh pages of `layout`, packed if that is; positions are shared with the pages made before.
 pub(super) fn copy_rows(
     backend: &dyn Backend,
     source: &HeadRows,
     slots: &[u32],
     layout: &Arc<PageLayout>,
+    shared: &mut SharedPositions,
 ) -> Result<Vec<Arc<Page>>, KernelError> {
     let mut pages = Vec::with_capacity(slots.len().div_ceil(layout.capacity));
     for _ in 0..slots.len().div_ceil(layout.capacity) {
@@ -170,6 +184,9 @@ pub(super) fn copy_rows(
                 backend.sync_metadata(layout, page, 0..slots.len())?;
             }
         }
+    }
+    for (page, slots) in pages.iter_mut().zip(slots.chunks(layout.capacity)) {
+        shared.share(layout, page, slots.len());
     }
     Ok(pages.into_iter().map(Arc::new).collect())
 }

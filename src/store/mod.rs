@@ -5,15 +5,18 @@
 //! both write to it: the first to write copies that page (one, not the context).
 //!
 //! [`append`] writes exact entries at the end; [`compact`] drops entries; [`seal`] packs what lies between the sinks
-//! and the recent tail.
+//! and the recent tail. What makes pages that stay as they are takes a [`SharedPositions`]: pages made with the same one
+//! share the arrays of equal positions.
 //!
 //! Invariants, kept by every function here and relied on by kernels: positions strictly ascend within a
 //! head; every page of a segment but the last is full; entries beyond `rows` are never read.
 
 mod compact;
+mod positions;
 mod seal;
 
 pub use compact::compact;
+pub use positions::SharedPositions;
 pub use seal::{Packed, Storage, block_bytes, page_bytes, seal};
 
 use crate::backend::Backend;
@@ -91,7 +94,7 @@ fn try_append(
         let page = unshare(backend, layout, last)?;
         let take = (layout.capacity - first).min(new.positions.len() - done);
         let range = first..first + take;
-        page.positions[range.clone()].copy_from_slice(&new.positions[done..done + take]);
+        page.positions_mut()[range.clone()].copy_from_slice(&new.positions[done..done + take]);
         // A truncation may have left an older entry's data here.
         page.columns[first * words..(first + take) * words].fill(0);
         if let Some(bias) = &mut page.bias {
@@ -144,7 +147,8 @@ pub fn rows_below(head: &HeadRows, position: i32) -> usize {
 
 /// Gives every entry a new position and turns its key by the difference.
 ///
-/// `new_position` must be ascending over the head's positions.
+/// `new_position` must be ascending over the head's positions. Pages that become equal to earlier ones share their
+/// positions.
 ///
 /// # Errors
 /// [`KernelError`]. Pages already done are then renumbered and the others not, so the caller must drop the
@@ -153,6 +157,7 @@ pub fn renumber(
     backend: &dyn Backend,
     shape: &LayerShape,
     head: &mut HeadRows,
+    shared: &mut SharedPositions,
     new_position: impl Fn(usize, i32) -> i32,
 ) -> Result<(), KernelError> {
     seal::reopen(backend, head)?;
@@ -173,7 +178,7 @@ pub fn renumber(
                 continue;
             }
             let page = unshare(backend, &layout, page)?;
-            page.positions.iter_mut().zip(&deltas).for_each(|(p, d)| *p += d);
+            page.positions_mut().iter_mut().zip(&deltas).for_each(|(p, d)| *p += d);
             if let Some(rotary) = rotary {
                 let table = angles.table(rotary, &deltas);
                 backend.rope(&mut RopeArgs {
@@ -184,6 +189,7 @@ pub fn renumber(
                 })?;
             }
             backend.sync_metadata(&layout, page, 0..rows)?;
+            shared.share(&layout, page, rows);
         }
     }
     Ok(())
@@ -232,15 +238,25 @@ pub fn update_columns(
     Ok(())
 }
 
-/// Host memory of a page outside its block: positions, β, columns, and the page's own fields.
+/// What an `Arc` keeps beside its content: two counters.
+const COUNTERS: usize = 2 * size_of::<usize>();
+
+/// Host memory that a page has for itself outside its block: β, columns, and its own fields. Its positions, which other
+/// pages may hold too, are [`positions_bytes`].
 pub fn metadata_bytes(page: &Page) -> usize {
-    size_of::<Page>()
-        + page.positions.len() * size_of::<i32>()
+    COUNTERS
+        + size_of::<Page>()
         + page.bias.as_ref().map_or(0, |b| b.len() * size_of::<f32>())
         + page.columns.len() * size_of::<u32>()
 }
 
-/// Bytes the attend kernel reads of a head for one query: keys, values, positions, β.
+/// Memory of an array of positions with `capacity` entries, however many pages share it.
+pub fn positions_bytes(capacity: usize) -> usize {
+    COUNTERS + capacity * size_of::<i32>()
+}
+
+/// Bytes the attend kernel reads of a head for one query: keys, values, positions, β. Positions that heads share are
+/// read for each of them.
 pub fn bytes_read(head: &HeadRows) -> usize {
     head.pages()
         .map(|p| {

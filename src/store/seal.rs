@@ -8,7 +8,7 @@
 //! of the last page until it is full.
 
 use super::compact::{copy_rows, push_page};
-use super::unshare;
+use super::{COUNTERS, SharedPositions, positions_bytes, unshare};
 use crate::backend::Backend;
 use crate::device::encoding::Encoding;
 use crate::device::memory::BLOCK_ALIGN;
@@ -72,7 +72,8 @@ impl Storage {
     }
 
     /// Bytes of the pages that hold `rows` entries of a head with everything sealed that can be, and of as many
-    /// spare packed pages as compaction leaves.
+    /// spare packed pages as compaction leaves. An upper bound: every page is counted with positions of its own, since
+    /// how many heads hold the same ones is up to the policy.
     pub fn bytes(&self, rows: usize) -> usize {
         let exact = |rows: usize| rows.div_ceil(self.exact.capacity) * page_bytes(&self.exact);
         let Some(packed) = &self.packed else { return exact(rows) };
@@ -92,9 +93,10 @@ pub fn block_bytes(layout: &PageLayout) -> usize {
     layout.block_bytes().next_multiple_of(BLOCK_ALIGN)
 }
 
-/// A page's size in all: block, positions, columns, and its own fields.
+/// A page's size in all: block, columns, its own fields, and positions that it shares with no other.
 pub fn page_bytes(layout: &PageLayout) -> usize {
-    block_bytes(layout) + size_of::<Page>() + layout.capacity * 4 * (1 + layout.column_words)
+    let columns = layout.capacity * layout.column_words * size_of::<u32>();
+    block_bytes(layout) + COUNTERS + size_of::<Page>() + columns + positions_bytes(layout.capacity)
 }
 
 /// Packs what can be of a head. Gives whether anything was.
@@ -104,7 +106,12 @@ pub fn page_bytes(layout: &PageLayout) -> usize {
 ///
 /// # Errors
 /// [`KernelError`]; the head is then as before.
-pub fn seal(backend: &dyn Backend, storage: &Storage, head: &mut HeadRows) -> Result<bool, KernelError> {
+pub fn seal(
+    backend: &dyn Backend,
+    storage: &Storage,
+    head: &mut HeadRows,
+    shared: &mut SharedPositions,
+) -> Result<bool, KernelError> {
     let Some(packed) = &storage.packed else { return Ok(false) };
     let exact =
         |head: &HeadRows| head.segments.iter().rev().take_while(|s| s.layout == storage.exact).count();
@@ -124,7 +131,7 @@ pub fn seal(backend: &dyn Backend, storage: &Storage, head: &mut HeadRows) -> Re
     let mut add = |slots: std::ops::Range<usize>, layout: &Arc<PageLayout>| -> Result<(), KernelError> {
         let mut left = slots.len();
         let slots: Vec<u32> = slots.map(|s| s as u32).collect();
-        for page in copy_rows(backend, &source, &slots, layout)? {
+        for page in copy_rows(backend, &source, &slots, layout, shared)? {
             let rows = left.min(layout.capacity);
             left -= rows;
             push_page(&mut sealed.segments, layout, page, rows);
@@ -138,7 +145,10 @@ pub fn seal(backend: &dyn Backend, storage: &Storage, head: &mut HeadRows) -> Re
         // Pages that the rest has for itself stay where they are.
         let pages = match &source.segments[..] {
             [run] if end.is_multiple_of(layout.capacity) => run.pages[end / layout.capacity..].to_vec(),
-            _ => copy_rows(backend, &source, &(end as u32..rows as u32).collect::<Vec<_>>(), &layout)?,
+            _ => {
+                let slots: Vec<u32> = (end as u32..rows as u32).collect();
+                copy_rows(backend, &source, &slots, &layout, shared)?
+            }
         };
         let rest = Segment { layout, pages, rows: rows - end };
         if partial {

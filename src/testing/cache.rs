@@ -146,12 +146,12 @@ impl CacheSpec {
         while segment.rows < spec.rows {
             let used = (spec.rows - segment.rows).min(spec.capacity);
             let mut page = backend.allocate(&layout)?;
-            for p in page.positions.iter_mut().take(used) {
+            for p in page.positions_mut().iter_mut().take(used) {
                 *p = *position;
                 *position += 1 + if self.gaps && random.one_in(3) { random.below(9) as i32 } else { 0 };
             }
             // Garbage positions that every query would see.
-            page.positions[used..].fill(0);
+            page.positions_mut()[used..].fill(0);
             let with_bias = random.one_in(2);
             if self.bias && with_bias {
                 let bias: Vec<f32> = (0..spec.capacity)

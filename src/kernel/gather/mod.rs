@@ -90,6 +90,7 @@ impl GatherArgs<'_> {
 /// Copies positions, β and columns of the chosen entries: host data on every backend.
 pub fn copy_metadata(head: &HeadRows, slots: &[u32], layout: &PageLayout, pages: &mut [Page]) {
     let words = layout.column_words;
+    let mut positions = Vec::with_capacity(slots.len());
     let mut sources = head.pages();
     let mut source = sources.next();
     for (i, &slot) in slots.iter().enumerate() {
@@ -98,14 +99,17 @@ pub fn copy_metadata(head: &HeadRows, slots: &[u32], layout: &PageLayout, pages:
         {
             source = sources.next();
         }
-        let Some(s) = source else { return };
+        let Some(s) = source else { break };
         let from = slot as usize - s.first;
         let (page, to) = (&mut pages[i / layout.capacity], i % layout.capacity);
-        page.positions[to] = s.page.positions[from];
+        positions.push(s.page.positions[from]);
         if let Some(bias) = s.bias() {
             page.bias.get_or_insert_with(|| vec![0.0; layout.capacity].into())[to] = bias[from];
         }
         page.columns[to * words..(to + 1) * words]
             .copy_from_slice(&s.page.columns[from * words..(from + 1) * words]);
+    }
+    for (page, positions) in pages.iter_mut().zip(positions.chunks(layout.capacity)) {
+        page.positions_mut()[..positions.len()].copy_from_slice(positions);
     }
 }

@@ -132,13 +132,17 @@ pub fn storage(backend: &dyn Backend, _: Effort) -> KernelReport {
         let layout = layout_of(backend, 6, DType::F16);
         let mut page = backend.allocate(&layout)?;
         let ones = vec![1.0; 32 * 6];
-        page.positions.iter_mut().zip(0..).for_each(|(p, i)| *p = i);
+        page.positions_mut().iter_mut().zip(0..).for_each(|(p, i)| *p = i);
         page.bias = Some(vec![0.5; 32].into());
         backend.write_rows(&layout, &mut page, 0, &ones, &ones)?;
         let copy = backend.copy_page(&layout, &page)?;
         backend.write_rows(&layout, &mut page, 3, &[2.0; 6], &[2.0; 6])?;
         if copy.positions != page.positions || copy.bias != page.bias {
             return Err("the copy has other positions or β".to_owned().into());
+        }
+        page.positions_mut().fill(7);
+        if !copy.positions.iter().copied().eq(0..32) {
+            return Err("writing the page's positions reached the copy".to_owned().into());
         }
         let (keys, values) = dense(backend, &head_of(&layout, vec![copy], 32), 6, 6)?;
         expect_same_bits("keys of the copy", &keys, &ones)?;

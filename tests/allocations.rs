@@ -1,5 +1,6 @@
-//! The attend path allocates nothing once it is warm, counted by the allocator itself. A binary of its own,
-//! because the allocator is the process's.
+//! What the allocator itself counts: the attend path allocates nothing once it is warm, and packed entries take the bits
+//! that are claimed with everything that is allocated. A binary of its own with one test, because the allocator is the
+//! process's.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "tests")]
 #![allow(unsafe_code, reason = "a counting allocator is an unsafe trait; it forwards every call unchanged")]
@@ -9,8 +10,9 @@
 mod support;
 
 use kvsieve::device::Pool;
+use kvsieve::geometry::{LayerShape, ModelShape};
 use kvsieve::view::{TensorView, TensorViewMut};
-use kvsieve::{Cpu, KvCache};
+use kvsieve::{Backend, Budget, Cpu, KvCache};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,19 +21,26 @@ struct Counting;
 
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
 
+/// Bytes on the heap.
+static HEAP: AtomicUsize = AtomicUsize::new(0);
+
 // SAFETY: every call goes to the system allocator with the arguments it came with.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, Ordering::SeqCst);
+        HEAP.fetch_add(layout.size(), Ordering::SeqCst);
         // SAFETY: the caller keeps `GlobalAlloc`'s contract, which is the system allocator's.
         unsafe { System.alloc(layout) }
     }
     unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        HEAP.fetch_sub(layout.size(), Ordering::SeqCst);
         // SAFETY: as above.
         unsafe { System.dealloc(ptr, layout) }
     }
     unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, Ordering::SeqCst);
+        HEAP.fetch_add(new_size, Ordering::SeqCst);
+        HEAP.fetch_sub(layout.size(), Ordering::SeqCst);
         // SAFETY: as above.
         unsafe { System.realloc(ptr, layout, new_size) }
     }
@@ -66,7 +75,7 @@ fn decode_allocations(recipe: &str, backend: Cpu) -> Vec<usize> {
     let mut out = vec![0.0f32; 8 * 64];
     let mut cache = KvCache::builder(support::small_model(4, 8, 2, 64))
         .recipe(recipe)
-        .budget(kvsieve::Budget::Tokens(100_000))
+        .budget(Budget::Tokens(100_000))
         .backend(backend)
         .build()
         .unwrap();
@@ -94,7 +103,6 @@ fn decode_allocations(recipe: &str, backend: Cpu) -> Vec<usize> {
     (0..56).map(|_| step(&mut cache, id, &q, &k, &mut out)).collect()
 }
 
-#[test]
 fn the_attend_path_allocates_nothing_when_warm() {
     let recipes = ["full", "full+k=f16+v=f16", "h2o+when=over(slack=1000)"];
     for recipe in recipes {
@@ -112,4 +120,54 @@ fn the_attend_path_allocates_nothing_when_warm() {
     let counts = decode_allocations("full", Cpu::with_threads(2).unwrap());
     let regions = 56 * 4;
     assert!(counts.iter().sum::<usize>() <= regions / 31 + 1, "from outside the pool: {counts:?}");
+}
+
+/// Bits per stored element of 1,024 tokens on the geometry of SmolLM2-135M: as held, and as the cache counts.
+fn bits(recipe: &str, budget: usize) -> (f64, f64) {
+    let (layers, h, d, chunk) = (30, 3, 64, 128);
+    let rows: Vec<f32> = (0..chunk * h * d).map(|i| support::noise_normal(i as u64)).collect();
+    let before = HEAP.load(Ordering::SeqCst);
+    let backend: Arc<dyn Backend> = Arc::new(Cpu::with_pool(Pool::current()));
+    let mut cache = KvCache::builder(ModelShape::uniform(layers, LayerShape::new(9, h, d)).unwrap())
+        .recipe(recipe)
+        .budget(Budget::Tokens(budget))
+        .shared_backend(Arc::clone(&backend))
+        .build()
+        .unwrap();
+    let id = cache.create_sequence();
+    for _ in 0..1024 / chunk {
+        let mut step = cache.begin(id, chunk).unwrap();
+        for layer in 0..layers {
+            let view = || TensorView::token_major(&rows[..], chunk, h, d).unwrap();
+            step.append(layer, view(), view()).unwrap();
+        }
+        step.commit(chunk).unwrap();
+    }
+    cache.end_prefill(id).unwrap();
+    // Buffers that steps reuse hold no entries, and do not grow with the context.
+    cache.shrink_scratch();
+    let held = HEAP.load(Ordering::SeqCst) - before + backend.memory().resident;
+    let elements = (cache.stats(id).unwrap().total().entries * 2 * d) as f64;
+    (8.0 * held as f64 / elements, 8.0 * cache.memory().resident as f64 / elements)
+}
+
+fn packed_entries_take_the_bits_that_are_claimed() {
+    for (recipe, budget, most) in [
+        ("full+k=lm4+v=lm4", 1, 4.5),
+        ("full+k=lm4+v=lm4(hadamard)", 1, 4.5),
+        // Every head keeps others, so that each has positions of its own: 0.25 bits.
+        ("random+k=lm4+v=lm4", 512, 4.8),
+    ] {
+        let (held, counted) = bits(&format!("{recipe}+exact=f16(sinks=0,tail=0)"), budget);
+        println!("{recipe}: {held:.3} bits per element held, {counted:.3} counted");
+        assert!(held <= most, "{recipe}: {held} bits per element");
+        // Not counted are the lists of pages, and what a cache has before the first entry.
+        assert!((1.0..1.02).contains(&(held / counted)), "{recipe}: {held} held, {counted} counted");
+    }
+}
+
+#[test]
+fn the_allocator_agrees() {
+    the_attend_path_allocates_nothing_when_warm();
+    packed_entries_take_the_bits_that_are_claimed();
 }
