@@ -12,6 +12,9 @@ use serde_json::{Value, json};
 /// How many times less llama.cpp's attention kvsieve's has to take, both in f16, and at which depths.
 const TARGET: (f64, &[usize]) = (4.0, &[4000, 8000]);
 
+/// Distance between the quartiles above which a ratio of medians says little.
+const NOISY: f64 = 0.25;
+
 /// What one contestant did at one depth.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Samples {
@@ -39,6 +42,21 @@ impl Row {
     /// Median seconds of a token.
     fn token(&self, at: usize) -> f64 {
         median(&mut self.samples[at].whole.clone())
+    }
+
+    /// Seconds of attention of the fastest tokens: what other programs on the machine disturb least.
+    fn fastest(&self, at: usize) -> f64 {
+        let least = |times: &[f64]| times.iter().copied().fold(f64::INFINITY, f64::min);
+        match &self.samples[at].attention[..] {
+            [] => least(&self.samples[at].whole) - least(&self.samples[0].whole),
+            told => least(told),
+        }
+    }
+
+    /// Whether what its attention is computed from is spread too far.
+    fn noisy(&self, at: usize) -> bool {
+        let told = !self.samples[at].attention.is_empty();
+        self.spread(at) > NOISY || (!told && self.spread(0) > NOISY)
     }
 
     /// By how much a token takes longer than with an empty context.
@@ -118,7 +136,7 @@ impl Report {
     }
 
     /// How many times less attention `row` takes than a peer.
-    fn less(&self, at: usize, row: &Row, peer: &Row) -> f64 {
+    fn less(at: usize, row: &Row, peer: &Row) -> f64 {
         peer.attention(at) / row.attention(at)
     }
 
@@ -126,9 +144,14 @@ impl Report {
         self.rows.iter().find(|row| row.label == label)
     }
 
+    /// The two whose ratio is accepted, kvsieve's first.
+    fn accepted_rows(&self) -> Option<(&Row, &Row)> {
+        Some((self.row(&ours::label("f16"))?, self.row(&llama_label("f16"))?))
+    }
+
     /// The ratio of the acceptance at a depth.
     fn accepted(&self, at: usize) -> Option<f64> {
-        Some(self.less(at, self.row(&ours::label("f16"))?, self.row(&llama_label("f16"))?))
+        self.accepted_rows().map(|(ours, theirs)| Self::less(at, ours, theirs))
     }
 
     /// Prints everything.
@@ -146,12 +169,17 @@ impl Report {
         println!("\nacceptance ratios ({})", self.model);
         let (mut held, mut missed) = (0, 0);
         for (at, depth) in self.depths.iter().enumerate().filter(|(_, depth)| depths.contains(depth)) {
-            let Some(value) = self.accepted(at) else { continue };
+            let Some((ours, theirs)) = self.accepted_rows() else { continue };
+            let (value, fastest) = (Self::less(at, ours, theirs), theirs.fastest(at) / ours.fastest(at));
             let good = value >= least;
             *(if good { &mut held } else { &mut missed }) += 1;
             let verdict = if good { "ok" } else { "MISSED" };
             let what = "f16 attention, times less than llama f16's";
             println!("  {what:<42} context {depth:<7} {value:>7.2}  (at least {least:.2})  {verdict}");
+            println!("  {:<42} {:<15} {fastest:>7.2}", "  by the fastest tokens alone", "");
+            for row in [ours, theirs].into_iter().filter(|row| row.noisy(at)) {
+                println!("  NOISY: {} spreads over more than {:.0} %", row.label, NOISY * 100.0);
+            }
         }
         println!("  {held} held, {missed} missed; what is not listed was not measured");
     }
@@ -177,7 +205,7 @@ impl Report {
             line += &format!("{kl:>9}{:>6}", row.samples[at].whole.len());
             if row.kind == Kind::Ours {
                 for peer in &peers {
-                    line += &format!(" {:>w$.2}", self.less(at, row, peer), w = peer.label.len());
+                    line += &format!(" {:>w$.2}", Self::less(at, row, peer), w = peer.label.len());
                 }
             }
             println!("{line}");
@@ -195,6 +223,8 @@ impl Report {
                     "attention_ms": row.attention(at) * 1e3,
                     "token_ms": row.token(at) * 1e3,
                     "growth_ms": row.growth(at) * 1e3,
+                    "fastest_attention_ms": row.fastest(at) * 1e3,
+                    "noisy": row.noisy(at),
                     "mean_kl": row.kl(at),
                     "token_seconds": whole,
                     "attention_seconds": attention,
@@ -255,6 +285,8 @@ mod tests {
         assert!((report.rows[0].attention(1) - 0.040).abs() < 1e-12);
         assert!((report.rows[1].attention(1) - 0.008).abs() < 1e-12);
         assert!((report.rows[1].growth(1) - 0.009).abs() < 1e-12);
+        assert!((report.rows[0].fastest(1) - 0.036).abs() < 1e-12);
+        assert!(report.rows[0].noisy(1) && !report.rows[1].noisy(1));
         assert!((report.accepted(1).unwrap() - 5.0).abs() < 1e-9);
     }
 
