@@ -205,7 +205,10 @@ impl Report {
             line += &format!("{kl:>9}{:>6}", row.samples[at].whole.len());
             if row.kind == Kind::Ours {
                 for peer in &peers {
-                    line += &format!(" {:>w$.2}", Self::less(at, row, peer), w = peer.label.len());
+                    // A growth that the noise has turned round is no time to compare with.
+                    let less = Some(Self::less(at, row, peer)).filter(|less| *less > 0.0);
+                    let less = less.map_or_else(|| "-".to_owned(), |less| format!("{less:.2}"));
+                    line += &format!(" {less:>w$}", w = peer.label.len());
                 }
             }
             println!("{line}");
