@@ -1,4 +1,5 @@
-//! Attention of kvsieve and of its peers in one process, interleaved, beside what the machine can do at all.
+//! Attention of kvsieve and of its peers in one process, interleaved, beside what the machine can do at all; and that
+//! of a real model beside llama.cpp's.
 //!
 //! `make bench-peers` at the repository's root, or `cargo run --release` here; `--help` lists the flags.
 //!
@@ -9,6 +10,7 @@ mod candle;
 mod config;
 mod contestant;
 mod data;
+mod depth;
 mod ggml;
 mod limits;
 mod machine;
@@ -22,10 +24,11 @@ mod summary;
 use config::{PREFILL_CONTEXT, Phase};
 use contestant::Result;
 use kvsieve::backend::{Backend, Cpu};
-use options::{HELP, Options};
+use options::{HELP, Options, Part};
 use report::Table;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::process::ExitCode;
+use std::sync::Arc;
 use suite::{Bench, Suite};
 
 fn main() -> ExitCode {
@@ -48,7 +51,11 @@ fn run(options: &Options) -> Result<usize> {
         print!("{HELP}");
         return Ok(0);
     }
-    let bench = prepare(options)?;
+    let machine = Machine::prepare(options)?;
+    if options.only == Some(Part::Depth) {
+        return depth(options, machine);
+    }
+    let bench = bench(options, machine)?;
     let arithmetic = limits::Arithmetic::calibrate(&bench.pool)?;
     let mut tables = Vec::new();
     for &d in &options.dim {
@@ -73,33 +80,80 @@ fn run(options: &Options) -> Result<usize> {
         }
     }
     summary::print(&tables);
-    if let Some(path) = &options.json {
-        let all = json!({
-            "processor": machine::processor(),
-            "threads": bench.pool.current_num_threads(),
-            "kvsieve": bench.cpu.describe(),
-            "ggml": ggml::describe().0,
-            "tables": tables.iter().map(Table::json).collect::<Vec<_>>(),
-        });
-        std::fs::write(path, serde_json::to_string_pretty(&all)?)?;
-    }
+    let described = bench.cpu.describe();
+    let all = ("tables", tables.iter().map(Table::json).collect::<Vec<_>>().into());
+    write_json(options, bench.pool.current_num_threads(), &described, all)?;
     Ok(tables.iter().map(|table| table.outcome.wrong).sum())
 }
 
-/// Threads, buffers and limits; says what is measured on.
-fn prepare(options: &Options) -> Result<Bench> {
-    // candle takes its number of threads from here and cannot be told another; everyone follows.
-    let physical = candle_core::utils::get_num_threads();
-    let threads = options.threads.unwrap_or(physical);
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
-    let cpu = Cpu::with_threads(threads)?;
-    let (built, complaint) = ggml::describe();
-    println!("{}, {threads} threads each, load {}", machine::processor(), machine::load());
-    println!("kvsieve: {}; ggml: built with {built}", cpu.describe());
-    if let Some(complaint) = complaint {
-        println!("WARNING: {complaint}");
+/// A real model's tokens; how often kvsieve failed or was wrong.
+fn depth(options: &Options, machine: Machine) -> Result<usize> {
+    let Machine { threads, cpu, ggml, .. } = machine;
+    let backend: Arc<dyn Backend> = Arc::new(cpu);
+    let task = depth::Task {
+        model: options.model.as_deref(),
+        depths: &options.depth,
+        kv: &options.kv,
+        rounds: options.rounds,
+        without: &options.without,
+    };
+    let report = depth::run(&task, &backend, &ggml)?;
+    report.print();
+    write_json(options, threads, &backend.describe(), ("depth", report.json()))?;
+    Ok(report.wrong)
+}
+
+/// What was measured, on what, where that is asked for.
+fn write_json(
+    options: &Options,
+    threads: usize,
+    kvsieve: &str,
+    (what, measured): (&str, Value),
+) -> Result<()> {
+    if let Some(path) = &options.json {
+        let all = json!({
+            "processor": machine::processor(),
+            "threads": threads,
+            "kvsieve": kvsieve,
+            "ggml": ggml::describe().0,
+            what: measured,
+        });
+        std::fs::write(path, serde_json::to_string_pretty(&all)?)?;
     }
+    Ok(())
+}
+
+/// Threads of every contestant.
+struct Machine {
+    threads: usize,
+    /// The number that candle uses, whatever it is told.
+    physical: usize,
+    cpu: Cpu,
+    ggml: ggml::Pool,
+}
+
+impl Machine {
+    /// Starts them; says what is measured on.
+    fn prepare(options: &Options) -> Result<Self> {
+        // candle takes its number of threads from here and cannot be told another; everyone follows.
+        let physical = candle_core::utils::get_num_threads();
+        let threads = options.threads.unwrap_or(physical);
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+        let cpu = Cpu::with_threads(threads)?;
+        let (built, complaint) = ggml::describe();
+        println!("{}, {threads} threads each, load {}", machine::processor(), machine::load());
+        println!("kvsieve: {}; ggml: built with {built}", cpu.describe());
+        if let Some(complaint) = complaint {
+            println!("WARNING: {complaint}");
+        }
+        Ok(Self { threads, physical, cpu, ggml: ggml::Pool::new(threads)? })
+    }
+}
+
+/// Buffers and limits.
+fn bench(options: &Options, machine: Machine) -> Result<Bench> {
+    let Machine { threads, physical, cpu, ggml } = machine;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
     let mib = options.stream_mib.unwrap_or_else(machine::stream_mib);
     if machine::last_level_cache().is_some_and(|cache| (mib as u64) << 20 < 2 * cache) {
         println!("WARNING: the streaming read of {mib} MiB may be served by the cache; --stream-mib sets it");
@@ -109,5 +163,5 @@ fn prepare(options: &Options) -> Result<Bench> {
         format!("would use {physical} threads; set RAYON_NUM_THREADS={threads} in place of --threads")
     });
     let (rounds, without) = (options.rounds, options.without.clone());
-    Ok(Bench { pool, cpu, ggml: ggml::Pool::new(threads)?, candle_out, reader, stream, rounds, without })
+    Ok(Bench { pool, cpu, ggml, candle_out, reader, stream, rounds, without })
 }

@@ -22,7 +22,7 @@ pub(crate) fn median(times: &mut [f64]) -> f64 {
 }
 
 /// The value below which a share of `times` lies.
-fn quantile(times: &mut [f64], share: f64) -> f64 {
+pub(crate) fn quantile(times: &mut [f64], share: f64) -> f64 {
     times.sort_by(f64::total_cmp);
     let at = share * times.len().saturating_sub(1) as f64;
     let (low, high) = (at.floor() as usize, at.ceil() as usize);

@@ -13,7 +13,7 @@ use std::ptr::{NonNull, null, null_mut};
 
 /// A type of rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Type(sys::ggml_type);
+pub(super) struct Type(pub(super) sys::ggml_type);
 
 impl Type {
     pub(super) const F16: Self = Self(sys::GGML_TYPE_F16);
@@ -75,8 +75,8 @@ pub(super) fn instruction_sets() -> Vec<(&'static str, bool)> {
 /// ggml's own threads.
 #[derive(Debug)]
 pub(crate) struct Pool {
-    pool: NonNull<sys::ggml_threadpool>,
-    threads: i32,
+    pub(super) pool: NonNull<sys::ggml_threadpool>,
+    pub(super) threads: i32,
 }
 
 impl Pool {
@@ -93,8 +93,8 @@ impl Pool {
     }
 
     /// Awake threads spin for work, as they do between the layers of a model.
-    pub(super) fn awake(&self, awake: bool) {
-        // SAFETY: the pool is alive, and idle: `Graph::run` returns only when its work is done.
+    pub(crate) fn awake(&self, awake: bool) {
+        // SAFETY: the pool is alive, and idle: whoever computes with it returns only when the work is done.
         unsafe {
             if awake {
                 sys::ggml_threadpool_resume(self.pool.as_ptr());
@@ -107,7 +107,7 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        // SAFETY: graphs borrow the pool, so none is left.
+        // SAFETY: graphs and contexts borrow the pool, so none is left.
         unsafe { sys::ggml_threadpool_free(self.pool.as_ptr()) }
     }
 }

@@ -5,6 +5,7 @@
 //! head are adjacent (llama.cpp itself interleaves the heads of a token).
 
 mod ffi;
+pub(crate) mod llama;
 
 pub(crate) use ffi::Pool;
 
@@ -29,9 +30,14 @@ impl Format {
         self.0
     }
 
+    /// Bytes of a row of `d`.
+    pub(crate) fn row_bytes(self, d: usize) -> usize {
+        self.1.row_bytes(d)
+    }
+
     /// Bytes of the keys and values of a configuration.
     pub(crate) fn bytes(self, n: usize, d: usize) -> u64 {
-        (2 * KV_HEADS * n * self.1.row_bytes(d)) as u64
+        (2 * KV_HEADS * n * self.row_bytes(d)) as u64
     }
 }
 
