@@ -92,6 +92,16 @@ impl Quads<'_> {
     }
 }
 
+impl Quads<'_> {
+    /// Vectors of levels of the four factors from `4 · quad` on.
+    #[inline(always)]
+    pub(crate) fn four<S: Simd>(&self, simd: S, quad: usize, lane: usize) -> [S::f32s; 4] {
+        let at = quad * self.stride + lane;
+        let words = S::i32s::from_slice(simd, &self.words[at..at + S::i32s::LEN]);
+        [byte::<S>(words, 0), byte::<S>(words, 1), byte::<S>(words, 2), byte::<S>(words, 3)]
+    }
+}
+
 impl Operand for Quads<'_> {
     const NARROW: bool = true;
     const ROWS: usize = 4;

@@ -355,16 +355,25 @@ impl<'a> UnpackScratch<'a> {
             #[inline(always)]
             || {
                 let levels = levels(simd, packed, (from, len), self.levels);
-                for (i, out) in self.rows.chunks_exact_mut(stride).take(len).enumerate() {
-                    // Groups are whole vectors, but for the last of a row, behind which nothing is read.
-                    for (group, start) in (0..stride).step_by(layout.group_dims).enumerate() {
-                        let group = i * layout.row_groups() + group;
-                        let scale = S::f32s::splat(simd, self.scales[group]);
-                        let min = S::f32s::splat(simd, self.mins[group]);
-                        for at in (start..(start + layout.group_dims).min(stride)).step_by(lanes) {
+                // Divisions are dear here.
+                let (groups, dims) = (layout.row_groups(), layout.group_dims);
+                for quad in 0..len.div_ceil(4) {
+                    for group in 0..groups {
+                        let mut scales = [S::f32s::splat(simd, 0.0); 4];
+                        let mut mins = scales;
+                        for r in 0..4 {
+                            let group = (4 * quad + r) * groups + group;
+                            scales[r] = S::f32s::splat(simd, self.scales[group]);
+                            mins[r] = S::f32s::splat(simd, self.mins[group]);
+                        }
+                        // Groups are whole vectors, but for the last of a row, behind which nothing is read.
+                        for at in (group * dims..(group * dims + dims).min(stride)).step_by(lanes) {
                             let mean = S::f32s::from_slice(simd, &self.means[at..at + lanes]);
-                            let level = levels.at(simd, i, at);
-                            (level.mul_add(scale, min) + mean).store_slice(&mut out[at..at + lanes]);
+                            let rows = levels.four(simd, quad, at);
+                            for r in 0..4 {
+                                let out = &mut self.rows[(4 * quad + r) * stride + at..][..lanes];
+                                (rows[r].mul_add(scales[r], mins[r]) + mean).store_slice(out);
+                            }
                         }
                     }
                 }
@@ -404,23 +413,25 @@ impl<'a> UnpackScratch<'a> {
             #[inline(always)]
             || {
                 let levels = levels(simd, packed, (from, len), self.levels);
-                for (c, out) in keys.chunks_exact_mut(TILE).take(d).enumerate() {
-                    let mean = S::f32s::splat(simd, self.means[c]);
+                let (dims, rows) = (layout.group_dims, layout.group_rows);
+                let (by_key, mins_by_key) = self.pairs.split_at(if by_channel { 0 } else { groups * TILE });
+                for (quad, out) in keys[..d * TILE].chunks_mut(4 * TILE).enumerate() {
+                    let group = if by_channel { 4 * quad } else { 4 * quad / dims * TILE };
                     for at in (0..len).step_by(lanes) {
-                        let (scale, min) = if by_channel {
-                            let group = at / layout.group_rows * groups + c;
-                            (S::f32s::splat(simd, self.scales[group]), S::f32s::splat(simd, self.mins[group]))
-                        } else {
-                            let (scales, mins) = self.pairs.split_at(groups * TILE);
-                            let at = c / layout.group_dims * TILE + at;
-                            let part = at..at + lanes;
-                            (
-                                S::f32s::from_slice(simd, &scales[part.clone()]),
-                                S::f32s::from_slice(simd, &mins[part]),
-                            )
-                        };
-                        let level = levels.at(simd, c, at);
-                        (level.mul_add(scale, min) + mean).store_slice(&mut out[at..at + lanes]);
+                        let four = levels.four(simd, quad, at);
+                        for (r, out) in out.chunks_exact_mut(TILE).enumerate() {
+                            let (scale, min) = if by_channel {
+                                let group = at / rows * groups + group + r;
+                                let splat = |x: &[f32]| S::f32s::splat(simd, x[group]);
+                                (splat(self.scales), splat(self.mins))
+                            } else {
+                                let part = group + at..group + at + lanes;
+                                let vector = |x: &[f32]| S::f32s::from_slice(simd, &x[part.clone()]);
+                                (vector(by_key), vector(mins_by_key))
+                            };
+                            let mean = S::f32s::splat(simd, self.means[4 * quad + r]);
+                            (four[r].mul_add(scale, min) + mean).store_slice(&mut out[at..at + lanes]);
+                        }
                     }
                 }
             },
