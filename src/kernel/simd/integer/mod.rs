@@ -24,20 +24,25 @@
 
 #![allow(unsafe_code, reason = "unchecked loads in the innermost loop, under an assertion before it")]
 
+mod levels;
+mod ops;
+
+pub(crate) use levels::{Levels, Quads};
+pub(super) use ops::dot4;
+
 use super::digits::{DIGITS, Digits};
-use super::gemm::{Matrix, Operand, PAD};
+use super::gemm::Matrix;
 use super::prefetch::Ahead;
 use fearless_simd::prelude::*;
-use fearless_simd::{Simd, SimdBase, SimdFloat, u8x16};
+use fearless_simd::{Simd, SimdBase};
+use levels::{Field, Linear, Table, Whole};
+use ops::{dot2, widen4};
 
 /// Most products of a sum.
 pub(crate) const LENGTH_MAX: usize = 1 << 10;
 
 /// Steps between two requests for memory ahead: codes are few bytes, and asking is a good part of a step.
 const STEPS: usize = 4;
-
-/// What makes signed bytes unsigned, or adds to unsigned ones below it: 128.
-const FLIP: i32 = 0x8080_8080u32 as i32;
 
 /// What is multiplied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,143 +79,6 @@ pub(crate) fn pays<S: Simd>(simd: S) -> bool {
 #[inline(always)]
 pub(crate) fn takes_nibbles<S: Simd>(simd: S) -> bool {
     way(simd) == Some(Way::Bytes)
-}
-
-/// Levels, signed bytes, in words of four along the direction that is summed: `words[step * stride + lane]`.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Quads<'a> {
-    pub words: &'a [i32],
-    pub stride: usize,
-}
-
-impl Quads<'_> {
-    /// A vector of levels of factor `step` of the sums.
-    #[inline(always)]
-    pub(crate) fn at<S: Simd>(&self, simd: S, step: usize, lane: usize) -> S::f32s {
-        let at = step / 4 * self.stride + lane;
-        byte::<S>(S::i32s::from_slice(simd, &self.words[at..at + S::i32s::LEN]), step)
-    }
-}
-
-impl Quads<'_> {
-    /// Vectors of levels of the four factors from `4 · quad` on.
-    #[inline(always)]
-    pub(crate) fn four<S: Simd>(&self, simd: S, quad: usize, lane: usize) -> [S::f32s; 4] {
-        let at = quad * self.stride + lane;
-        let words = S::i32s::from_slice(simd, &self.words[at..at + S::i32s::LEN]);
-        [byte::<S>(words, 0), byte::<S>(words, 1), byte::<S>(words, 2), byte::<S>(words, 3)]
-    }
-}
-
-impl Operand for Quads<'_> {
-    const NARROW: bool = true;
-    const ROWS: usize = 4;
-
-    #[inline(always)]
-    fn holds(self, rows: usize, columns: usize) -> bool {
-        rows == 0 || (rows - 1) / 4 * self.stride + columns <= self.words.len()
-    }
-
-    #[inline(always)]
-    unsafe fn load<S: Simd>(self, simd: S, row: usize, column: usize) -> S::f32s {
-        let at = row / 4 * self.stride + column;
-        // SAFETY: the caller's promise.
-        S::i32s::from_slice(simd, unsafe { self.words.get_unchecked(at..at + S::i32s::LEN) }).bitcast()
-    }
-
-    #[inline(always)]
-    fn pick<S: Simd>(loaded: S::f32s, row: usize) -> S::f32s {
-        byte::<S>(loaded.bitcast(), row)
-    }
-}
-
-/// Byte `step % 4` of words, signed.
-#[inline(always)]
-fn byte<S: Simd>(words: S::i32s, step: usize) -> S::f32s {
-    ((words << (24 - 8 * (step % 4) as u32)) >> 24u32).to_float()
-}
-
-/// Levels as the product reads them.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Levels<'a> {
-    /// As they are.
-    Bytes(Quads<'a>),
-    /// Codes of four bits, two to a byte: of keys, the low ones belong to the first half of the steps and the high ones
-    /// to the second; of values, to the first and the second half of the lanes.
-    Nibbles(Quads<'a>, Option<[i8; 16]>),
-}
-
-impl Levels<'_> {
-    /// Lanes (whole vectors) behind which the lanes of the high codes begin, if they have their own.
-    fn half(&self, signed: bool) -> usize {
-        match self {
-            Self::Nibbles(codes, _) if !signed => codes.stride,
-            _ => 0,
-        }
-    }
-}
-
-/// How the codes of a loaded word become levels.
-trait Field: Copy {
-    /// Codes in a byte.
-    const COUNT: usize;
-
-    /// What is added to levels that meet signed digits.
-    const ZERO: i32;
-
-    /// The levels of field `index`; with [`Field::ZERO`] added if they meet signed digits.
-    fn pick<S: Simd, const SIGNED: bool>(self, simd: S, words: S::i32s, index: usize) -> S::i32s;
-}
-
-/// The bytes are the levels.
-#[derive(Clone, Copy)]
-struct Whole;
-
-impl Field for Whole {
-    const COUNT: usize = 1;
-    const ZERO: i32 = 0x80;
-
-    #[inline(always)]
-    fn pick<S: Simd, const SIGNED: bool>(self, simd: S, words: S::i32s, _index: usize) -> S::i32s {
-        if SIGNED { words ^ S::i32s::splat(simd, FLIP) } else { words }
-    }
-}
-
-/// The codes are the levels.
-#[derive(Clone, Copy)]
-struct Linear;
-
-impl Field for Linear {
-    const COUNT: usize = 2;
-    const ZERO: i32 = 0;
-
-    #[inline(always)]
-    fn pick<S: Simd, const SIGNED: bool>(self, simd: S, words: S::i32s, index: usize) -> S::i32s {
-        let mask = S::i32s::splat(simd, 0x0f0f_0f0f);
-        if index == 0 { words & mask } else { (words >> 4u32) & mask }
-    }
-}
-
-/// The codes stand in a table.
-#[derive(Clone, Copy)]
-struct Table([u8; 16]);
-
-impl Table {
-    fn new<const SIGNED: bool>(levels: [i8; 16]) -> Self {
-        Self(levels.map(|level| if SIGNED { level as u8 ^ FLIP as u8 } else { level as u8 }))
-    }
-}
-
-impl Field for Table {
-    const COUNT: usize = 2;
-    const ZERO: i32 = 0x80;
-
-    #[inline(always)]
-    fn pick<S: Simd, const SIGNED: bool>(self, simd: S, words: S::i32s, index: usize) -> S::i32s {
-        let codes = Linear.pick::<S, SIGNED>(simd, words, index);
-        let table = S::u8s::block_splat(u8x16::from_slice(simd, &self.0));
-        table.swizzle_dyn_within_blocks(codes.bitcast::<S::u8s>()).bitcast()
-    }
 }
 
 /// What becomes of a product before it is stored.
@@ -473,93 +341,6 @@ impl<F: Finish, const SIGNED: bool> Product<'_, F, SIGNED> {
             }
         }
     }
-}
-
-/// `sum + Σ a · b` of the four bytes of each lane, those of `a` unsigned, those of `b` signed.
-#[inline(always)]
-pub(super) fn dot4<S: Simd>(simd: S, sum: S::i32s, a: S::i32s, b: S::i32s) -> S::i32s {
-    #[cfg(target_arch = "x86_64")]
-    if let (16, Some(token)) = (S::i32s::LEN, simd.level().as_avx512()) {
-        let sum = x86::dot4_avx512(token, sum.as_slice(), a.as_slice(), b.as_slice());
-        return S::i32s::from_slice(simd, sum.as_slice());
-    }
-    let mut sums = [0i32; PAD];
-    sum.store_slice(&mut sums[..S::i32s::LEN]);
-    for (sum, (a, b)) in sums.iter_mut().zip(a.as_slice().iter().zip(b.as_slice())) {
-        for (a, b) in a.to_le_bytes().into_iter().zip(b.to_le_bytes()) {
-            // Like the instruction, modulo 2³²: the end fits, its way there need not.
-            *sum = sum.wrapping_add(i32::from(a) * i32::from(b as i8));
-        }
-    }
-    S::i32s::from_slice(simd, &sums[..S::i32s::LEN])
-}
-
-/// Four signed bytes of half as many words as a vector has lanes, widened to two lanes of two words each.
-#[inline(always)]
-fn widen4<S: Simd>(simd: S, words: &[i32]) -> S::i32s {
-    #[cfg(target_arch = "x86_64")]
-    if let (8, Some(token)) = (S::i32s::LEN, simd.level().as_avx2()) {
-        return S::i32s::from_slice(simd, x86::widen4_avx2(token, words).as_slice());
-    }
-    let mut wide = [0i32; PAD];
-    for (wide, word) in wide.as_chunks_mut().0.iter_mut().zip(words) {
-        let [a, b, c, d] = word.to_le_bytes().map(|byte| i32::from(byte as i8));
-        *wide = [a & 0xffff | b << 16, c & 0xffff | d << 16];
-    }
-    S::i32s::from_slice(simd, &wide[..S::i32s::LEN])
-}
-
-/// `sum + a · x` of the two words of each lane; the even lanes of `x` are its first word, the odd ones its second.
-#[inline(always)]
-fn dot2<S: Simd>(simd: S, sum: S::i32s, a: S::i32s, x: [i32; 2]) -> S::i32s {
-    #[cfg(target_arch = "x86_64")]
-    if let (8, Some(token)) = (S::i32s::LEN, simd.level().as_avx2()) {
-        let x = i64::from(x[1]) << 32 | i64::from(x[0] as u32);
-        return S::i32s::from_slice(simd, x86::dot2_avx2(token, sum.as_slice(), a.as_slice(), x).as_slice());
-    }
-    let mut sums = [0i32; PAD];
-    sum.store_slice(&mut sums[..S::i32s::LEN]);
-    let words = |x: i32| [i32::from(x as i16), x >> 16];
-    for (i, (sum, a)) in sums.iter_mut().zip(a.as_slice()).enumerate() {
-        let (a, x) = (words(*a), words(x[i % 2]));
-        *sum += a[0] * x[0] + a[1] * x[1];
-    }
-    S::i32s::from_slice(simd, &sums[..S::i32s::LEN])
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use fearless_simd::prelude::*;
-    use fearless_simd::{i32x4, i32x8, i32x16, x86};
-    use std::arch::x86_64::{
-        _mm256_add_epi32, _mm256_cvtepi8_epi16, _mm256_madd_epi16, _mm256_set1_epi64x, _mm512_dpbusd_epi32,
-    };
-
-    fearless_simd::kernel!(
-        #[inline(always)]
-        pub(super) fn widen4_avx2(token: Avx2, words: &[i32]) -> i32x8<x86::Avx2> {
-            _mm256_cvtepi8_epi16(i32x4::from_slice(token, words).into()).simd_into(token)
-        }
-    );
-
-    fearless_simd::kernel!(
-        #[inline(always)]
-        pub(super) fn dot2_avx2(token: Avx2, sum: &[i32], a: &[i32], x: i64) -> i32x8<x86::Avx2> {
-            let sum = i32x8::from_slice(token, sum).into();
-            let products = _mm256_madd_epi16(i32x8::from_slice(token, a).into(), _mm256_set1_epi64x(x));
-            _mm256_add_epi32(sum, products).simd_into(token)
-        }
-    );
-
-    fearless_simd::kernel!(
-        #[inline(always)]
-        pub(super) fn dot4_avx512(token: Avx512, sum: &[i32], a: &[i32], b: &[i32]) -> i32x16<x86::Avx512> {
-            let sum = i32x16::from_slice(token, sum).into();
-            let a = i32x16::from_slice(token, a).into();
-            let b = i32x16::from_slice(token, b).into();
-            _mm512_dpbusd_epi32(sum, a, b).simd_into(token)
-        }
-    );
 }
 
 #[cfg(test)]
