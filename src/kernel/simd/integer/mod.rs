@@ -106,10 +106,66 @@ pub(crate) fn multiply<S: Simd, F: Finish, const SIGNED: bool>(
     let ahead = ahead.over(blocks * steps.div_ceil(STEPS));
     let product = Product { x, codes, half, out, steps, finish, ahead };
     match levels {
-        Levels::Bytes(_) if way(simd) == Some(Way::Words) => product.run_words(simd, rows, vectors),
-        Levels::Bytes(_) => product.run(simd, Whole, rows, vectors),
-        Levels::Nibbles(_, None) => product.run(simd, Linear, rows, vectors),
-        Levels::Nibbles(_, Some(table)) => product.run(simd, Table::new::<SIGNED>(table), rows, vectors),
+        Levels::Bytes(_) if way(simd) == Some(Way::Words) => product.run(simd, ByWords, rows, vectors),
+        Levels::Bytes(_) => product.run(simd, ByBytes(Whole), rows, vectors),
+        Levels::Nibbles(_, None) => product.run(simd, ByBytes(Linear), rows, vectors),
+        Levels::Nibbles(_, Some(table)) => {
+            product.run(simd, ByBytes(Table::new::<SIGNED>(table)), rows, vectors);
+        }
+    }
+}
+
+/// How a block of a product is computed.
+trait Block: Copy {
+    /// Vectors of sums for a vector of loaded words and a row, of each digit.
+    fn sums(signed: bool) -> usize;
+
+    /// `C` rows from `row` on, `V` vectors from `lane` on.
+    fn compute<S: Simd, F: Finish, const SIGNED: bool, const C: usize, const V: usize>(
+        self,
+        product: &mut Product<'_, F, SIGNED>,
+        simd: S,
+        at: (usize, usize),
+    );
+}
+
+#[derive(Clone, Copy)]
+struct ByBytes<L>(L);
+
+impl<L: Field> Block for ByBytes<L> {
+    #[inline(always)]
+    fn sums(signed: bool) -> usize {
+        if signed { 1 } else { L::COUNT }
+    }
+
+    #[inline(always)]
+    fn compute<S: Simd, F: Finish, const SIGNED: bool, const C: usize, const V: usize>(
+        self,
+        product: &mut Product<'_, F, SIGNED>,
+        simd: S,
+        (row, lane): (usize, usize),
+    ) {
+        product.by_bytes::<S, L, C, V>(simd, self.0, row, lane);
+    }
+}
+
+#[derive(Clone, Copy)]
+struct ByWords;
+
+impl Block for ByWords {
+    #[inline(always)]
+    fn sums(_signed: bool) -> usize {
+        2
+    }
+
+    #[inline(always)]
+    fn compute<S: Simd, F: Finish, const SIGNED: bool, const C: usize, const V: usize>(
+        self,
+        product: &mut Product<'_, F, SIGNED>,
+        simd: S,
+        (row, lane): (usize, usize),
+    ) {
+        product.by_words::<S, C, V>(simd, row, lane);
     }
 }
 
@@ -127,43 +183,23 @@ struct Product<'a, F, const SIGNED: bool> {
 
 impl<F: Finish, const SIGNED: bool> Product<'_, F, SIGNED> {
     #[inline(always)]
-    fn run<S: Simd, L: Field>(mut self, simd: S, field: L, rows: usize, vectors: usize) {
+    fn run<S: Simd, B: Block>(mut self, simd: S, block: B, rows: usize, vectors: usize) {
         simd.vectorize(
             #[inline(always)]
             || {
                 let mut row = 0;
                 while row < rows {
-                    // Eight sums nearly hide the latency of an instruction, 24 leave registers for the operands.
-                    // Two sets of lanes of one vector are as many sums as two vectors.
-                    row += match (rows - row, L::COUNT == 2 && !SIGNED) {
-                        (4.., false) => self.rows::<S, L, 4, 2>(simd, field, row, vectors),
-                        (4.., true) => self.rows::<S, L, 4, 1>(simd, field, row, vectors),
-                        (3, false) => self.rows::<S, L, 3, 4>(simd, field, row, vectors),
-                        (3, true) => self.rows::<S, L, 3, 2>(simd, field, row, vectors),
-                        (2, false) => self.rows::<S, L, 2, 4>(simd, field, row, vectors),
-                        (2, true) => self.rows::<S, L, 2, 2>(simd, field, row, vectors),
-                        (_, false) => self.rows::<S, L, 1, 4>(simd, field, row, vectors),
-                        (_, true) => self.rows::<S, L, 1, 2>(simd, field, row, vectors),
-                    };
-                }
-            },
-        );
-    }
-
-    /// The same of words.
-    #[inline(always)]
-    fn run_words<S: Simd>(mut self, simd: S, rows: usize, vectors: usize) {
-        simd.vectorize(
-            #[inline(always)]
-            || {
-                let mut row = 0;
-                while row < rows {
-                    // Two registers of sums each; sixteen hold them, the levels and a number.
-                    row += match rows - row {
-                        4.. => self.rows_words::<S, 4, 1>(simd, row, vectors),
-                        3 => self.rows_words::<S, 3, 1>(simd, row, vectors),
-                        2 => self.rows_words::<S, 2, 2>(simd, row, vectors),
-                        _ => self.rows_words::<S, 1, 2>(simd, row, vectors),
+                    // Eight sums nearly hide the latency of an instruction; with one vector of them to a vector of words,
+                    // 24 of 32 registers leave room for the operands, with two, 8 of 16.
+                    row += match (rows - row, B::sums(SIGNED)) {
+                        (4.., 1) => self.rows::<S, B, 4, 2>(simd, block, row, vectors),
+                        (4.., _) => self.rows::<S, B, 4, 1>(simd, block, row, vectors),
+                        (3, 1) => self.rows::<S, B, 3, 4>(simd, block, row, vectors),
+                        (3, _) => self.rows::<S, B, 3, 1>(simd, block, row, vectors),
+                        (2, 1) => self.rows::<S, B, 2, 4>(simd, block, row, vectors),
+                        (2, _) => self.rows::<S, B, 2, 2>(simd, block, row, vectors),
+                        (_, 1) => self.rows::<S, B, 1, 4>(simd, block, row, vectors),
+                        (_, _) => self.rows::<S, B, 1, 2>(simd, block, row, vectors),
                     };
                 }
             },
@@ -172,19 +208,20 @@ impl<F: Finish, const SIGNED: bool> Product<'_, F, SIGNED> {
 
     /// `C` rows on all vectors, `V` at a time. Gives `C`.
     #[inline(always)]
-    fn rows_words<S: Simd, const C: usize, const V: usize>(
+    fn rows<S: Simd, B: Block, const C: usize, const V: usize>(
         &mut self,
         simd: S,
+        block: B,
         row: usize,
         vectors: usize,
     ) -> usize {
         let mut vector = 0;
         while vector + V <= vectors {
-            self.block_words::<S, C, V>(simd, row, vector * S::i32s::LEN);
+            block.compute::<S, F, SIGNED, C, V>(self, simd, (row, vector * S::i32s::LEN));
             vector += V;
         }
         while vector < vectors {
-            self.block_words::<S, C, 1>(simd, row, vector * S::i32s::LEN);
+            block.compute::<S, F, SIGNED, C, 1>(self, simd, (row, vector * S::i32s::LEN));
             vector += 1;
         }
         C
@@ -195,7 +232,7 @@ impl<F: Finish, const SIGNED: bool> Product<'_, F, SIGNED> {
         reason = "iterators' closures would be compiled without the level's instructions"
     )]
     #[inline(always)]
-    fn block_words<S: Simd, const C: usize, const V: usize>(&mut self, simd: S, row: usize, lane: usize) {
+    fn by_words<S: Simd, const C: usize, const V: usize>(&mut self, simd: S, row: usize, lane: usize) {
         let lanes = S::i32s::LEN;
         let (x, codes, half) = (self.x, self.codes, lanes / 2);
         // A vector of sums for each half of a vector of lanes: two sums per lane.
@@ -242,33 +279,12 @@ impl<F: Finish, const SIGNED: bool> Product<'_, F, SIGNED> {
         }
     }
 
-    /// `C` rows on all vectors, `V` at a time. Gives `C`.
-    #[inline(always)]
-    fn rows<S: Simd, L: Field, const C: usize, const V: usize>(
-        &mut self,
-        simd: S,
-        field: L,
-        row: usize,
-        vectors: usize,
-    ) -> usize {
-        let mut vector = 0;
-        while vector + V <= vectors {
-            self.block::<S, L, C, V>(simd, field, row, vector * S::i32s::LEN);
-            vector += V;
-        }
-        while vector < vectors {
-            self.block::<S, L, C, 1>(simd, field, row, vector * S::i32s::LEN);
-            vector += 1;
-        }
-        C
-    }
-
     #[allow(
         clippy::needless_range_loop,
         reason = "iterators' closures would be compiled without the level's instructions"
     )]
     #[inline(always)]
-    fn block<S: Simd, L: Field, const C: usize, const V: usize>(
+    fn by_bytes<S: Simd, L: Field, const C: usize, const V: usize>(
         &mut self,
         simd: S,
         field: L,
