@@ -84,6 +84,7 @@ impl Call {
             queries: &self.queries,
             positions: &self.positions,
             share: Share::ALL,
+            spans: None,
             out: &mut self.out,
             lse: &mut self.lse,
             mass: mass.then_some(self.mass.as_mut_slice()),

@@ -129,6 +129,10 @@ impl Backend for Cpu {
         kernel::window_scores::cpu::run(&self.exec, params, args)
     }
 
+    fn dot_scores(&self, params: &AttentionParams<'_>, args: &mut DotArgs<'_>) -> Result<(), KernelError> {
+        kernel::dot_scores::reference::run(params, args)
+    }
+
     fn row_norms(&self, args: &mut NormArgs<'_>) -> Result<(), KernelError> {
         kernel::row_norms::cpu::run(&self.exec, args)
     }

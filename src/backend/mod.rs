@@ -24,6 +24,7 @@ use crate::error::{DeviceError, KernelError};
 use crate::kernel::AttentionParams;
 use crate::kernel::attend::{AttendLane, Workspace};
 use crate::kernel::attention_mass::MassArgs;
+use crate::kernel::dot_scores::DotArgs;
 use crate::kernel::gather::GatherArgs;
 use crate::kernel::merge_partials::MergeArgs;
 use crate::kernel::pack::PackArgs;
@@ -125,6 +126,12 @@ pub trait Backend: Debug + Send + Sync {
         params: &AttentionParams<'_>,
         args: &mut WindowArgs<'_>,
     ) -> Result<(), KernelError>;
+
+    /// [`crate::kernel::dot_scores`].
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    fn dot_scores(&self, params: &AttentionParams<'_>, args: &mut DotArgs<'_>) -> Result<(), KernelError>;
 
     /// [`crate::kernel::row_norms`].
     ///

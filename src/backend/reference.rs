@@ -84,6 +84,10 @@ impl Backend for Reference {
         kernel::window_scores::reference::run(params, args)
     }
 
+    fn dot_scores(&self, params: &AttentionParams<'_>, args: &mut DotArgs<'_>) -> Result<(), KernelError> {
+        kernel::dot_scores::reference::run(params, args)
+    }
+
     fn row_norms(&self, args: &mut NormArgs<'_>) -> Result<(), KernelError> {
         kernel::row_norms::reference::run(args)
     }

@@ -253,6 +253,7 @@ impl Step<'_> {
                 queries: &scratch.queries[lane.offset * hq * d_k..(lane.offset + lane.tokens) * hq * d_k],
                 positions: &scratch.positions[lane.offset..lane.offset + lane.tokens],
                 share: Share::ALL,
+                spans: None,
                 out: &mut out,
                 lse: &mut lse,
                 mass: None,

@@ -10,6 +10,7 @@
 
 pub mod attend;
 pub mod attention_mass;
+pub mod dot_scores;
 pub mod gather;
 pub mod merge_partials;
 pub mod pack;
@@ -17,8 +18,11 @@ pub mod pool;
 pub mod rope;
 pub mod row_norms;
 pub mod simd;
+mod spans;
 pub mod top_k;
 pub mod window_scores;
+
+pub use spans::{Span, Spans};
 
 use crate::device::HeadRows;
 use crate::error::KernelError;

@@ -116,6 +116,7 @@ fn decode(
         queries: &queries,
         positions: &positions,
         share: Share::ALL,
+        spans: None,
         out: &mut out,
         lse: &mut lse,
         mass: None,

@@ -146,6 +146,7 @@ impl Contestant for Attend<'_> {
             queries: &self.queries,
             positions: &self.positions,
             share: Share::ALL,
+            spans: None,
             out: &mut self.out,
             lse: &mut self.lse,
             mass: None,

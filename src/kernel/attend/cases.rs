@@ -102,6 +102,7 @@ impl Outputs {
             queries: &queries.values,
             positions: &queries.positions,
             share,
+            spans: None,
             out: &mut self.out,
             lse: &mut self.lse,
             mass: mass.then_some(self.mass.as_mut_slice()),

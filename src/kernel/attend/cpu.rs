@@ -206,6 +206,7 @@ fn lane_view<'a>(lane: &'a mut AttendLane<'_>) -> AttendLane<'a> {
         queries: lane.queries,
         positions: lane.positions,
         share: lane.share,
+        spans: lane.spans,
         out: lane.out,
         lse: lane.lse,
         mass: lane.mass.as_deref_mut(),
@@ -239,11 +240,13 @@ fn over_heads(
         queries: &lane.queries[..rows * params.d_k],
         positions: lane.positions,
         share: lane.share,
+        spans: lane.spans.map(|s| &s[..at]),
         out: take(&mut lane.out, rows * params.d_v),
         lse: take(&mut lane.lse, rows),
         mass: lane.mass.as_mut().map(|m| take(m, params.group * entries)),
     };
-    let right = AttendLane { heads: rest, queries: &lane.queries[rows * params.d_k..], ..lane };
+    let spans = lane.spans.map(|s| &s[at..]);
+    let right = AttendLane { heads: rest, queries: &lane.queries[rows * params.d_k..], spans, ..lane };
     both(
         lent,
         weights,

@@ -12,6 +12,8 @@
 //! mass[h,j] = Σ_i exp(x[h,i,j] − lse[h,i])
 //! ```
 //! A row that sees nothing has `out = 0` and `lse = −∞` (or the sink logit).
+//!
+//! With [`AttendLane::spans`] the sums run over the entries named there only: what an index chose to read.
 
 #[cfg(any(test, feature = "testing"))]
 pub mod cases;
@@ -20,7 +22,7 @@ pub mod cpu;
 pub mod gpu;
 pub mod reference;
 
-use super::{AttentionParams, expect_len, total_rows};
+use super::{AttentionParams, Spans, expect_len, total_rows};
 use crate::device::HeadRows;
 use crate::error::KernelError;
 
@@ -86,6 +88,8 @@ pub struct AttendLane<'a> {
     pub positions: &'a [i32],
     /// Which entries to read.
     pub share: Share,
+    /// Of each KV head, the only entries to read; `None` reads all. Only with [`Share::ALL`] and without `mass`.
+    pub spans: Option<&'a [Spans]>,
     /// `[Hq, T, d_v]`, written.
     pub out: &'a mut [f32],
     /// `[Hq, T]`, written.
@@ -117,6 +121,11 @@ impl AttendLane<'_> {
         if let Some(mass) = &self.mass {
             expect_len(NAME, "mass", mass.len(), params.group * total_rows(self.heads))?;
             expect_len(NAME, "share.of (mass needs the whole)", self.share.of, 1)?;
+        }
+        if let Some(spans) = self.spans {
+            Spans::validate(NAME, spans, self.heads)?;
+            expect_len(NAME, "share.of (spans need the whole)", self.share.of, 1)?;
+            expect_len(NAME, "mass (not to be had of spans)", usize::from(self.mass.is_some()), 0)?;
         }
         if let Some(sinks) = params.sink_logits {
             expect_len(NAME, "sink_logits", sinks.len(), self.heads.len() * params.group)?;

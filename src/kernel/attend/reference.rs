@@ -51,12 +51,15 @@ pub fn run(params: &AttentionParams<'_>, lanes: &mut [AttendLane<'_>]) -> Result
             let rows = head.rows();
             let pages = head.pages().count();
             let share = lane.share.range(pages);
-            // Entries of the pages in this share.
-            let in_share: Vec<bool> = head
+            // Entries of the pages in this share, and of the spans.
+            let mut in_share: Vec<bool> = head
                 .pages()
                 .enumerate()
                 .flat_map(|(i, p)| std::iter::repeat_n(share.contains(&i), p.rows))
                 .collect();
+            if let Some(spans) = lane.spans {
+                spans[h].gaps(rows).for_each(|gap| in_share[gap].fill(false));
+            }
             for g in 0..params.group {
                 for (i, &position) in lane.positions.iter().enumerate() {
                     let row = (h * params.group + g) * tokens + i;

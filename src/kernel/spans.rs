@@ -1,0 +1,141 @@
+//! Which entries of a KV head a call reads: what an index chose, as runs of slots.
+//!
+//! *Helps* because one form serves pages, clusters and single entries: consecutive slots join into one run, which a
+//! kernel reads in place, and lone slots stay lone, which it gathers. *Hurts* a selection of scattered entries by eight
+//! bytes each.
+
+use super::expect_len;
+use crate::device::HeadRows;
+use crate::error::KernelError;
+use std::ops::Range;
+
+/// Consecutive slots `start .. end` of a KV head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Span {
+    /// First slot.
+    pub start: u32,
+    /// One past the last.
+    pub end: u32,
+}
+
+impl Span {
+    /// How many slots.
+    pub fn len(self) -> usize {
+        (self.end - self.start) as usize
+    }
+
+    /// Whether there are none. Spans of a [`Spans`] never are.
+    pub fn is_empty(self) -> bool {
+        self.start >= self.end
+    }
+
+    /// The slots.
+    pub fn slots(self) -> Range<usize> {
+        self.start as usize..self.end as usize
+    }
+}
+
+/// Entries of one KV head: ascending runs that neither overlap nor touch.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Spans {
+    spans: Vec<Span>,
+    rows: usize,
+}
+
+impl Spans {
+    /// Forgets all spans and keeps the memory.
+    pub fn clear(&mut self) {
+        self.spans.clear();
+        self.rows = 0;
+    }
+
+    /// Adds slots behind those that are there; a run that starts where the last one ends prolongs it, an empty one adds
+    /// nothing.
+    ///
+    /// # Panics
+    /// If the run starts before the last one ends, or behind `u32`.
+    pub fn push(&mut self, slots: Range<usize>) {
+        if slots.is_empty() {
+            return;
+        }
+        assert!(u32::try_from(slots.end).is_ok(), "slot {} is beyond u32", slots.end);
+        let span = Span { start: slots.start as u32, end: slots.end as u32 };
+        match self.spans.last_mut() {
+            Some(last) if last.end == span.start => last.end = span.end,
+            Some(last) => {
+                assert!(last.end < span.start, "slot {} follows slot {}", span.start, last.end);
+                self.spans.push(span);
+            }
+            None => self.spans.push(span),
+        }
+        self.rows += slots.len();
+    }
+
+    /// The runs, ascending.
+    pub fn spans(&self) -> &[Span] {
+        &self.spans
+    }
+
+    /// Entries in all runs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The slots, ascending.
+    pub fn slots(&self) -> impl Iterator<Item = usize> + '_ {
+        self.spans.iter().flat_map(|s| s.slots())
+    }
+
+    /// What is between the runs, up to `rows` entries: the slots that are not read.
+    pub fn gaps(&self, rows: usize) -> impl Iterator<Item = Range<usize>> + '_ {
+        let starts = std::iter::once(0).chain(self.spans.iter().map(|s| s.end as usize));
+        let ends = self.spans.iter().map(|s| s.start as usize).chain(std::iter::once(rows));
+        starts.zip(ends).map(|(start, end)| start..end).filter(|gap| !gap.is_empty())
+    }
+
+    /// Checks that there is one set of spans per head, and that all their slots are there.
+    ///
+    /// # Errors
+    /// [`KernelError::Length`].
+    pub fn validate(kernel: &'static str, spans: &[Self], heads: &[HeadRows]) -> Result<(), KernelError> {
+        expect_len(kernel, "spans", spans.len(), heads.len())?;
+        for (spans, head) in spans.iter().zip(heads) {
+            let (end, rows) = (spans.spans.last().map_or(0, |s| s.end as usize), head.rows());
+            if end > rows {
+                let buffer = "entries that spans name";
+                return Err(KernelError::Length { kernel, buffer, got: end, want: rows });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl FromIterator<Range<usize>> for Spans {
+    fn from_iter<T: IntoIterator<Item = Range<usize>>>(runs: T) -> Self {
+        let mut spans = Self::default();
+        runs.into_iter().for_each(|run| spans.push(run));
+        spans
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_that_touch_are_one_and_gaps_are_the_rest() {
+        let spans: Spans = [0..4, 4..6, 9..9, 10..11].into_iter().collect();
+        assert_eq!(spans.spans(), [Span { start: 0, end: 6 }, Span { start: 10, end: 11 }]);
+        assert_eq!(spans.rows(), 7);
+        assert_eq!(spans.slots().collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5, 10]);
+        assert_eq!(spans.gaps(13).collect::<Vec<_>>(), [6..10, 11..13]);
+        assert_eq!(Spans::default().gaps(3).collect::<Vec<_>>(), [0..3]);
+        assert_eq!(spans.gaps(11).collect::<Vec<_>>(), [6..10]);
+    }
+
+    #[test]
+    #[should_panic(expected = "slot 3 follows slot 4")]
+    fn runs_ascend() {
+        let _: Spans = [0..4, 3..5].into_iter().collect();
+    }
+}
