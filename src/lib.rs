@@ -42,7 +42,8 @@
 //!
 //! # Where things are
 //!
-//! [`cache`] is what hosts call; [`policy`] and [`recipe`] decide what stays; [`store`] changes pages;
+//! [`cache`] is what hosts call; [`policy`] and [`recipe`] decide what stays, [`index`] what a query reads; [`store`]
+//! changes pages;
 //! [`kernel`] holds the numeric kernels, each with a scalar reference; [`backend`] runs them on CPU and GPU;
 //! [`device`] talks to the system.
 
@@ -53,6 +54,7 @@ pub mod columns;
 pub mod device;
 pub mod error;
 pub mod geometry;
+pub mod index;
 pub mod kernel;
 pub mod plan;
 pub mod policy;

@@ -12,6 +12,7 @@ use crate::device::encoding::Encoding;
 use crate::device::page::PageLayout;
 use crate::error::{Error, RecipeError};
 use crate::geometry::{KeyPhase, ModelShape};
+use crate::index::{Retrieval, TableStorage};
 use crate::policy::Policy;
 use crate::recipe::{Budget, PositionMode, Recipe};
 use crate::store::{Packed, Storage};
@@ -142,6 +143,7 @@ impl CacheBuilder {
             budget: self.budget,
             backend,
             storage: Vec::new(),
+            tables: Vec::new(),
             page_entries: self.page_entries,
             columns,
             sequences: BTreeMap::new(),
@@ -156,6 +158,10 @@ impl CacheBuilder {
                 heads.map(of).collect()
             })
             .collect();
+        if let Some(index) = &cache.recipe.index {
+            let tables = |layer| TableStorage::of(index, cache.shape.layer(layer), cache.backend.mirrored());
+            cache.tables = (0..cache.shape.layers()).map(tables).collect();
+        }
         Ok(cache)
     }
 }
@@ -185,6 +191,9 @@ impl KvCache {
         policy.check(shape)?;
         if policy.compresses() {
             check_budget(recipe, budget)?;
+        }
+        if let Some(index) = &recipe.index {
+            check_read(index, budget)?;
         }
         if recipe.positions == PositionMode::Renumber {
             check_renumber(shape, recipe)?;
@@ -241,6 +250,32 @@ fn check_budget(recipe: &Recipe, budget: Option<Budget>) -> Result<(), RecipeErr
                 (sinks + recent).max(1)
             ),
         }),
+        _ => Ok(()),
+    }
+}
+
+fn check_read(index: &Retrieval, budget: Option<Budget>) -> Result<(), RecipeError> {
+    let always = index.always();
+    let refuse = |budget: String, problem: String, change: String| {
+        Err(RecipeError::Budget { budget, problem, change })
+    };
+    match budget {
+        None if index.rule.goal.is_none() => refuse(
+            "(none)".to_owned(),
+            format!("{} reads part of what is stored and must be told how much", index.name),
+            "give what a step may read as tokens (2048), a share of the prompt (25%) or bytes (64MiB), or a goal (mass=0.99)".to_owned(),
+        ),
+        Some(Budget::Tokens(tokens)) if tokens < always => refuse(
+            tokens.to_string(),
+            format!(
+                "{} always reads {} sinks, {} recent entries and up to {} that are in no unit yet",
+                index.name,
+                index.rule.sinks,
+                index.rule.recent,
+                always - index.rule.sinks - index.rule.recent
+            ),
+            format!("give at least {always} tokens, or lower sinks=, recent= or the size of pages"),
+        ),
         _ => Ok(()),
     }
 }

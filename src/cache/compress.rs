@@ -48,6 +48,7 @@ impl KvCache {
                 let id = SequenceId(lane.id);
                 let watched = self.watches(id);
                 self.compress_if_due(id, accepted)?;
+                self.extend_index(id)?;
                 self.seal(id)?;
                 self.advance_guard(id, watched, accepted)?;
             }
@@ -385,6 +386,9 @@ impl KvCache {
             }
         }
         let dropped = plan.heads.iter().map(|plan| plan.rows - plan.keep.len()).sum::<usize>();
+        if dropped > 0 {
+            sequence.clear_index(layer);
+        }
         let counters = &mut sequence.counters[layer];
         counters.dropped += dropped as u64;
         counters.compactions += u64::from(dropped > 0);
@@ -396,6 +400,7 @@ impl KvCache {
         let (backend, shape) = (&*self.backend, &self.shape);
         let Some(sequence) = self.sequences.get_mut(&id.0) else { return Ok(()) };
         let mut next = 0;
+        (0..shape.layers()).for_each(|layer| sequence.clear_index(layer));
         for layers in sequence.stores() {
             for (layer, heads) in layers.iter_mut().enumerate() {
                 for head in heads {

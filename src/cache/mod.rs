@@ -12,6 +12,7 @@ mod builder;
 mod compress;
 mod guard;
 mod ops;
+mod read;
 mod scratch;
 mod sequence;
 mod stats;
@@ -22,6 +23,7 @@ mod tests;
 pub use builder::{CacheBuilder, RecipeSource};
 pub use guard::{Guard, GuardReport, HeadReport};
 pub use ops::{RemoveMode, Selection};
+pub use read::{READ_TOKENS, ReadReport};
 pub use sequence::SequenceId;
 pub use stats::{EffectiveConfig, LayerStats, SequenceStats};
 pub use step::{PartialWorkspace, SPECULATIVE_TOKENS, Step};
@@ -30,11 +32,12 @@ use crate::backend::Backend;
 use crate::columns::ColumnLayout;
 use crate::error::{CacheError, Error};
 use crate::geometry::{ModelShape, Position, RowCount};
+use crate::index::{LayerIndex, TableStorage};
 use crate::policy::FeedKind;
 use crate::recipe::{Budget, Recipe};
 use crate::store::Storage;
 use scratch::{Pending, Scratch};
-use sequence::{LayerCounters, QueryLog, Sequence, Watched};
+use sequence::{LayerCounters, LayerReads, QueryLog, Sequence, Watched};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use step::Lane;
@@ -72,6 +75,8 @@ pub struct KvCache {
     pub(crate) backend: Arc<dyn Backend>,
     /// Per layer, per KV head.
     pub(crate) storage: Vec<Vec<Storage>>,
+    /// Per layer: of the index's tables.
+    pub(crate) tables: Vec<Vec<TableStorage>>,
     /// Entries per page of exact entries.
     pub(crate) page_entries: usize,
     pub(crate) columns: ColumnLayout,
@@ -114,6 +119,7 @@ impl KvCache {
         let heads = |l: usize| if self.shape.owner(l) == l { self.shape.layer(l).kv_heads } else { 0 };
         self.insert(Sequence {
             layers: (0..layers).map(|l| vec![Default::default(); heads(l)]).collect(),
+            reads: (0..layers).map(|l| self.new_reads(l)).collect(),
             queries: self.shape.iter().map(QueryLog::new).collect(),
             counters: vec![LayerCounters::default(); layers],
             next: 0,
@@ -123,6 +129,14 @@ impl KvCache {
             compacted: None,
             watched: Watched::default(),
         })
+    }
+
+    /// What reading of a layer needs: an index where the recipe has one and the layer takes part.
+    fn new_reads(&self, layer: usize) -> LayerReads {
+        let indexed = self.recipe.index.as_ref().filter(|_| self.participates(layer));
+        let indexed = indexed.filter(|index| layer >= index.rule.dense);
+        let index = indexed.map(|index| LayerIndex::new(index, self.shape.layer(layer).kv_heads));
+        LayerReads { index, ..LayerReads::default() }
     }
 
     fn insert(&mut self, sequence: Sequence) -> SequenceId {
@@ -171,6 +185,16 @@ impl KvCache {
         let rows =
             heads.get(head).ok_or(CacheError::Length { buffer: "KV head", got: head, want: heads.len() })?;
         Ok(rows.pages().flat_map(|p| p.positions().iter().map(|&p| Position(p))).collect())
+    }
+
+    /// What the last decode step read of a layer, by index or whole; `None` before the first, and for recipes without
+    /// an index.
+    ///
+    /// # Errors
+    /// [`CacheError::NoSequence`], [`CacheError::NoLayer`].
+    pub fn last_read(&self, id: SequenceId, layer: usize) -> Result<Option<ReadReport>, CacheError> {
+        self.heads(id, layer)?;
+        Ok(self.sequence(id)?.reads[layer].report)
     }
 
     /// The rows a layer reads.

@@ -7,6 +7,7 @@
 use super::KvCache;
 use super::compress::rotate_log;
 use super::sequence::SequenceId;
+use crate::device::HeadRows;
 use crate::error::{CacheError, Error, RecipeError};
 use crate::geometry::{KeyPhase, Position, Slot};
 use crate::kernel::gather::{GatherArgs, GatherTarget};
@@ -23,7 +24,8 @@ pub enum RemoveMode {
     Renumber,
 }
 
-/// The entries a recipe would keep for one layer, for hosts that own their cache.
+/// Entries of one layer that a recipe would keep ([`KvCache::select`]) or read ([`KvCache::choose`]): for hosts that own
+/// their cache or their attention.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Selection {
     /// Where each KV head's entries start; `H + 1` values.
@@ -32,6 +34,22 @@ pub struct Selection {
     pub slots: Vec<Slot>,
     /// Their positions.
     pub positions: Vec<Position>,
+}
+
+impl Selection {
+    /// Slots of each KV head, ascending, with their positions.
+    pub(super) fn of(heads: &[HeadRows], slots: impl Iterator<Item = impl Iterator<Item = usize>>) -> Self {
+        let mut selection = Self { offsets: vec![0], slots: Vec::new(), positions: Vec::new() };
+        for (head, slots) in heads.iter().zip(slots) {
+            let positions: Vec<i32> = head.pages().flat_map(|p| p.positions().iter().copied()).collect();
+            for slot in slots {
+                selection.slots.push(Slot(slot as u32));
+                selection.positions.push(Position(positions[slot]));
+            }
+            selection.offsets.push(selection.slots.len());
+        }
+        selection
+    }
 }
 
 impl KvCache {
@@ -72,6 +90,7 @@ impl KvCache {
             let rows = store::rows_below(head, to.0);
             store::truncate_rows(head, rows);
         }
+        sequence.truncate_index();
         sequence.queries.iter_mut().for_each(|log| log.retain(|p| p < to.0));
         let removed = (next - to.0) as usize;
         sequence.since = sequence.since.saturating_sub(removed);
@@ -113,6 +132,7 @@ impl KvCache {
             let Some(sequence) = self.sequences.get_mut(&id.0) else {
                 return Err(CacheError::NoSequence(id.0).into());
             };
+            sequence.clear_index(layer);
             let heads = sequence.stores().flat_map(|layers| layers[layer].iter_mut().zip(&plan.heads));
             for (head, plan) in heads {
                 store::compact(backend, head, &plan.keep, &mut shared)?;
@@ -227,13 +247,6 @@ impl KvCache {
             }
             .into());
         };
-        let mut selection = Selection { offsets: vec![0], slots: Vec::new(), positions: Vec::new() };
-        for (head, plan) in heads.iter().zip(&plan.heads) {
-            let positions: Vec<i32> = head.pages().flat_map(|p| p.positions().iter().copied()).collect();
-            selection.slots.extend(plan.keep.iter().map(|&s| Slot(s)));
-            selection.positions.extend(plan.keep.iter().map(|&s| Position(positions[s as usize])));
-            selection.offsets.push(selection.slots.len());
-        }
-        Ok(selection)
+        Ok(Selection::of(heads, plan.heads.iter().map(|plan| plan.keep.iter().map(|&slot| slot as usize))))
     }
 }

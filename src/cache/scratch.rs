@@ -34,6 +34,7 @@ pub(super) struct Scratch {
     /// Whether some lane of the step is scored.
     pub(super) recording: bool,
     pub(super) workspace: Workspace,
+    pub(super) read: super::read::ReadScratch,
 }
 
 /// Sets a buffer's length without keeping its contents.

@@ -5,8 +5,10 @@
 //! queries per fork (window × query heads × d_k floats a layer).
 
 use super::guard::{GuardReport, Shadow};
+use super::read::{Held, ReadReport};
 use crate::device::HeadRows;
 use crate::geometry::LayerShape;
+use crate::index::LayerIndex;
 use std::collections::VecDeque;
 
 /// The handle of a sequence within its cache.
@@ -82,6 +84,15 @@ pub(super) struct LayerCounters {
     pub(super) compactions: u64,
 }
 
+/// What decode steps of one layer read.
+#[derive(Clone, Debug, Default)]
+pub(super) struct LayerReads {
+    pub(super) index: Option<LayerIndex>,
+    /// The last choice.
+    pub(super) held: Held,
+    pub(super) report: Option<ReadReport>,
+}
+
 /// A guard and what it found.
 #[derive(Debug, Default)]
 pub(super) struct Watched {
@@ -94,6 +105,8 @@ pub(super) struct Watched {
 pub(super) struct Sequence {
     /// Per layer, per KV head; empty for layers that share another's rows.
     pub(super) layers: Vec<Vec<HeadRows>>,
+    /// Per layer. A layer that shares another's rows reads by that layer's index and keeps a choice of its own.
+    pub(super) reads: Vec<LayerReads>,
     /// Recorded queries per layer.
     pub(super) queries: Vec<QueryLog>,
     pub(super) counters: Vec<LayerCounters>,
@@ -110,6 +123,25 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
+    /// Forgets all units: rows between were removed, or keys turned. They are made anew at the next commit.
+    pub(super) fn clear_index(&mut self, layer: usize) {
+        let LayerReads { index, held, .. } = &mut self.reads[layer];
+        *held = Held::default();
+        if let Some(index) = index {
+            index.clear();
+        }
+    }
+
+    /// Forgets units that reach behind the rows there are.
+    pub(super) fn truncate_index(&mut self) {
+        for (reads, heads) in self.reads.iter_mut().zip(&self.layers) {
+            reads.held = Held::default();
+            if let Some(index) = &mut reads.index {
+                index.truncate(heads);
+            }
+        }
+    }
+
     /// The rows of every layer, and those of the shadow while the sequence is guarded: whatever happens to
     /// entries happens to both.
     pub(super) fn stores(&mut self) -> impl Iterator<Item = &mut Vec<Vec<HeadRows>>> {

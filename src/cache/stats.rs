@@ -9,6 +9,7 @@
 
 use super::KvCache;
 use super::sequence::{Sequence, SequenceId};
+use crate::device::HeadRows;
 use crate::device::memory::MemoryUsage;
 use crate::device::page::Page;
 use crate::error::Error;
@@ -35,7 +36,10 @@ pub struct LayerStats {
     /// Bytes of pages in use and of recorded queries: what the layer adds to those before it, with which it may
     /// share positions. Pages shared with a fork count in full.
     pub bytes_resident: usize,
-    /// Bytes one decode step's attention reads; positions that KV heads share count for each of them.
+    /// Of these, bytes of the index.
+    pub bytes_index: usize,
+    /// Bytes one decode step's attention reads: with an index, what the last one read, else everything; positions that
+    /// KV heads share count for each of them.
     pub bytes_read_per_step: usize,
 }
 
@@ -58,6 +62,7 @@ impl SequenceStats {
                 compactions: sum.compactions + l.compactions,
                 bytes_logical: sum.bytes_logical + l.bytes_logical,
                 bytes_resident: sum.bytes_resident + l.bytes_resident,
+                bytes_index: sum.bytes_index + l.bytes_index,
                 bytes_read_per_step: sum.bytes_read_per_step + l.bytes_read_per_step,
             }
         })
@@ -153,7 +158,16 @@ impl Counted {
     fn add(&mut self, sequence: &Sequence, layer: usize) -> usize {
         let shadow = sequence.watched.shadow.as_ref().map(|shadow| &shadow.layers[layer]);
         let heads = sequence.layers[layer].iter().chain(shadow.into_iter().flatten());
-        let mut bytes = sequence.queries[layer].bytes();
+        sequence.queries[layer].bytes() + self.pages(heads)
+    }
+
+    /// Bytes that the index of a layer adds.
+    fn add_index(&mut self, sequence: &Sequence, layer: usize) -> usize {
+        sequence.reads[layer].index.as_ref().map_or(0, |index| self.pages(index.rows()) + index.list_bytes())
+    }
+
+    fn pages<'a>(&mut self, heads: impl Iterator<Item = &'a HeadRows>) -> usize {
+        let mut bytes = 0;
         for segment in heads.flat_map(|head| head.segments.iter().chain(&head.open)) {
             for page in &segment.pages {
                 if self.pages.insert(Arc::as_ptr(page)) {
@@ -179,6 +193,9 @@ impl KvCache {
         let layers = sequence.layers.iter().enumerate().map(|(layer, heads)| {
             let counters = sequence.counters[layer];
             let segments = || heads.iter().flat_map(|h| &h.segments);
+            let rows = counted.add(sequence, layer);
+            let bytes_index = counted.add_index(sequence, layer);
+            let read = sequence.reads[layer].report.map(|report| report.bytes);
             LayerStats {
                 layer,
                 entries: heads.iter().map(|h| h.rows()).sum(),
@@ -186,8 +203,9 @@ impl KvCache {
                 dropped: counters.dropped,
                 compactions: counters.compactions,
                 bytes_logical: segments().map(|s| s.rows * s.layout.entry_bytes()).sum(),
-                bytes_resident: counted.add(sequence, layer),
-                bytes_read_per_step: heads.iter().map(store::bytes_read).sum(),
+                bytes_resident: rows + bytes_index,
+                bytes_index,
+                bytes_read_per_step: read.unwrap_or_else(|| heads.iter().map(store::bytes_read).sum()),
             }
         });
         Ok(SequenceStats { layers: layers.collect() })
@@ -200,7 +218,7 @@ impl KvCache {
         let mut resident = 0;
         for sequence in self.sequences.values() {
             for layer in 0..sequence.layers.len() {
-                resident += counted.add(sequence, layer);
+                resident += counted.add(sequence, layer) + counted.add_index(sequence, layer);
             }
         }
         let backend = self.backend.memory();

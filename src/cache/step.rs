@@ -354,6 +354,13 @@ impl Step<'_> {
             scratch.lse.as_mut_slice(),
             pending.mass.as_mut_slice(),
         );
+        if cache.recipe.index.is_some() {
+            cache.read_layer(layer)?;
+            store_out(&cache.scratch.out, &cache.scratch.lanes, hq, d_v, &mut out);
+            self.watch(layer)?;
+            self.log_queries(layer);
+            return Ok(());
+        }
         for group in scratch.lanes.chunks(LANE_GROUP) {
             let mut lanes: [AttendLane<'_>; LANE_GROUP] = std::array::from_fn(|_| AttendLane::default());
             for (slot, lane) in lanes.iter_mut().zip(group) {

@@ -86,6 +86,13 @@ impl Spans {
         self.spans.iter().flat_map(|s| s.slots())
     }
 
+    /// How many of some slots are in a run.
+    pub fn rows_in(&self, slots: Range<usize>) -> usize {
+        let first = self.spans.partition_point(|s| s.end as usize <= slots.start);
+        let meets = self.spans[first..].iter().take_while(|s| (s.start as usize) < slots.end);
+        meets.map(|s| (s.end as usize).min(slots.end) - (s.start as usize).max(slots.start)).sum()
+    }
+
     /// What is between the runs, up to `rows` entries: the slots that are not read.
     pub fn gaps(&self, rows: usize) -> impl Iterator<Item = Range<usize>> + '_ {
         let starts = std::iter::once(0).chain(self.spans.iter().map(|s| s.end as usize));
@@ -130,6 +137,7 @@ mod tests {
         assert_eq!(spans.slots().collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5, 10]);
         assert_eq!(spans.gaps(13).collect::<Vec<_>>(), [6..10, 11..13]);
         assert_eq!(Spans::default().gaps(3).collect::<Vec<_>>(), [0..3]);
+        assert_eq!([0..13, 5..10, 6..10, 5..11].map(|slots| spans.rows_in(slots)), [7, 1, 0, 2]);
         assert_eq!(spans.gaps(11).collect::<Vec<_>>(), [6..10]);
     }
 

@@ -1,4 +1,4 @@
-//! The table of everything a recipe can name: scorers, allocators and whole policies, each with its
+//! The table of everything a recipe can name: scorers, allocators, whole policies and indexes, each with its
 //! arguments, source and needs.
 //!
 //! *Helps* because the recipe parser, the command line, the documentation and the conformance suite iterate
@@ -11,6 +11,7 @@
 use super::schedule::Schedule;
 use super::{Allocator, Policy, Scorer, allocate, score, whole};
 use crate::error::RecipeError;
+use crate::index::{self, Retrieval};
 use std::fmt;
 use std::sync::Arc;
 
@@ -243,6 +244,11 @@ pub enum Build {
         /// Makes it.
         build: fn(&Args) -> Result<Arc<dyn Policy>, RecipeError>,
     },
+    /// An index; named alone it is that index over the policy `full`.
+    Index {
+        /// Makes it.
+        build: fn(&Args) -> Result<Arc<Retrieval>, RecipeError>,
+    },
 }
 
 impl Build {
@@ -252,6 +258,7 @@ impl Build {
             Self::Score { .. } => "scorer",
             Self::Allocate { .. } => "allocator",
             Self::Whole { .. } => "policy",
+            Self::Index { .. } => "index",
         }
     }
 }
@@ -293,9 +300,9 @@ impl Default for Registry {
 }
 
 impl Registry {
-    /// Everything the crate ships: whole policies, scorers, allocators.
+    /// Everything the crate ships: whole policies, scorers, allocators, indexes.
     pub fn builtin() -> Self {
-        Self { entries: [whole::ENTRIES, score::ENTRIES, allocate::ENTRIES].concat() }
+        Self { entries: [whole::ENTRIES, score::ENTRIES, allocate::ENTRIES, index::ENTRIES].concat() }
     }
 
     /// The same with one entry more. It takes the place of an entry of its name.

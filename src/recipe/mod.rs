@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! recipe := term ('+' term)*
-//! term   := name | name(arg=value, …)                    a policy, a scorer or an allocator
-//!         | score=name(…) | alloc=name(…)                the same, by stage
+//! term   := name | name(arg=value, …)                    a policy, a scorer, an allocator or an index
+//!         | score=name(…) | alloc=name(…) | index=name(…)
+//!                                                        the same, by stage
 //!         | k=store | v=store                            how keys and values are stored
 //!         | layers=span(heads=span,group=N,k=store,v=store)
 //!                                                        the same for some layers, heads, group sizes
@@ -16,7 +17,7 @@
 //! span   := N | A..B | A.. | ..B                         half-open, negative numbers count from the last
 //! ```
 //! Later terms override earlier ones; `when=` terms add up, and together replace what the policy brings.
-//! An allocator without a scorer works on `snapkv`. White space is free between tokens. A scorer protects
+//! An allocator without a scorer works on `snapkv`, an index without a policy on `full`. White space is free between tokens. A scorer protects
 //! entries of its own (the window of `snapkv`); `sinks` and `recent` can add to that, not take away.
 //!
 //! *Helps* because one line in a log, a command or a C call names everything that was chosen. *Hurts* where
@@ -41,6 +42,7 @@ pub use budget::Budget;
 use crate::codec::Precision;
 use crate::device::encoding::Encoding;
 use crate::error::RecipeError;
+use crate::index::Retrieval;
 use crate::policy::Policy;
 use crate::policy::registry::Registry;
 use crate::policy::schedule::Schedule;
@@ -67,6 +69,10 @@ pub struct Recipe {
     terms: (Arc<dyn Policy>, String),
     /// The schedule that needs no `when=` term.
     default_schedule: Schedule,
+    /// Which entries a decode step reads; `None` reads all.
+    pub index: Option<Arc<Retrieval>>,
+    /// The index that was parsed, with its canonical term.
+    index_term: Option<(Arc<Retrieval>, String)>,
     /// How keys and values are stored.
     pub precision: Precision,
     /// When the cache compresses.
@@ -85,6 +91,8 @@ impl Recipe {
             policy,
             terms,
             default_schedule: schedule,
+            index: None,
+            index_term: None,
             precision: Precision::default(),
             schedule,
             positions: PositionMode::Keep,
@@ -128,6 +136,13 @@ impl Recipe {
         self
     }
 
+    /// The same with decode steps that read what an index chooses.
+    #[must_use]
+    pub fn index(mut self, index: Arc<Retrieval>) -> Self {
+        self.index = Some(index);
+        self
+    }
+
     /// The same with another schedule.
     #[must_use]
     pub fn schedule(mut self, schedule: Schedule) -> Self {
@@ -150,6 +165,15 @@ impl Recipe {
                 with: self.policy.name().to_owned(),
                 why: "its KV heads keep different numbers of entries, but a query has one position".into(),
                 change: "use alloc=uniform, or drop positions=renumber".into(),
+            });
+        }
+        if let Some(index) = self.index.as_ref().filter(|_| self.policy.compresses()) {
+            return Err(RecipeError::Conflict {
+                what: format!("index={}", index.name),
+                with: self.policy.name().to_owned(),
+                why: "the budget is what a step reads where there is an index, and what stays where there is none"
+                    .into(),
+                change: "use the policy full with an index, or drop the index".into(),
             });
         }
         if self.positions == PositionMode::Renumber && self.precision.packs_keys() {
@@ -179,6 +203,10 @@ impl fmt::Display for Recipe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (parsed, terms) = &self.terms;
         f.write_str(if Arc::ptr_eq(parsed, &self.policy) { terms } else { self.policy.name() })?;
+        if let Some(index) = &self.index {
+            let parsed = self.index_term.as_ref().filter(|(parsed, _)| Arc::ptr_eq(parsed, index));
+            write!(f, "+index={}", parsed.map_or(index.name, |(_, term)| term))?;
+        }
         self.precision.fmt(f)?;
         if self.schedule != self.default_schedule {
             parse::write_schedule(f, self.schedule)?;

@@ -6,7 +6,7 @@ use crate::device::encoding::Encoding;
 use crate::error::RecipeError;
 use crate::policy::registry::{Accepts, Arg, Args, Build, Entry, Registry, Value};
 use crate::policy::schedule::Schedule;
-use crate::policy::{Policy, Staged, allocate, score};
+use crate::policy::{Policy, Staged, allocate, score, whole};
 use std::fmt;
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use std::sync::Arc;
 const MAX_LEN: usize = 4096;
 
 const STAGES: &[&str] =
-    &["score", "alloc", "k", "v", "layers", "exact", "sinks", "recent", "when", "positions"];
+    &["score", "alloc", "index", "k", "v", "layers", "exact", "sinks", "recent", "when", "positions"];
 const EVERY: &[Arg] = &[Arg::count("n", 16, 1, usize::MAX, "tokens between compressions")];
 const OVER: &[Arg] =
     &[Arg::count("slack", 32, 0, usize::MAX, "entries above the target before it compresses")];
@@ -167,6 +167,7 @@ impl Reader<'_> {
 struct Draft {
     policy: Option<(Entry, Args)>,
     alloc: Option<(Entry, Args)>,
+    index: Option<(Entry, Args)>,
     sinks: Option<usize>,
     recent: Option<usize>,
     precision: Precision,
@@ -275,6 +276,10 @@ impl Draft {
                 let entry = registry.lookup("allocator", name, |b| matches!(b, Build::Allocate { .. }))?;
                 self.choose(entry, term)?;
             }
+            "index" => {
+                let entry = registry.lookup("index", name, |b| matches!(b, Build::Index { .. }))?;
+                self.choose(entry, term)?;
+            }
             "k" | "v" => {
                 let encoding = encoding(&stage.text, &term.name, &term.flags)?;
                 match stage.text.as_str() {
@@ -347,6 +352,7 @@ impl Draft {
         match entry.build {
             Build::Score { .. } | Build::Whole { .. } => self.policy = chosen,
             Build::Allocate { .. } => self.alloc = chosen,
+            Build::Index { .. } => self.index = chosen,
         }
         Ok(())
     }
@@ -355,6 +361,7 @@ impl Draft {
         let (entry, args) = match (self.policy.clone(), &self.alloc) {
             (Some(policy), _) => policy,
             (None, Some(_)) => default_args(registry, score::snapkv::ENTRY.name)?,
+            (None, None) if self.index.is_some() => default_args(registry, whole::full::ENTRY.name)?,
             (None, None) => {
                 return Err(reader.error(1, "expected a policy among the terms, for example full or snapkv"));
             }
@@ -391,7 +398,7 @@ impl Draft {
                     .recent(self.recent.unwrap_or(0));
                 (Arc::new(staged), schedule)
             }
-            Build::Allocate { .. } => {
+            Build::Allocate { .. } | Build::Index { .. } => {
                 return Err(RecipeError::Unknown {
                     kind: "scorer",
                     name: entry.name.to_owned(),
@@ -399,10 +406,18 @@ impl Draft {
                 });
             }
         };
+        let index_term = match &self.index {
+            Some((Entry { build: Build::Index { build }, .. }, args)) => {
+                Some((build(args)?, args.to_string()))
+            }
+            _ => None,
+        };
         let recipe = Recipe {
             terms: (policy.clone(), terms),
             policy,
             default_schedule: schedule,
+            index: index_term.as_ref().map(|(index, _)| Arc::clone(index)),
+            index_term,
             precision: self.precision,
             schedule: self.schedule.unwrap_or(schedule),
             positions: self.positions,

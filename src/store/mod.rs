@@ -24,6 +24,7 @@ use crate::columns::ColumnsMut;
 use crate::device::page::{HeadRows, Page, PageLayout, Segment, Side};
 use crate::error::{DeviceError, KernelError};
 use crate::geometry::{KeyPhase, LayerShape, Rotary};
+use crate::kernel::Spans;
 use crate::kernel::rope::{RopeArgs, RopeTarget};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -211,6 +212,36 @@ impl AngleCache {
     }
 }
 
+/// Sets β of the entries from slot `first`, which are exact and the last ones.
+///
+/// # Errors
+/// [`DeviceError`].
+pub fn set_bias(
+    backend: &dyn Backend,
+    head: &mut HeadRows,
+    first: usize,
+    bias: &[f32],
+) -> Result<(), DeviceError> {
+    let mut before: usize = head.segments.iter().map(|s| s.rows).sum();
+    for segment in head.segments.iter_mut().rev() {
+        let (layout, total) = (Arc::clone(&segment.layout), segment.rows);
+        before -= total;
+        for (index, page) in segment.pages.iter_mut().enumerate().rev() {
+            let start = before + index * layout.capacity;
+            let end = before + total.min((index + 1) * layout.capacity);
+            if end <= first {
+                return Ok(());
+            }
+            let rows = start.max(first) - start..end - start;
+            let page = unshare(backend, &layout, page)?;
+            let all = page.bias.get_or_insert_with(|| vec![0.0; layout.capacity].into());
+            all[rows.clone()].copy_from_slice(&bias[start + rows.start - first..][..rows.len()]);
+            backend.sync_metadata(&layout, page, rows)?;
+        }
+    }
+    Ok(())
+}
+
 /// Calls `update` with the writable columns of every page: page's positions, slot of its first entry, columns.
 ///
 /// # Errors
@@ -265,4 +296,21 @@ pub fn bytes_read(head: &HeadRows) -> usize {
             side(Side::Key) + side(Side::Value) + p.rows * row
         })
         .sum()
+}
+
+/// Bytes a kernel reads of one side of a head: of all entries, or of those of some spans. Positions and β are not
+/// counted.
+pub fn side_bytes_read(head: &HeadRows, side: Side, spans: Option<&Spans>) -> usize {
+    let mut before = 0;
+    let mut bytes = 0;
+    for segment in &head.segments {
+        let slots = before..before + segment.rows;
+        before = slots.end;
+        let rows = match spans {
+            None => segment.rows,
+            Some(spans) => spans.rows_in(slots),
+        };
+        bytes += segment.layout.side_bytes(side) * rows / segment.layout.capacity;
+    }
+    bytes
 }

@@ -32,6 +32,10 @@ const SIBLINGS: &[(&str, &str)] = &[
     // A recipe is the text form of a policy: the two are one level in two files.
     ("policy", "recipe"),
     ("recipe", "policy"),
+    // The registry of names lists indexes too, and their arguments are declared with its types.
+    ("policy", "index"),
+    ("index", "policy"),
+    ("recipe", "index"),
     // A recipe names storage.
     ("recipe", "codec"),
     // An index searches encoded entries.

@@ -1,0 +1,307 @@
+//! The stages *group* and *choose* on the units of one KV head: from logits to the units that are read, best first, and
+//! what is left behind.
+//!
+//! Plain numbers in, plain numbers out, the same for every method and backend. Ties go to the older unit. *Helps*
+//! because the whole of a selection is here to be read and tested. *Hurts* nothing: it touches one number per query row
+//! and unit.
+
+use super::Group;
+use std::cmp::Ordering;
+
+/// What the rows of one KV head think of its units, and which are taken so far.
+#[derive(Clone, Debug, Default)]
+pub struct Ranking {
+    /// `[rows, units]`: weights relative to the row's `reference`.
+    weights: Vec<f32>,
+    rows: usize,
+    units: usize,
+    /// Largest logit of each row, its sinks and recent entries included.
+    references: Vec<f32>,
+    /// Sum of the weights of each row.
+    all: Vec<f64>,
+    /// The same without what is taken, as a running difference.
+    left: Vec<f64>,
+    /// Score of each group of `fold` neighbouring units.
+    scores: Vec<f32>,
+    fold: usize,
+    /// Groups: the first `ranked` are the best ones, best first.
+    order: Vec<u32>,
+    ranked: usize,
+    /// How many of them are taken.
+    taken: usize,
+    /// Ranks by row, for [`Group::Union`].
+    ranks: Vec<u32>,
+}
+
+impl Ranking {
+    /// Takes in the logits of a KV head's units (`[rows, units]`) and of what every row reads anyway (`zone [rows]`, a
+    /// log-sum-exp), and scores groups of `fold` units. Nothing is taken yet.
+    ///
+    /// # Panics
+    /// If `logits` is not a multiple of `zone`, or `fold` is 0.
+    pub fn set(&mut self, logits: &[f32], zone: &[f32], group: Group, fold: usize) {
+        self.rows = zone.len();
+        self.units = logits.len().checked_div(self.rows).unwrap_or(0);
+        assert!(self.rows * self.units == logits.len() && fold > 0, "{} logits", logits.len());
+        (self.fold, self.ranked, self.taken) = (fold, 0, 0);
+        self.weigh(logits, zone);
+        self.left.clone_from(&self.all);
+        self.score(logits, zone, group);
+        self.order.clear();
+        self.order.extend(0..self.scores.len() as u32);
+    }
+
+    fn weigh(&mut self, logits: &[f32], zone: &[f32]) {
+        self.weights.clear();
+        self.weights.resize(logits.len(), 0.0);
+        self.references.clear();
+        self.all.clear();
+        if self.units == 0 {
+            self.references.extend_from_slice(zone);
+            self.all.resize(self.rows, 0.0);
+            return;
+        }
+        let rows = logits.chunks_exact(self.units).zip(self.weights.chunks_exact_mut(self.units));
+        for ((logits, weights), &zone) in rows.zip(zone) {
+            let reference = logits.iter().fold(zone, |a, &b| a.max(b));
+            // Nothing is seen at all: any finite reference makes all weights 0.
+            let reference = if reference == f32::NEG_INFINITY { 0.0 } else { reference };
+            weights.iter_mut().zip(logits).for_each(|(w, &x)| *w = exp(x - reference));
+            self.references.push(reference);
+            self.all.push(sum(weights));
+        }
+    }
+
+    fn score(&mut self, logits: &[f32], zone: &[f32], group: Group) {
+        let units = self.units;
+        self.scores.clear();
+        let start = if matches!(group, Group::Sum | Group::Mean) { 0.0 } else { f32::NEG_INFINITY };
+        self.scores.resize(units, start);
+        let mut ranks = std::mem::take(&mut self.ranks);
+        for row in 0..self.rows {
+            let logits = &logits[row * units..(row + 1) * units];
+            let weights = &self.weights[row * units..(row + 1) * units];
+            let all = self.all[row] + f64::from(exp(zone[row] - self.references[row]));
+            let share = if all > 0.0 { (1.0 / all) as f32 } else { 0.0 };
+            let scores = self.scores.iter_mut();
+            match group {
+                Group::Max => scores.zip(weights).for_each(|(s, w)| *s = s.max(w * share)),
+                Group::Sum => scores.zip(weights).for_each(|(s, w)| *s += w * share),
+                Group::Logit => scores.zip(logits).for_each(|(s, x)| *s = s.max(*x)),
+                Group::Mean => scores.zip(logits).for_each(|(s, x)| *s += x / self.rows as f32),
+                Group::Union => {
+                    ranks.clear();
+                    ranks.extend(0..units as u32);
+                    ranks.sort_unstable_by(|&a, &b| best_first(logits, a, b));
+                    // Rank and row in one number: at equal rank the first row's unit comes first.
+                    for (rank, &unit) in ranks.iter().enumerate() {
+                        let turn = -((rank * self.rows + row) as f32);
+                        let score = &mut self.scores[unit as usize];
+                        *score = score.max(turn);
+                    }
+                }
+            }
+        }
+        self.ranks = ranks;
+        if self.fold > 1 {
+            let groups = units.div_ceil(self.fold);
+            for group in 0..groups {
+                let units = group * self.fold..((group + 1) * self.fold).min(units);
+                self.scores[group] = self.scores[units].iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+            }
+            self.scores.truncate(groups);
+        }
+    }
+
+    /// Sees to it that the first `count` groups of the order are the best ones.
+    fn rank(&mut self, count: usize) {
+        let count = count.min(self.order.len());
+        if count <= self.ranked {
+            return;
+        }
+        let scores = &self.scores;
+        let rest = &mut self.order[self.ranked..];
+        let wanted = count - self.ranked;
+        if wanted < rest.len() {
+            rest.select_nth_unstable_by(wanted, |&a, &b| best_first(scores, a, b));
+        }
+        rest[..wanted].sort_unstable_by(|&a, &b| best_first(scores, a, b));
+        self.ranked = count;
+    }
+
+    /// Units of a group.
+    fn units_of(&self, group: u32) -> std::ops::Range<usize> {
+        let start = group as usize * self.fold;
+        start..(start + self.fold).min(self.units)
+    }
+
+    /// Takes the best groups that are left, one after another, while `wanted` says so; it is told the members and the
+    /// weights left behind in each row, relative to [`Ranking::reference`]. Gives the units taken now, ascending.
+    pub fn take(
+        &mut self,
+        count: impl Fn(usize) -> usize,
+        mut wanted: impl FnMut(usize, &Self) -> bool,
+        units: &mut Vec<u32>,
+    ) {
+        units.clear();
+        while self.taken < self.order.len() {
+            if self.taken == self.ranked {
+                // More at a time the further it goes.
+                self.rank((2 * self.ranked).max(64));
+            }
+            let group = self.units_of(self.order[self.taken]);
+            if !wanted(group.clone().map(&count).sum(), self) {
+                break;
+            }
+            for row in 0..self.rows {
+                for unit in group.clone() {
+                    self.left[row] -= f64::from(self.weights[row * self.units + unit]);
+                }
+            }
+            units.extend(group.map(|unit| unit as u32));
+            self.taken += 1;
+        }
+        units.sort_unstable();
+    }
+
+    /// Query rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The logit that weights of a row are relative to.
+    pub fn reference(&self, row: usize) -> f32 {
+        self.references[row]
+    }
+
+    /// Sum of a row's weights over all units.
+    pub fn all(&self, row: usize) -> f64 {
+        self.all[row]
+    }
+
+    /// The same over the units that are not taken, as a running difference.
+    pub fn left(&self, row: usize) -> f64 {
+        self.left[row].max(0.0)
+    }
+
+    /// The same summed anew: no cancellation, so a bound stays a bound. `taken` is ascending.
+    pub fn left_exactly(&self, row: usize, taken: &[u32]) -> f64 {
+        let weights = &self.weights[row * self.units..(row + 1) * self.units];
+        let (mut total, mut from) = (0.0, 0);
+        for &unit in taken {
+            total += sum(&weights[from..unit as usize]);
+            from = unit as usize + 1;
+        }
+        total + sum(&weights[from..])
+    }
+}
+
+/// Higher score first, then lower index.
+fn best_first(scores: &[f32], a: u32, b: u32) -> Ordering {
+    scores[b as usize].total_cmp(&scores[a as usize]).then(a.cmp(&b))
+}
+
+/// The sum of some weights, in `f64` from runs of `f32` that a vector unit adds.
+fn sum(weights: &[f32]) -> f64 {
+    let mut total = 0.0;
+    for run in weights.chunks(256) {
+        let mut lanes = [0.0f32; 16];
+        let mut chunks = run.chunks_exact(16);
+        for chunk in &mut chunks {
+            lanes.iter_mut().zip(chunk).for_each(|(l, w)| *l += w);
+        }
+        total += f64::from(lanes.iter().sum::<f32>() + chunks.remainder().iter().sum::<f32>());
+    }
+    total
+}
+
+/// `exp` of numbers up to 0 within 3e-7 of the result, in operations that a compiler turns into vectors.
+fn exp(x: f32) -> f32 {
+    // Below, the result is no normal number, and counts for nothing.
+    let x = x.max(-87.0);
+    let scaled = x * std::f32::consts::LOG2_E;
+    // Adding 1.5 · 2²³ rounds to a whole number, which then stands in the lowest bits.
+    let shifted = scaled + 12_582_912.0;
+    let whole = shifted - 12_582_912.0;
+    // ln 2 in two parts, so that the remainder keeps its bits.
+    let rest = (x - whole * 0.693_359_4) - whole * -2.121_944_4e-4;
+    let polynomial = 1.0
+        + rest
+            * (1.0
+                + rest
+                    * (0.5
+                        + rest
+                            * (0.166_666_55
+                                + rest * (0.041_665_795 + rest * (8.333_452e-3 + rest * 1.398_2e-3)))));
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
+    if x <= -87.0 { 0.0 } else { polynomial * power }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn take(ranking: &mut Ranking, count: usize) -> Vec<u32> {
+        let (mut units, mut left) = (Vec::new(), count);
+        let wanted = |n: usize, _: &Ranking| {
+            let fits = left >= n;
+            left = left.saturating_sub(n);
+            fits
+        };
+        ranking.take(|_| 1, wanted, &mut units);
+        units
+    }
+
+    #[test]
+    fn groups_agree_as_their_names_say() {
+        // Two rows, four units; the second row spends its weight on what is read anyway.
+        let logits = [0.0f32, 2.0, 1.0, -9.0, 5.0, 0.0, 6.0, -9.0];
+        let zone = [-9.0f32, 20.0];
+        let chosen = |group| {
+            let mut ranking = Ranking::default();
+            ranking.set(&logits, &zone, group, 1);
+            take(&mut ranking, 2)
+        };
+        assert_eq!(chosen(Group::Max), [1, 2]);
+        assert_eq!(chosen(Group::Sum), [1, 2]);
+        assert_eq!(chosen(Group::Logit), [0, 2]);
+        assert_eq!(chosen(Group::Mean), [0, 2]);
+        assert_eq!(chosen(Group::Union), [1, 2]);
+    }
+
+    #[test]
+    fn folded_units_are_taken_together_by_the_best_of_them() {
+        let mut ranking = Ranking::default();
+        ranking.set(&[0.0, 1.0, 3.0, -4.0, 2.0], &[0.0], Group::Logit, 2);
+        assert_eq!(take(&mut ranking, 3), [2, 3, 4]);
+    }
+
+    #[test]
+    fn what_is_left_is_what_was_not_taken() {
+        let logits: Vec<f32> = (0..300).map(|i| ((i * 37) % 101) as f32 * 0.1 - 6.0).collect();
+        let zone = [1.5f32];
+        let mut ranking = Ranking::default();
+        ranking.set(&logits, &zone, Group::Max, 1);
+        let taken = take(&mut ranking, 140);
+        let reference = f64::from(ranking.reference(0));
+        let want: f64 = (0..300u32)
+            .filter(|u| !taken.contains(u))
+            .map(|u| (f64::from(logits[u as usize]) - reference).exp())
+            .sum();
+        assert!((ranking.left(0) / want - 1.0).abs() < 1e-5);
+        assert!((ranking.left_exactly(0, &taken) / want - 1.0).abs() < 1e-6);
+        let least = taken.iter().map(|&u| logits[u as usize]).fold(f32::INFINITY, f32::min);
+        assert!((0..300u32).filter(|u| !taken.contains(u)).all(|u| logits[u as usize] <= least));
+    }
+
+    #[test]
+    fn the_exponential_is_close_and_ends() {
+        for i in 0..=8700 {
+            let x = -f64::from(i) / 100.0;
+            let (got, want) = (f64::from(exp(x as f32)), f64::from(x as f32).exp());
+            assert!(i == 8700 || (got / want - 1.0).abs() < 3e-7, "exp({x}) = {got}, should be {want}");
+        }
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(0.0), 1.0);
+    }
+}

@@ -1,0 +1,335 @@
+//! The index of one layer: tables of rows in pages, and which entries of each KV head a row stands for.
+//!
+//! Entries in front (sinks) and behind (recent ones, and those that wait to become a unit) belong to no unit and are
+//! always read. An index grows when tokens are committed and shrinks when they are forgotten; a step that is rolled back
+//! never touches it. When entries between are removed it is built again.
+
+use super::{Entries, Retrieval, Role, Table, Units};
+use crate::backend::Backend;
+use crate::codec::PACK_ENTRIES;
+use crate::device::page::{HeadRows, PageLayout};
+use crate::error::KernelError;
+use crate::geometry::LayerShape;
+use crate::kernel::Spans;
+use crate::kernel::gather::{GatherArgs, GatherTarget};
+use crate::store::{self, NewRows, Packed, SharedPositions, Storage};
+use crate::view::DType;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Rows per page of a table.
+const TABLE_ENTRIES: usize = 64;
+
+/// How the tables of one layer are stored.
+#[derive(Clone, Debug)]
+pub struct TableStorage {
+    role: Role,
+    storage: Storage,
+}
+
+impl TableStorage {
+    /// Storage of the tables of an index for a layer.
+    pub fn of(retrieval: &Retrieval, shape: &LayerShape, mirrored: bool) -> Vec<Self> {
+        retrieval.summary.tables().iter().map(|table| Self::new(table, shape, mirrored)).collect()
+    }
+
+    fn new(table: &Table, shape: &LayerShape, mirrored: bool) -> Self {
+        let (d_k, d_v) = table.role.dims(shape);
+        let layout = |capacity, k, v| PageLayout { capacity, d_k, d_v, k, v, mirrored, column_words: 0 };
+        // What waits to be packed is kept as it was made.
+        let waiting = table.encoding.exact().unwrap_or(DType::F32).into();
+        let exact = Arc::new(layout(TABLE_ENTRIES, waiting, waiting));
+        let packed = table.encoding.packed().map(|_| {
+            let values = if table.role == Role::Bound { DType::F32.into() } else { table.encoding };
+            Packed {
+                layout: Arc::new(layout(PACK_ENTRIES, table.encoding, values)),
+                sinks: 0,
+                sink_layout: Arc::clone(&exact),
+                // With one entry left behind, only whole pages are packed: however the rows came.
+                tail: 1,
+            }
+        });
+        Self { role: table.role, storage: Storage { exact, packed } }
+    }
+
+    /// What the rows say.
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    /// Layout of most rows.
+    pub fn bulk(&self) -> &PageLayout {
+        self.storage.bulk()
+    }
+}
+
+/// Which entries the units stand for.
+#[derive(Clone, Debug)]
+enum Members {
+    /// Unit `u` is `u · size ..` of the covered entries, which are made `step` at a time.
+    Runs { size: usize, step: usize },
+    /// Units of any entries, in batches that were made together.
+    Lists {
+        /// Where each unit's members end.
+        ends: Vec<u32>,
+        /// Slots, unit after unit, ascending within one.
+        slots: Vec<u32>,
+        /// Units and entries covered after each batch.
+        batches: Vec<(usize, usize)>,
+    },
+}
+
+/// The units of one KV head.
+#[derive(Clone, Debug)]
+pub struct HeadUnits {
+    members: Members,
+    /// Slot of the first entry that is a member of a unit.
+    first: usize,
+    /// Members of units, from there on.
+    covered: usize,
+    units: usize,
+}
+
+/// See the [module](self).
+#[derive(Clone, Debug)]
+pub struct LayerIndex {
+    /// Per table, per KV head.
+    tables: Vec<Vec<HeadRows>>,
+    /// Per table, per KV head: the largest norm that a key ever had.
+    norms: Vec<Vec<f32>>,
+    heads: Vec<HeadUnits>,
+}
+
+impl HeadUnits {
+    fn new(retrieval: &Retrieval) -> Self {
+        let members = match retrieval.summary.unit() {
+            Some(size) => Members::Runs { size, step: retrieval.summary.waiting() + 1 },
+            None => Members::Lists { ends: Vec::new(), slots: Vec::new(), batches: Vec::new() },
+        };
+        Self { members, first: retrieval.rule.sinks, covered: 0, units: 0 }
+    }
+
+    /// Number of units.
+    pub fn units(&self) -> usize {
+        self.units
+    }
+
+    /// Slots of the entries that are members of units.
+    pub fn covered(&self) -> Range<usize> {
+        self.first..self.first + self.covered
+    }
+
+    /// Entries of a unit.
+    pub fn count(&self, unit: usize) -> usize {
+        match &self.members {
+            Members::Runs { size, .. } => *size,
+            Members::Lists { .. } => self.list(unit).len(),
+        }
+    }
+
+    /// Slots of a unit of a list.
+    fn list(&self, unit: usize) -> &[u32] {
+        let Members::Lists { ends, slots, .. } = &self.members else { return &[] };
+        let start = unit.checked_sub(1).map_or(0, |before| ends[before] as usize);
+        &slots[start..ends[unit] as usize]
+    }
+
+    /// The entries of some units (ascending) and, with `zone`, everything before and behind the units, up to `rows`
+    /// entries. `slots` is lent.
+    pub fn spans(&self, units: &[u32], zone: bool, rows: usize, out: &mut Spans, slots: &mut Vec<u32>) {
+        out.clear();
+        let covered = self.covered();
+        if zone {
+            out.push(0..covered.start.min(rows));
+        }
+        match &self.members {
+            Members::Runs { size, .. } => {
+                for &unit in units {
+                    let start = self.first + unit as usize * size;
+                    out.push(start..start + size);
+                }
+            }
+            Members::Lists { .. } => {
+                slots.clear();
+                units.iter().for_each(|&unit| slots.extend_from_slice(self.list(unit as usize)));
+                slots.sort_unstable();
+                slots.iter().for_each(|&slot| out.push(slot as usize..slot as usize + 1));
+            }
+        }
+        if zone {
+            out.push(covered.end.min(rows)..rows);
+        }
+    }
+
+    /// Entries that are members of no unit, of `rows`.
+    pub fn zone(&self, rows: usize) -> usize {
+        rows - self.covered
+    }
+
+    /// Bytes the index keeps on the host beside its pages.
+    pub fn list_bytes(&self) -> usize {
+        match &self.members {
+            Members::Runs { .. } => 0,
+            Members::Lists { ends, slots, batches } => {
+                (ends.capacity() + slots.capacity()) * size_of::<u32>()
+                    + batches.capacity() * size_of::<(usize, usize)>()
+            }
+        }
+    }
+
+    fn add(&mut self, units: &Units, entries: usize) {
+        let from = self.covered().end as u32;
+        self.covered += entries;
+        self.units += units.counts.len();
+        if let Members::Lists { ends, slots, batches } = &mut self.members {
+            slots.extend(units.members.iter().map(|&m| from + m));
+            let mut end = ends.last().copied().unwrap_or(0);
+            ends.extend(units.counts.iter().map(|&n| {
+                end += n;
+                end
+            }));
+            batches.push((ends.len(), self.covered));
+        }
+    }
+
+    /// Forgets the units that have members at slot `rows` or behind, and those made together with them.
+    fn truncate(&mut self, rows: usize) {
+        let most = rows.saturating_sub(self.first);
+        if self.covered <= most {
+            return;
+        }
+        match &mut self.members {
+            Members::Runs { size, step } => {
+                self.covered = most / *step * *step;
+                self.units = self.covered / *size;
+            }
+            Members::Lists { ends, slots, batches } => {
+                let stay = batches.partition_point(|&(_, covered)| covered <= most);
+                batches.truncate(stay);
+                (self.units, self.covered) = batches.last().copied().unwrap_or((0, 0));
+                ends.truncate(self.units);
+                slots.truncate(ends.last().map_or(0, |&end| end as usize));
+            }
+        }
+    }
+}
+
+impl LayerIndex {
+    /// An index without units.
+    pub fn new(retrieval: &Retrieval, kv_heads: usize) -> Self {
+        let tables = retrieval.summary.tables().len();
+        Self {
+            tables: vec![vec![HeadRows::default(); kv_heads]; tables],
+            norms: vec![vec![0.0; kv_heads]; tables],
+            heads: vec![HeadUnits::new(retrieval); kv_heads],
+        }
+    }
+
+    /// The units of each KV head.
+    pub fn heads(&self) -> &[HeadUnits] {
+        &self.heads
+    }
+
+    /// Rows of a table for each KV head, one per unit.
+    pub fn table(&self, table: usize) -> &[HeadRows] {
+        &self.tables[table]
+    }
+
+    /// Rows of all tables.
+    pub fn rows(&self) -> impl Iterator<Item = &HeadRows> + '_ {
+        self.tables.iter().flatten()
+    }
+
+    /// The largest norm that a key of a table had: what a kernel's error in a logit is a share of.
+    pub fn norm(&self, table: usize, head: usize) -> f32 {
+        self.norms[table][head]
+    }
+
+    /// Bytes kept on the host beside the pages of the tables.
+    pub fn list_bytes(&self) -> usize {
+        self.heads.iter().map(HeadUnits::list_bytes).sum()
+    }
+
+    /// Makes units of the entries that came since, as far as they are not recent.
+    ///
+    /// # Errors
+    /// [`KernelError`]; every unit there is is whole.
+    pub fn extend(
+        &mut self,
+        backend: &dyn Backend,
+        retrieval: &Retrieval,
+        shape: &LayerShape,
+        storage: &[TableStorage],
+        heads: &[HeadRows],
+    ) -> Result<(), KernelError> {
+        for (h, head) in heads.iter().enumerate() {
+            let end = head.rows().saturating_sub(retrieval.rule.recent);
+            loop {
+                let from = self.heads[h].covered().end;
+                let take = retrieval.summary.take(end.saturating_sub(from));
+                if take == 0 {
+                    break;
+                }
+                let slots: Vec<u32> = (from as u32..(from + take) as u32).collect();
+                let (mut keys, mut values) = (vec![0.0; take * shape.d_k], vec![0.0; take * shape.d_v]);
+                let target = GatherTarget::Dense { keys: &mut keys, values: &mut values };
+                backend.gather(&mut GatherArgs { head, slots: &slots, target })?;
+                let entries = Entries { keys: &keys, values: &values, count: take };
+                let units = retrieval.summary.summarise(shape, &entries);
+                self.add_rows(backend, storage, &units, h)?;
+                self.heads[h].add(&units, take);
+            }
+        }
+        Ok(())
+    }
+
+    fn add_rows(
+        &mut self,
+        backend: &dyn Backend,
+        storage: &[TableStorage],
+        units: &Units,
+        head: usize,
+    ) -> Result<(), KernelError> {
+        let before = self.heads[head].units;
+        // Rows of a table count their units: a position is all a kernel knows of their order.
+        let positions: Vec<i32> = (before as i32..(before + units.counts.len()) as i32).collect();
+        let bias: Vec<f32> = units.counts.iter().map(|&n| (n as f32).ln()).collect();
+        let mut tables = self.tables.iter_mut().zip(&units.rows).zip(storage);
+        let added = tables.try_for_each(|((table, rows), storage)| {
+            let (table, storage) = (&mut table[head], &storage.storage);
+            let new = NewRows { positions: &positions, keys: &rows.keys, values: &rows.values };
+            store::append(backend, &storage.exact, table, new)?;
+            store::set_bias(backend, table, before, &bias)?;
+            store::seal(backend, storage, table, &mut SharedPositions::default()).map(drop)
+        });
+        if added.is_err() {
+            self.tables.iter_mut().for_each(|table| store::truncate_rows(&mut table[head], before));
+            return added;
+        }
+        for ((norms, rows), storage) in self.norms.iter_mut().zip(&units.rows).zip(storage) {
+            let keys = rows.keys.chunks_exact(storage.storage.exact.d_k);
+            let largest = keys.map(|k| k.iter().map(|x| x * x).sum::<f32>().sqrt());
+            norms[head] = largest.fold(norms[head], f32::max);
+        }
+        Ok(())
+    }
+
+    /// Forgets the units that have members behind the entries there are now; entries that lose their unit are read
+    /// always until they are in one again.
+    pub fn truncate(&mut self, heads: &[HeadRows]) {
+        for (h, head) in heads.iter().enumerate() {
+            self.truncate_head(h, head.rows());
+        }
+    }
+
+    fn truncate_head(&mut self, head: usize, rows: usize) {
+        self.heads[head].truncate(rows);
+        let units = self.heads[head].units;
+        self.tables.iter_mut().for_each(|table| store::truncate_rows(&mut table[head], units));
+    }
+
+    /// Forgets all units: entries between were removed, or keys were turned.
+    pub fn clear(&mut self) {
+        (0..self.heads.len()).for_each(|head| self.truncate_head(head, 0));
+    }
+}

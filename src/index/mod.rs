@@ -1,0 +1,156 @@
+//! Indexes: which stored entries a query reads. Everything stays stored; a decode step reads little of it and can say
+//! what the rest would have weighed.
+//!
+//! A method of the literature is a tuple of stages, and the stages are shared:
+//! ```text
+//! summarise → score → group → choose → attend → tail
+//! ```
+//! A [`Summary`] cuts the entries of a KV head into *units* (pages, clusters) and describes each by a row or two.
+//! Those rows lie in pages of their own ([`LayerIndex`]), in any encoding, so that forks share them and every kernel
+//! reads them: a query's logits on units are [`crate::kernel::dot_scores`], and the estimate of what was not read is
+//! [`crate::kernel::attend`] over the rows of the units that were not chosen, each with the weight of its members. The
+//! rest is the same for all methods and stands in [`ReadRule`] and [`choose`].
+//!
+//! *Helps* long contexts, where reading all keys and values is what a decode step takes its time for, and where
+//! eviction would throw away what a later question asks about. *Hurts* by the memory of the summaries (every page in
+//! `docs/policies` states it), and below a few thousand entries, where reading everything costs less than choosing.
+
+pub mod choose;
+mod layer;
+pub mod lserve;
+pub mod options;
+pub mod pages;
+pub mod quest;
+mod units;
+
+pub use layer::{HeadUnits, LayerIndex, TableStorage};
+pub use options::{Goal, Group, ReadRule, Tail};
+pub use units::Pages;
+
+use crate::device::encoding::Encoding;
+use crate::geometry::LayerShape;
+use crate::policy::registry::Entry;
+use std::fmt::Debug;
+use std::sync::Arc;
+
+/// The built-in indexes.
+pub const ENTRIES: &[Entry] = &[pages::ENTRY, quest::ENTRY, lserve::ENTRY];
+
+/// What the rows of a table say of their units, and so how a query is put to them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// Key `mean k` (`d_k`), value `mean v` (`d_v`), β `ln n`: a logit is the logarithm of the weight that all members
+    /// together are estimated to have (from below: the mean of exponentials is at least the exponential of the mean),
+    /// and attention over such rows estimates attention over the members.
+    Mean,
+    /// Key `[c, r]` (`2 d_k`) with `|k − c| <= r` in every dimension for every member, β `ln n`: for the query
+    /// `[q, |q|]` a logit is never less than the logarithm of the weight of all members together. One value, unused.
+    Bound,
+}
+
+impl Role {
+    /// Dimensions of a row's key and value.
+    pub fn dims(self, shape: &LayerShape) -> (usize, usize) {
+        match self {
+            Self::Mean => (shape.d_k, shape.d_v),
+            Self::Bound => (2 * shape.d_k, 1),
+        }
+    }
+
+    /// Appends queries (`[rows, d_k]`) as they are put to rows of this role.
+    pub fn queries(self, d_k: usize, queries: &[f32], out: &mut Vec<f32>) {
+        match self {
+            Self::Mean => out.extend_from_slice(queries),
+            Self::Bound => {
+                for query in queries.chunks_exact(d_k) {
+                    out.extend_from_slice(query);
+                    out.extend(query.iter().map(|x| x.abs()));
+                }
+            }
+        }
+    }
+}
+
+/// A table of rows that an index keeps for every KV head: one row per unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Table {
+    /// What the rows say.
+    pub role: Role,
+    /// How they are stored.
+    pub encoding: Encoding,
+}
+
+/// Consecutive entries of one KV head, exact as far as they are stored so.
+#[derive(Clone, Copy, Debug)]
+pub struct Entries<'a> {
+    /// `[n, d_k]`.
+    pub keys: &'a [f32],
+    /// `[n, d_v]`.
+    pub values: &'a [f32],
+    /// `n`.
+    pub count: usize,
+}
+
+/// What a summary makes of some entries.
+#[derive(Clone, Debug, Default)]
+pub struct Units {
+    /// Members of each unit.
+    pub counts: Vec<u32>,
+    /// Members unit after unit, as indices into the entries; empty if units are runs of consecutive entries.
+    pub members: Vec<u32>,
+    /// Rows of each table: keys and values.
+    pub rows: Vec<UnitRows>,
+}
+
+/// Rows of a table.
+#[derive(Clone, Debug, Default)]
+pub struct UnitRows {
+    /// `[units, dims.0]`, see [`Role::dims`].
+    pub keys: Vec<f32>,
+    /// `[units, dims.1]`.
+    pub values: Vec<f32>,
+}
+
+/// How entries become units and units become rows: the stages *summarise* and *score*.
+pub trait Summary: Debug + Send + Sync {
+    /// The tables it keeps; the first one is scored.
+    fn tables(&self) -> &[Table];
+
+    /// How many of `pending` entries behind the last unit the next call of [`Summary::summarise`] is to take; 0 while
+    /// there are too few. A caller asks again until it gets 0, so that adding entries one by one or all at once gives
+    /// the same units wherever the method allows it.
+    fn take(&self, pending: usize) -> usize;
+
+    /// Members of every unit if all are runs of that many consecutive entries, in order.
+    fn unit(&self) -> Option<usize>;
+
+    /// Entries that wait to become units, at most.
+    fn waiting(&self) -> usize;
+
+    /// Cuts entries into units. Every entry is a member of one.
+    fn summarise(&self, shape: &LayerShape, entries: &Entries<'_>) -> Units;
+}
+
+/// A complete index: what a recipe names.
+#[derive(Clone, Debug)]
+pub struct Retrieval {
+    /// The entry it was made from.
+    pub name: &'static str,
+    /// Its units.
+    pub summary: Arc<dyn Summary>,
+    /// Everything else.
+    pub rule: ReadRule,
+}
+
+impl Retrieval {
+    /// The first table of a role, by its place in [`Summary::tables`].
+    pub fn table(&self, role: Role) -> Option<usize> {
+        self.summary.tables().iter().position(|t| t.role == role)
+    }
+
+    /// Entries that every step reads whatever is chosen, at most: sinks, recent ones, and those that wait to become a
+    /// unit.
+    pub fn always(&self) -> usize {
+        self.rule.sinks + self.rule.recent + self.summary.waiting()
+    }
+}
