@@ -169,6 +169,7 @@ impl KvCache {
             self.compress(id)?;
         }
         self.sequence_mut(id)?.prefill_open = false;
+        self.extend_index(id)?;
         self.seal(id)?;
         if !self.records(self.sequence(id)?) {
             self.sequence_mut(id)?.queries.iter_mut().for_each(QueryLog::clear);

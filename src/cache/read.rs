@@ -85,6 +85,10 @@ pub(super) struct ReadScratch {
     outs: Vec<f32>,
     lses: Vec<f32>,
     zone: Vec<f32>,
+    /// Per row: what its logits on means are to be raised by.
+    corrections: Vec<f32>,
+    /// Attention over the means of all units, where the rows are ranked by it: outputs, log-sum-exp and shares.
+    means: Means,
 }
 
 /// How a lane's attention of a layer goes.
@@ -261,6 +265,7 @@ impl KvCache {
     pub(super) fn extend_index(&mut self, id: SequenceId) -> Result<(), Error> {
         let Some(retrieval) = &self.recipe.index else { return Ok(()) };
         let Some(sequence) = self.sequences.get_mut(&id.0) else { return Ok(()) };
+        let open = sequence.prefill_open;
         for (layer, (reads, heads)) in sequence.reads.iter_mut().zip(&sequence.layers).enumerate() {
             if let Some(index) = &mut reads.index {
                 index.extend(
@@ -269,11 +274,22 @@ impl KvCache {
                     self.shape.layer(layer),
                     &self.tables[layer],
                     heads,
+                    open,
                 )?;
             }
         }
         Ok(())
     }
+}
+
+/// Attention over the means of all units.
+#[derive(Debug, Default)]
+struct Means {
+    out: Vec<f32>,
+    lse: Vec<f32>,
+    shares: Vec<f32>,
+    /// Whether it is this step's.
+    there: bool,
 }
 
 /// One layer of one sequence and its queries.
@@ -305,6 +321,8 @@ impl Reader<'_> {
     ) -> Result<ReadReport, KernelError> {
         let mut report = ReadReport { stored: total_rows(self.heads), ..ReadReport::default() };
         scratch.spans.resize_with(self.heads.len(), Spans::default);
+        scratch.means.there = false;
+        self.correct(&mut scratch.corrections);
         if let Some(held) = held {
             scratch.chosen.clone_from(held);
             self.attend(scratch, true, workspace, (out, lse), &mut report)?;
@@ -349,7 +367,10 @@ impl Reader<'_> {
             scratch.zone.resize(lse.len(), f32::NEG_INFINITY);
         }
         let mut rankings = std::mem::take(&mut scratch.rankings);
-        let scored = self.score(0, scratch, &mut rankings, report);
+        let scored = match self.at_once() {
+            true => self.weigh_all(scratch, &mut rankings, workspace, report),
+            false => self.score(0, scratch, &mut rankings, report),
+        };
         scratch.rankings = rankings;
         scored?;
         if let Some(table) = self.bounds_beside() {
@@ -410,11 +431,83 @@ impl Reader<'_> {
         report.bytes += tables.iter().map(|t| store::side_bytes_read(t, Side::Key, None)).sum::<usize>();
         let mut start = 0;
         for (h, (ranking, table)) in rankings.iter_mut().zip(tables).enumerate() {
-            let end = start + rows * table.rows();
-            ranking.set(&logits[start..end], &scratch.zone[h * rows..(h + 1) * rows], rule.group, rule.fold);
-            start = end;
+            let logits = &mut logits[start..start + rows * table.rows()];
+            start += logits.len();
+            if role == Role::Mean && table.rows() > 0 {
+                let corrections = scratch.corrections.get(h * rows..(h + 1) * rows).unwrap_or(&[]);
+                for (logits, correction) in logits.chunks_exact_mut(table.rows()).zip(corrections) {
+                    logits.iter_mut().for_each(|x| *x += correction);
+                }
+            }
+            let size = |unit| self.index.heads()[h].count(unit);
+            let sizes: Option<&dyn Fn(usize) -> usize> = if rule.by_entry { Some(&size) } else { None };
+            ranking.set(logits, &scratch.zone[h * rows..(h + 1) * rows], (rule.group, rule.fold), sizes);
         }
         Ok(())
+    }
+
+    /// Whether one attention over the means of all units gives both what ranks them and what the tail needs.
+    fn at_once(&self) -> bool {
+        let rule = &self.retrieval.rule;
+        self.retrieval.summary.tables()[0].role == Role::Mean
+            && rule.tail == Tail::Estimate
+            && rule.estimate >= 1.0
+            && matches!(rule.group, Group::Max | Group::Sum)
+            && self.positions.len() == 1
+    }
+
+    /// Attention over the means of all units, into rankings and `scratch.means`.
+    fn weigh_all(
+        &self,
+        scratch: &mut ReadScratch,
+        rankings: &mut Vec<Ranking>,
+        workspace: &mut Workspace,
+        report: &mut ReadReport,
+    ) -> Result<(), KernelError> {
+        let (rule, rows, tables) = (&self.retrieval.rule, self.rows(), self.index.table(0));
+        let Means { out, lse, shares, there } = &mut scratch.means;
+        let shares = resize(shares, rows * total_rows(tables));
+        let lse = resize(lse, rows * self.heads.len());
+        let lane = AttendLane {
+            heads: tables,
+            queries: self.queries,
+            positions: self.positions,
+            share: Share::ALL,
+            spans: None,
+            out: resize(out, lse.len() * self.shape.d_v),
+            lse: &mut *lse,
+            mass: Some(&mut *shares),
+        };
+        self.backend.attend(&self.table_params(Role::Mean), &mut [lane], workspace)?;
+        *there = true;
+        report.bytes += tables.iter().map(store::bytes_read).sum::<usize>();
+        lse.iter_mut().zip(&scratch.corrections).for_each(|(lse, correction)| *lse += correction);
+        rankings.resize_with(self.heads.len(), Ranking::default);
+        let mut start = 0;
+        for (h, (ranking, table)) in rankings.iter_mut().zip(tables).enumerate() {
+            let shares = &shares[start..start + rows * table.rows()];
+            start += shares.len();
+            let size = |unit| self.index.heads()[h].count(unit);
+            let sizes: Option<&dyn Fn(usize) -> usize> = if rule.by_entry { Some(&size) } else { None };
+            let span = h * rows..(h + 1) * rows;
+            let of = (&lse[span.clone()], &scratch.zone[span]);
+            ranking.set_shares(shares, of, (rule.group, rule.fold), sizes);
+        }
+        Ok(())
+    }
+
+    /// What every row's logits on means are to be raised by.
+    fn correct(&self, corrections: &mut Vec<f32>) {
+        corrections.clear();
+        if !self.retrieval.rule.correct {
+            return;
+        }
+        let square = self.shape.scale * self.shape.scale;
+        let queries = self.queries.chunks_exact(self.shape.d_k).enumerate();
+        corrections.extend(queries.map(|(row, query)| {
+            // Logarithmic: an exponential of the variance would be exact for normal logits, and ruinous for others.
+            (0.5 * square * self.index.spread(row / self.rows()).variance(query)).ln_1p()
+        }));
     }
 
     /// How rows of a table are read: as the layer's, all of them seen.
@@ -574,17 +667,8 @@ impl Reader<'_> {
     ) -> Result<(), KernelError> {
         let Some(table) = self.retrieval.table(Role::Mean) else { return Ok(()) };
         let rows = self.index.table(table);
-        let chosen = scratch.chosen.units.iter().zip(rows);
-        for (spans, (chosen, rows)) in scratch.spans.iter_mut().zip(chosen) {
-            spans.clear();
-            let mut from = 0;
-            for &unit in chosen {
-                spans.push(from..unit as usize);
-                from = unit as usize + 1;
-            }
-            spans.push(from..rows.rows());
-        }
-        let ReadScratch { spans, outs, lses, .. } = scratch;
+        self.estimated(scratch, rows);
+        let ReadScratch { spans, outs, lses, corrections, means, .. } = scratch;
         resize(outs, 2 * out.len());
         resize(lses, 2 * lse.len());
         let lane = AttendLane {
@@ -603,9 +687,48 @@ impl Reader<'_> {
                 report.bytes += store::side_bytes_read(rows, side, Some(spans));
             }
         }
+        let part = (&mut outs[out.len()..2 * out.len()], &mut lses[lse.len()..2 * lse.len()]);
+        part.1.iter_mut().zip(&*corrections).for_each(|(lse, correction)| *lse += correction);
+        if means.there {
+            subtract(means, self.shape.d_v, part);
+        }
         let total: f64 = lses[lse.len()..2 * lse.len()].iter().zip(&*lse).map(|(&e, &x)| share(e, x)).sum();
         report.missing = Some((total / lse.len() as f64) as f32);
         self.join((outs, lses), (out, lse))
+    }
+
+    /// The rows of means to attend over, as spans: of the units that the tail covers; or of those that were read, where
+    /// attention over all of them is there to take these from.
+    fn estimated(&self, scratch: &mut ReadScratch, rows: &[HeadRows]) {
+        let ReadScratch { spans, chosen, rankings, fresh, means, .. } = scratch;
+        let estimate = self.retrieval.rule.estimate;
+        for (h, spans) in spans.iter_mut().enumerate() {
+            let (chosen, units) = (&chosen.units[h], rows[h].rows());
+            spans.clear();
+            if means.there {
+                chosen.iter().for_each(|&unit| spans.push(unit as usize..unit as usize + 1));
+            } else if estimate < 1.0
+                && self.index.heads()[h].units() > 0
+                && chosen.len() < units
+                && rankings.len() > h
+            {
+                let mut left = (estimate * units as f64) as usize;
+                let next = |_, _: &Ranking| {
+                    left = left.saturating_sub(1);
+                    left > 0
+                };
+                fresh.resize_with(rows.len(), Vec::new);
+                rankings[h].take(|_| 1, next, &mut fresh[h]);
+                fresh[h].iter().for_each(|&unit| spans.push(unit as usize..unit as usize + 1));
+            } else {
+                let mut from = 0;
+                for &unit in chosen {
+                    spans.push(from..unit as usize);
+                    from = unit as usize + 1;
+                }
+                spans.push(from..units);
+            }
+        }
     }
 
     /// What the rankings say of the units that were not read.
@@ -649,6 +772,24 @@ impl Reader<'_> {
         // A logit is at most this: `[q, |q|]` is longer than `q` by √2.
         let logit = std::f64::consts::SQRT_2 * norm * f64::from(self.index.norm(table, h));
         2.0 * tolerance * (1.0 + logit * f64::from(self.shape.scale.abs()))
+    }
+}
+
+/// Turns attention over some rows (`part`: outputs and log-sum-exp) into attention over all others, given attention
+/// over all.
+fn subtract(all: &Means, d_v: usize, (out, lse): (&mut [f32], &mut [f32])) {
+    for (row, (out, lse)) in out.chunks_exact_mut(d_v).zip(lse).enumerate() {
+        let (all_out, all_lse) = (&all.out[row * d_v..(row + 1) * d_v], all.lse[row]);
+        let taken = (f64::from(*lse) - f64::from(all_lse)).exp();
+        let left = 1.0 - taken;
+        // Below, what is left is as small as the rounding of what it is the difference of.
+        if left.is_nan() || left < 1e-5 {
+            *lse = f32::NEG_INFINITY;
+            continue;
+        }
+        let (taken, share) = (taken as f32, (1.0 / left) as f32);
+        out.iter_mut().zip(all_out).for_each(|(o, a)| *o = (a - taken * *o) * share);
+        *lse = all_lse + left.ln() as f32;
     }
 }
 

@@ -35,18 +35,60 @@ pub struct Ranking {
 
 impl Ranking {
     /// Takes in the logits of a KV head's units (`[rows, units]`) and of what every row reads anyway (`zone [rows]`, a
-    /// log-sum-exp), and scores groups of `fold` units. Nothing is taken yet.
+    /// log-sum-exp), and scores groups of `fold` units; with `sizes`, by one member's weight instead of all's. Nothing is
+    /// taken yet.
     ///
     /// # Panics
     /// If `logits` is not a multiple of `zone`, or `fold` is 0.
-    pub fn set(&mut self, logits: &[f32], zone: &[f32], group: Group, fold: usize) {
+    pub fn set(
+        &mut self,
+        logits: &[f32],
+        zone: &[f32],
+        (group, fold): (Group, usize),
+        sizes: Option<&dyn Fn(usize) -> usize>,
+    ) {
         self.rows = zone.len();
         self.units = logits.len().checked_div(self.rows).unwrap_or(0);
         assert!(self.rows * self.units == logits.len() && fold > 0, "{} logits", logits.len());
-        (self.fold, self.ranked, self.taken) = (fold, 0, 0);
         self.weigh(logits, zone);
+        self.rank_units(logits, zone, (group, fold), sizes);
+    }
+
+    /// The same from what attention over the units gives: shares of the row's mass on all units (`[rows, units]`), and
+    /// its log-sum-exp (`reference [rows]`). For rules that compare weights.
+    ///
+    /// # Panics
+    /// As [`Ranking::set`].
+    pub fn set_shares(
+        &mut self,
+        shares: &[f32],
+        (reference, zone): (&[f32], &[f32]),
+        (group, fold): (Group, usize),
+        sizes: Option<&dyn Fn(usize) -> usize>,
+    ) {
+        self.rows = zone.len();
+        self.units = shares.len().checked_div(self.rows).unwrap_or(0);
+        assert!(self.rows * self.units == shares.len() && fold > 0, "{} shares", shares.len());
+        self.weights.clear();
+        self.weights.extend_from_slice(shares);
+        self.references.clear();
+        self.references.extend(reference.iter().map(|&x| if x == f32::NEG_INFINITY { 0.0 } else { x }));
+        self.all.clear();
+        self.all.extend(shares.chunks_exact(self.units.max(1)).map(sum));
+        self.all.resize(self.rows, 0.0);
+        self.rank_units(&[], zone, (group, fold), sizes);
+    }
+
+    fn rank_units(
+        &mut self,
+        logits: &[f32],
+        zone: &[f32],
+        (group, fold): (Group, usize),
+        sizes: Option<&dyn Fn(usize) -> usize>,
+    ) {
+        (self.fold, self.ranked, self.taken) = (fold, 0, 0);
         self.left.clone_from(&self.all);
-        self.score(logits, zone, group);
+        self.score(logits, zone, group, sizes);
         self.order.clear();
         self.order.extend(0..self.scores.len() as u32);
     }
@@ -72,16 +114,16 @@ impl Ranking {
         }
     }
 
-    fn score(&mut self, logits: &[f32], zone: &[f32], group: Group) {
+    fn score(&mut self, logits: &[f32], zone: &[f32], group: Group, sizes: Option<&dyn Fn(usize) -> usize>) {
         let units = self.units;
         self.scores.clear();
         let start = if matches!(group, Group::Sum | Group::Mean) { 0.0 } else { f32::NEG_INFINITY };
         self.scores.resize(units, start);
         let mut ranks = std::mem::take(&mut self.ranks);
         for row in 0..self.rows {
-            let logits = &logits[row * units..(row + 1) * units];
+            let logits = logits.get(row * units..(row + 1) * units).unwrap_or(&[]);
             let weights = &self.weights[row * units..(row + 1) * units];
-            let all = self.all[row] + f64::from(exp(zone[row] - self.references[row]));
+            let all = self.all[row] + f64::from(zone[row] - self.references[row]).exp();
             let share = if all > 0.0 { (1.0 / all) as f32 } else { 0.0 };
             let scores = self.scores.iter_mut();
             match group {
@@ -92,7 +134,10 @@ impl Ranking {
                 Group::Union => {
                     ranks.clear();
                     ranks.extend(0..units as u32);
-                    ranks.sort_unstable_by(|&a, &b| best_first(logits, a, b));
+                    let one = |unit: u32| {
+                        logits[unit as usize] - sizes.map_or(0.0, |n| (n(unit as usize) as f32).ln())
+                    };
+                    ranks.sort_unstable_by(|&a, &b| one(b).total_cmp(&one(a)).then(a.cmp(&b)));
                     // Rank and row in one number: at equal rank the first row's unit comes first.
                     for (rank, &unit) in ranks.iter().enumerate() {
                         let turn = -((rank * self.rows + row) as f32);
@@ -103,6 +148,15 @@ impl Ranking {
             }
         }
         self.ranks = ranks;
+        if let Some(sizes) = sizes {
+            for (unit, score) in self.scores.iter_mut().enumerate() {
+                match group {
+                    Group::Max | Group::Sum => *score /= sizes(unit) as f32,
+                    Group::Logit | Group::Mean => *score -= (sizes(unit) as f32).ln(),
+                    Group::Union => {}
+                }
+            }
+        }
         if self.fold > 1 {
             let groups = units.div_ceil(self.fold);
             for group in 0..groups {
@@ -259,7 +313,7 @@ mod tests {
         let zone = [-9.0f32, 20.0];
         let chosen = |group| {
             let mut ranking = Ranking::default();
-            ranking.set(&logits, &zone, group, 1);
+            ranking.set(&logits, &zone, (group, 1), None);
             take(&mut ranking, 2)
         };
         assert_eq!(chosen(Group::Max), [1, 2]);
@@ -272,7 +326,7 @@ mod tests {
     #[test]
     fn folded_units_are_taken_together_by_the_best_of_them() {
         let mut ranking = Ranking::default();
-        ranking.set(&[0.0, 1.0, 3.0, -4.0, 2.0], &[0.0], Group::Logit, 2);
+        ranking.set(&[0.0, 1.0, 3.0, -4.0, 2.0], &[0.0], (Group::Logit, 2), None);
         assert_eq!(take(&mut ranking, 3), [2, 3, 4]);
     }
 
@@ -281,7 +335,7 @@ mod tests {
         let logits: Vec<f32> = (0..300).map(|i| ((i * 37) % 101) as f32 * 0.1 - 6.0).collect();
         let zone = [1.5f32];
         let mut ranking = Ranking::default();
-        ranking.set(&logits, &zone, Group::Max, 1);
+        ranking.set(&logits, &zone, (Group::Max, 1), None);
         let taken = take(&mut ranking, 140);
         let reference = f64::from(ranking.reference(0));
         let want: f64 = (0..300u32)

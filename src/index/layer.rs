@@ -98,6 +98,50 @@ pub struct LayerIndex {
     /// Per table, per KV head: the largest norm that a key ever had.
     norms: Vec<Vec<f32>>,
     heads: Vec<HeadUnits>,
+    /// Per KV head.
+    spread: Vec<Spread>,
+}
+
+/// How keys lie around the means of their units: the pooled covariance within units of a KV head. One matrix for all
+/// units costs nothing per entry, and says how much more the members of a unit weigh together than their mean does.
+#[derive(Clone, Debug, Default)]
+pub struct Spread {
+    /// `[d_k, d_k]`: sum of `(k − mean)(k − mean)ᵀ`.
+    sums: Vec<f32>,
+    entries: usize,
+}
+
+impl Spread {
+    fn add(&mut self, entries: &Entries<'_>, units: &Units, d_k: usize) {
+        self.sums.resize(d_k * d_k, 0.0);
+        let mut offset = vec![0.0; d_k];
+        let mut center = vec![0.0; d_k];
+        let mut start = 0;
+        for &count in &units.counts {
+            let member = |i: usize| units.members.get(i).map_or(i, |&m| m as usize);
+            let key = |i: usize| &entries.keys[member(i) * d_k..(member(i) + 1) * d_k];
+            let unit = start..start + count as usize;
+            start = unit.end;
+            center.fill(0.0);
+            unit.clone()
+                .for_each(|i| center.iter_mut().zip(key(i)).for_each(|(c, k)| *c += k / count as f32));
+            for i in unit {
+                offset.iter_mut().zip(key(i)).zip(&center).for_each(|((o, k), c)| *o = k - c);
+                for (row, &a) in self.sums.chunks_exact_mut(d_k).zip(&offset) {
+                    row.iter_mut().zip(&offset).for_each(|(s, b)| *s += a * b);
+                }
+            }
+        }
+        self.entries += entries.count;
+    }
+
+    /// `qᵀ Σ q`: the variance of `q·k` within a unit.
+    pub fn variance(&self, query: &[f32]) -> f32 {
+        let rows = self.sums.chunks_exact(query.len().max(1)).zip(query);
+        let total: f32 =
+            rows.map(|(row, a)| a * row.iter().zip(query).map(|(s, b)| s * b).sum::<f32>()).sum();
+        if self.entries == 0 { 0.0 } else { (total / self.entries as f32).max(0.0) }
+    }
 }
 
 impl HeadUnits {
@@ -222,6 +266,7 @@ impl LayerIndex {
             tables: vec![vec![HeadRows::default(); kv_heads]; tables],
             norms: vec![vec![0.0; kv_heads]; tables],
             heads: vec![HeadUnits::new(retrieval); kv_heads],
+            spread: vec![Spread::default(); kv_heads],
         }
     }
 
@@ -240,6 +285,11 @@ impl LayerIndex {
         self.tables.iter().flatten()
     }
 
+    /// How the keys of a KV head lie around the means of their units.
+    pub fn spread(&self, head: usize) -> &Spread {
+        &self.spread[head]
+    }
+
     /// The largest norm that a key of a table had: what a kernel's error in a logit is a share of.
     pub fn norm(&self, table: usize, head: usize) -> f32 {
         self.norms[table][head]
@@ -247,7 +297,8 @@ impl LayerIndex {
 
     /// Bytes kept on the host beside the pages of the tables.
     pub fn list_bytes(&self) -> usize {
-        self.heads.iter().map(HeadUnits::list_bytes).sum()
+        let spread = self.spread.iter().map(|s| s.sums.capacity() * size_of::<f32>()).sum::<usize>();
+        spread + self.heads.iter().map(HeadUnits::list_bytes).sum::<usize>()
     }
 
     /// Makes units of the entries that came since, as far as they are not recent.
@@ -261,12 +312,13 @@ impl LayerIndex {
         shape: &LayerShape,
         storage: &[TableStorage],
         heads: &[HeadRows],
+        open: bool,
     ) -> Result<(), KernelError> {
         for (h, head) in heads.iter().enumerate() {
             let end = head.rows().saturating_sub(retrieval.rule.recent);
             loop {
                 let from = self.heads[h].covered().end;
-                let take = retrieval.summary.take(end.saturating_sub(from));
+                let take = retrieval.summary.take(end.saturating_sub(from), open);
                 if take == 0 {
                     break;
                 }
@@ -275,7 +327,8 @@ impl LayerIndex {
                 let target = GatherTarget::Dense { keys: &mut keys, values: &mut values };
                 backend.gather(&mut GatherArgs { head, slots: &slots, target })?;
                 let entries = Entries { keys: &keys, values: &values, count: take };
-                let units = retrieval.summary.summarise(shape, &entries);
+                let units = retrieval.summary.summarise(backend, shape, &entries)?;
+                self.spread[h].add(&entries, &units, shape.d_k);
                 self.add_rows(backend, storage, &units, h)?;
                 self.heads[h].add(&units, take);
             }
@@ -331,5 +384,6 @@ impl LayerIndex {
     /// Forgets all units: entries between were removed, or keys were turned.
     pub fn clear(&mut self) {
         (0..self.heads.len()).for_each(|head| self.truncate_head(head, 0));
+        self.spread.fill(Spread::default());
     }
 }

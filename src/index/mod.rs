@@ -15,26 +15,34 @@
 //! eviction would throw away what a later question asks about. *Hurts* by the memory of the summaries (every page in
 //! `docs/policies` states it), and below a few thousand entries, where reading everything costs less than choosing.
 
+pub mod auto;
 pub mod choose;
+pub mod clusterkv;
+mod clusters;
 mod layer;
 pub mod lserve;
 pub mod options;
 pub mod pages;
 pub mod quest;
+pub mod retroinfer;
 mod units;
 
+pub use clusters::Clusters;
 pub use layer::{HeadUnits, LayerIndex, TableStorage};
 pub use options::{Goal, Group, ReadRule, Tail};
 pub use units::Pages;
 
+use crate::backend::Backend;
 use crate::device::encoding::Encoding;
+use crate::error::KernelError;
 use crate::geometry::LayerShape;
 use crate::policy::registry::Entry;
 use std::fmt::Debug;
 use std::sync::Arc;
 
 /// The built-in indexes.
-pub const ENTRIES: &[Entry] = &[pages::ENTRY, quest::ENTRY, lserve::ENTRY];
+pub const ENTRIES: &[Entry] =
+    &[auto::ENTRY, pages::ENTRY, quest::ENTRY, lserve::ENTRY, clusterkv::ENTRY, retroinfer::ENTRY];
 
 /// What the rows of a table say of their units, and so how a query is put to them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -117,9 +125,9 @@ pub trait Summary: Debug + Send + Sync {
     fn tables(&self) -> &[Table];
 
     /// How many of `pending` entries behind the last unit the next call of [`Summary::summarise`] is to take; 0 while
-    /// there are too few. A caller asks again until it gets 0, so that adding entries one by one or all at once gives
-    /// the same units wherever the method allows it.
-    fn take(&self, pending: usize) -> usize;
+    /// there are too few. `open` says that more of the prompt may follow. A caller asks again until it gets 0, so that
+    /// adding entries one by one or all at once gives the same units wherever the method allows it.
+    fn take(&self, pending: usize, open: bool) -> usize;
 
     /// Members of every unit if all are runs of that many consecutive entries, in order.
     fn unit(&self) -> Option<usize>;
@@ -128,7 +136,15 @@ pub trait Summary: Debug + Send + Sync {
     fn waiting(&self) -> usize;
 
     /// Cuts entries into units. Every entry is a member of one.
-    fn summarise(&self, shape: &LayerShape, entries: &Entries<'_>) -> Units;
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    fn summarise(
+        &self,
+        backend: &dyn Backend,
+        shape: &LayerShape,
+        entries: &Entries<'_>,
+    ) -> Result<Units, KernelError>;
 }
 
 /// A complete index: what a recipe names.

@@ -59,8 +59,15 @@ pub struct ReadRule {
     pub group: Group,
     /// Units are chosen so many neighbours at a time, by the best of them.
     pub fold: usize,
+    /// Whether a unit is ranked by the weight of one of its members, not of all.
+    pub by_entry: bool,
     /// What becomes of the rest.
     pub tail: Tail,
+    /// Share of the units that are estimated, the best of those that are not read; the others count for nothing.
+    pub estimate: f64,
+    /// Whether the weight of a unit's members is taken to be more than that of its mean, by what their logits vary:
+    /// `ln(1 + ½ s² qᵀΣq)` with the pooled covariance `Σ` of keys within units.
+    pub correct: bool,
     /// When enough is read.
     pub goal: Option<Goal>,
     /// A choice is kept for so many steps.
@@ -85,8 +92,14 @@ pub struct Defaults {
     pub recent: usize,
     /// Names of [`Group`], the default first.
     pub group: &'static [&'static str],
+    /// Names for [`ReadRule::by_entry`], the default first.
+    pub rank: &'static [&'static str],
     /// Names of [`Tail`], the default first.
     pub tail: &'static [&'static str],
+    /// [`ReadRule::estimate`].
+    pub estimate: f64,
+    /// Names for [`ReadRule::correct`], the default first.
+    pub correct: &'static [&'static str],
     /// [`ReadRule::every`].
     pub every: usize,
     /// [`ReadRule::dense`].
@@ -99,7 +112,16 @@ pub const fn arguments<const N: usize, const M: usize>(own: [Arg; N], defaults: 
         Arg::count("sinks", defaults.sinks, 0, 1 << 16, "first entries, always read"),
         Arg::count("recent", defaults.recent, 1, 1 << 20, "last entries, always read"),
         Arg::word("group", defaults.group, "how the rows that share a KV head agree on a unit's score"),
+        Arg::word("rank", defaults.rank, "whether a unit counts by all its members' weight or by one's"),
         Arg::word("tail", defaults.tail, "what becomes of the units that are not read"),
+        Arg::real(
+            "estimate",
+            defaults.estimate,
+            0.0,
+            1.0,
+            "share of the units that the tail covers, best first",
+        ),
+        Arg::word("correct", defaults.correct, "whether means are corrected for how keys vary around them"),
         Arg::real("mass", 0.0, 0.0, 1.0, "share of the mass to read, within the budget; 0 reads the budget"),
         Arg::word("goal", &["estimate", "bound"], "what must meet the mass"),
         Arg::count("floor", 0, 0, 1 << 20, "entries to choose before the mass is asked"),
@@ -120,7 +142,7 @@ pub const fn arguments<const N: usize, const M: usize>(own: [Arg; N], defaults: 
 }
 
 /// How many arguments every index has.
-pub const COMMON: usize = 12;
+pub const COMMON: usize = 15;
 
 impl ReadRule {
     /// Reads what [`arguments`] declared; units are chosen one by one.
@@ -139,6 +161,9 @@ impl ReadRule {
             recent: args.count("recent")?,
             group,
             fold: 1,
+            by_entry: args.word("rank")? == "entry",
+            estimate: args.real("estimate")?,
+            correct: args.word("correct")? == "yes",
             tail: if args.word("tail")? == "estimate" { Tail::Estimate } else { Tail::Ignore },
             goal: (mass > 0.0).then_some(Goal { mass, certified, floor }),
             every: args.count("every")?,

@@ -1,7 +1,9 @@
 //! Pages of consecutive entries: their means, their bounds, or both.
 
 use super::{Entries, Role, Summary, Table, UnitRows, Units};
+use crate::backend::Backend;
 use crate::device::encoding::{Encoding, Format};
+use crate::error::KernelError;
 use crate::geometry::LayerShape;
 use half::f16;
 
@@ -58,7 +60,7 @@ impl Summary for Pages {
         &self.tables
     }
 
-    fn take(&self, pending: usize) -> usize {
+    fn take(&self, pending: usize, _: bool) -> usize {
         pending.min(BATCH.max(self.step)) / self.step * self.step
     }
 
@@ -70,7 +72,12 @@ impl Summary for Pages {
         self.step - 1
     }
 
-    fn summarise(&self, shape: &LayerShape, entries: &Entries<'_>) -> Units {
+    fn summarise(
+        &self,
+        _: &dyn Backend,
+        shape: &LayerShape,
+        entries: &Entries<'_>,
+    ) -> Result<Units, KernelError> {
         let units = entries.count / self.page;
         let rows = self.tables.iter().map(|table| {
             let (d_k, d_v) = table.role.dims(shape);
@@ -89,13 +96,14 @@ impl Summary for Pages {
             }
             rows
         });
-        Units { counts: vec![self.page as u32; units], members: Vec::new(), rows: rows.collect() }
+        Ok(Units { counts: vec![self.page as u32; units], members: Vec::new(), rows: rows.collect() })
     }
 }
 
 /// The mean of some rows.
 pub(super) fn mean(rows: &[f32], out: &mut [f32]) {
     let count = rows.len() / out.len();
+    out.fill(0.0);
     for row in rows.chunks_exact(out.len()) {
         out.iter_mut().zip(row).for_each(|(o, x)| *o += x);
     }

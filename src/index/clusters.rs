@@ -1,0 +1,266 @@
+//! Units of entries that resemble one another, found by k-means.
+//!
+//! Entries are taken a segment at a time, so that rotary angles within a segment differ little and the work grows with
+//! the length of the text, not its square. Points are centred keys beside values of a chosen weight: members of a unit
+//! then share a value as well as a logit, and what is said of those that are not read is nearer the truth.
+
+use super::units::mean;
+use super::{Entries, Role, Summary, Table, UnitRows, Units};
+use crate::backend::Backend;
+use crate::device::encoding::Encoding;
+use crate::device::page::{HeadRows, PageLayout};
+use crate::error::KernelError;
+use crate::geometry::LayerShape;
+use crate::kernel::AttentionParams;
+use crate::kernel::dot_scores::DotArgs;
+use crate::store::{self, NewRows};
+use crate::view::DType;
+use std::sync::Arc;
+
+/// How entries are clustered.
+#[derive(Clone, Debug)]
+pub struct Clusters {
+    /// Entries of a unit, on average.
+    pub size: usize,
+    /// Entries clustered together, at most.
+    pub segment: usize,
+    /// Entries that wait behind the last unit of a finished prompt before they are clustered.
+    pub update: usize,
+    /// Rounds of k-means.
+    pub rounds: usize,
+    /// How much values count beside keys: their share of the points' energy relative to that of keys.
+    pub values: f64,
+    /// Whether points are compared by angle.
+    pub cosine: bool,
+    pub(super) tables: [Table; 1],
+}
+
+impl Clusters {
+    /// Clusters whose means are stored as `encoding`.
+    pub fn new(size: usize, encoding: Encoding) -> Self {
+        let tables = [Table { role: Role::Mean, encoding }];
+        Self { size, segment: 2048, update: 128, rounds: 4, values: 0.5, cosine: false, tables }
+    }
+}
+
+impl Summary for Clusters {
+    fn tables(&self) -> &[Table] {
+        &self.tables
+    }
+
+    fn take(&self, pending: usize, open: bool) -> usize {
+        if pending >= self.segment {
+            return self.segment;
+        }
+        if open { 0 } else { pending / self.update * self.update }
+    }
+
+    fn unit(&self) -> Option<usize> {
+        None
+    }
+
+    fn waiting(&self) -> usize {
+        self.update - 1
+    }
+
+    fn summarise(
+        &self,
+        backend: &dyn Backend,
+        shape: &LayerShape,
+        entries: &Entries<'_>,
+    ) -> Result<Units, KernelError> {
+        let points = self.points(shape, entries);
+        let count = entries.count.div_ceil(self.size);
+        let mut means = Means::start(&points, entries.count, count);
+        let mut owners = vec![0; entries.count];
+        for round in 0..self.rounds {
+            if round > 0 {
+                means.update(&points, &owners);
+            }
+            if self.cosine {
+                means.normalise();
+            }
+            means.assign(backend, &points, self.cosine, &mut owners)?;
+        }
+        Ok(units(shape, entries, &owners, count))
+    }
+}
+
+impl Clusters {
+    /// `[n, d_k + d_v]`, or `[n, d_k]` if values do not count.
+    fn points(&self, shape: &LayerShape, entries: &Entries<'_>) -> Points {
+        let (d_k, d_v) = (shape.d_k, if self.values > 0.0 { shape.d_v } else { 0 });
+        let mut center = vec![0.0; d_k];
+        mean(entries.keys, &mut center);
+        let key = |row: &[f32]| row.iter().zip(&center).map(|(k, c)| k - c).collect::<Vec<f32>>();
+        let energy = |x: &[f32]| x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
+        let keys: f64 = entries.keys.chunks_exact(d_k).map(|row| energy(&key(row))).sum();
+        let values = energy(entries.values);
+        let weight = if values > 0.0 { (self.values * (keys / values).sqrt()) as f32 } else { 0.0 };
+        let dim = d_k + d_v;
+        let mut rows = Vec::with_capacity(entries.count * dim);
+        for (k, v) in entries.keys.chunks_exact(d_k).zip(entries.values.chunks_exact(shape.d_v)) {
+            rows.extend(key(k));
+            rows.extend(v.iter().take(d_v).map(|x| weight * x));
+        }
+        Points { rows, dim }
+    }
+}
+
+/// What is clustered.
+struct Points {
+    rows: Vec<f32>,
+    dim: usize,
+}
+
+impl Points {
+    fn row(&self, i: usize) -> &[f32] {
+        &self.rows[i * self.dim..(i + 1) * self.dim]
+    }
+}
+
+/// The clusters' means so far.
+struct Means {
+    /// `[clusters, dim]`.
+    rows: Vec<f32>,
+    dim: usize,
+}
+
+impl Means {
+    /// Points at equal steps: neighbours in the text are seldom two of them.
+    fn start(points: &Points, entries: usize, count: usize) -> Self {
+        let rows = (0..count).flat_map(|c| points.row(c * entries / count).to_vec());
+        Self { rows: rows.collect(), dim: points.dim }
+    }
+
+    /// A cluster that lost all its points keeps its place.
+    fn update(&mut self, points: &Points, owners: &[u32]) {
+        let count = self.rows.len() / self.dim;
+        let (mut sums, mut sizes) = (vec![0.0f32; self.rows.len()], vec![0u32; count]);
+        for (i, &owner) in owners.iter().enumerate() {
+            let at = owner as usize * self.dim;
+            sums[at..at + self.dim].iter_mut().zip(points.row(i)).for_each(|(s, x)| *s += x);
+            sizes[owner as usize] += 1;
+        }
+        for ((mean, sum), size) in
+            self.rows.chunks_exact_mut(self.dim).zip(sums.chunks_exact(self.dim)).zip(&sizes)
+        {
+            if *size > 0 {
+                mean.iter_mut().zip(sum).for_each(|(m, s)| *m = s / *size as f32);
+            }
+        }
+    }
+
+    fn normalise(&mut self) {
+        for mean in self.rows.chunks_exact_mut(self.dim) {
+            let norm = mean.iter().map(|x| x * x).sum::<f32>().sqrt();
+            if norm > 0.0 {
+                mean.iter_mut().for_each(|x| *x /= norm);
+            }
+        }
+    }
+
+    /// The nearest mean of every point: the largest `x·c − ‖c‖²/2`, or `x·c` among unit vectors. The product is the one
+    /// that scores units, with points for queries and means for keys.
+    fn assign(
+        &self,
+        backend: &dyn Backend,
+        points: &Points,
+        cosine: bool,
+        owners: &mut [u32],
+    ) -> Result<(), KernelError> {
+        let (dim, count) = (self.dim, self.rows.len() / self.dim);
+        let layout = PageLayout {
+            capacity: count,
+            d_k: dim,
+            d_v: 1,
+            k: DType::F32.into(),
+            v: DType::F32.into(),
+            mirrored: backend.mirrored(),
+            column_words: 0,
+        };
+        let positions: Vec<i32> = (0..count as i32).collect();
+        let mut table = HeadRows::default();
+        let values = vec![0.0; count];
+        let new = NewRows { positions: &positions, keys: &self.rows, values: &values };
+        store::append(backend, &Arc::new(layout), &mut table, new)?;
+        if !cosine {
+            let half = |mean: &[f32]| -0.5 * mean.iter().map(|x| x * x).sum::<f32>();
+            let bias: Vec<f32> = self.rows.chunks_exact(dim).map(half).collect();
+            store::set_bias(backend, &mut table, 0, &bias)?;
+        }
+        let params = AttentionParams {
+            group: 1,
+            d_k: dim,
+            d_v: 1,
+            scale: 1.0,
+            softcap: None,
+            window: None,
+            sink_logits: None,
+        };
+        let mut scores = vec![0.0; owners.len() * count];
+        backend.dot_scores(
+            &params,
+            &mut DotArgs {
+                heads: std::slice::from_ref(&table),
+                queries: &points.rows,
+                tokens: owners.len(),
+                spans: None,
+                out: &mut scores,
+            },
+        )?;
+        for (owner, scores) in owners.iter_mut().zip(scores.chunks_exact(count)) {
+            *owner = largest(scores);
+        }
+        Ok(())
+    }
+}
+
+/// Index of the largest score, the first of equals.
+fn largest(scores: &[f32]) -> u32 {
+    let most = scores.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+    scores.iter().position(|&x| x == most).unwrap_or(0) as u32
+}
+
+/// Units from the owner of every entry; clusters without members are none.
+fn units(shape: &LayerShape, entries: &Entries<'_>, owners: &[u32], count: usize) -> Units {
+    let mut counts = vec![0u32; count];
+    owners.iter().for_each(|&owner| counts[owner as usize] += 1);
+    let mut next: Vec<u32> = counts
+        .iter()
+        .scan(0, |end, &n| {
+            let start = *end;
+            *end += n;
+            Some(start)
+        })
+        .collect();
+    let mut members = vec![0; owners.len()];
+    for (i, &owner) in owners.iter().enumerate() {
+        let at = &mut next[owner as usize];
+        members[*at as usize] = i as u32;
+        *at += 1;
+    }
+    counts.retain(|&n| n > 0);
+    let mut rows = UnitRows::default();
+    let (mut key, mut value) = (vec![0.0; shape.d_k], vec![0.0; shape.d_v]);
+    let mut rest = members.as_slice();
+    for &n in &counts {
+        let (unit, behind) = rest.split_at(n as usize);
+        rest = behind;
+        average(entries.keys, unit, &mut key);
+        average(entries.values, unit, &mut value);
+        rows.keys.extend_from_slice(&key);
+        rows.values.extend_from_slice(&value);
+    }
+    Units { counts, members, rows: vec![rows] }
+}
+
+/// The mean of some rows.
+fn average(rows: &[f32], members: &[u32], out: &mut [f32]) {
+    out.fill(0.0);
+    for &i in members {
+        let row = &rows[i as usize * out.len()..(i as usize + 1) * out.len()];
+        out.iter_mut().zip(row).for_each(|(o, x)| *o += x);
+    }
+    out.iter_mut().for_each(|o| *o /= members.len() as f32);
+}
