@@ -33,6 +33,11 @@ impl Span {
     pub fn slots(self) -> Range<usize> {
         self.start as usize..self.end as usize
     }
+
+    /// Those among `slots`, which it must meet.
+    pub fn within(self, slots: &Range<usize>) -> Range<usize> {
+        self.slots().start.max(slots.start)..self.slots().end.min(slots.end)
+    }
 }
 
 /// Entries of one KV head: ascending runs that neither overlap nor touch.
