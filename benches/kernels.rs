@@ -1,21 +1,23 @@
 //! The CPU kernels, against the speed at which the same pages can be read at all.
 //!
 //! `cargo bench --features testing --bench kernels`. Throughput of decode is bytes of keys and values per
-//! second, to be compared with `stream`, which only adds up the words of the same pages on as many threads;
+//! second (of `dot_scores` of keys), to be compared with `stream`, which only adds up the words of the same pages on as
+//! many threads;
 //! throughput of prefill is multiply-adds ("elements") per second, on all pairs, seen or not.
 
 #![allow(missing_docs, clippy::unwrap_used, reason = "a benchmark")]
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use kvsieve::backend::{Backend, Cpu, Reference};
-use kvsieve::device::page::Side;
+use kvsieve::device::page::{PageRef, Side};
 use kvsieve::device::{Encoding, Format, HeadRows, Packing};
-use kvsieve::kernel::AttentionParams;
 use kvsieve::kernel::attend::{AttendLane, Share, Workspace};
+use kvsieve::kernel::dot_scores::DotArgs;
 use kvsieve::kernel::gather::{GatherArgs, GatherTarget};
 use kvsieve::kernel::row_norms::NormArgs;
 use kvsieve::kernel::top_k::TopKArgs;
 use kvsieve::kernel::window_scores::{WindowArgs, WindowReduce};
+use kvsieve::kernel::{AttentionParams, Spans};
 use kvsieve::testing::Random;
 use kvsieve::testing::cache::{CacheSpec, end_position};
 use kvsieve::view::DType;
@@ -96,12 +98,17 @@ impl Call {
 
 /// Reads every page of `heads` once.
 fn stream(heads: &[HeadRows]) -> u64 {
+    stream_first(heads, |p| p.page.block.host().len())
+}
+
+/// The first so many bytes of every page.
+fn stream_first(heads: &[HeadRows], bytes: impl Fn(&PageRef<'_>) -> usize + Sync) -> u64 {
     let pages: Vec<_> = heads.iter().flat_map(HeadRows::pages).collect();
     pages
         .par_iter()
         .with_min_len(16)
         .map(|p| {
-            let words: &[u64] = bytemuck::cast_slice(p.page.block.host());
+            let words: &[u64] = bytemuck::cast_slice(&p.page.block.host()[..bytes(p) / 8 * 8]);
             let mut sums = [0u64; 16];
             for chunk in words.chunks_exact(16) {
                 sums.iter_mut().zip(chunk).for_each(|(s, w)| *s = s.wrapping_add(*w));
@@ -159,6 +166,44 @@ fn packed(c: &mut Criterion) {
             group.bench_function(format!("g{g}"), |b| {
                 b.iter(|| call.attend(&cpu, &heads, &params, false, &mut w));
             });
+        }
+    }
+}
+
+/// The keys alone, as an index reads its summaries: all of them, and one in eight by runs of sixteen.
+fn dot_scores(c: &mut Criterion) {
+    const ROWS: usize = 8192;
+    let cpu = Cpu::default();
+    let sixteenths = |rows: usize| (0..rows / 128).map(|i| 128 * i..128 * i + 16).collect::<Spans>();
+    for stored in [
+        DType::F16.into(),
+        Packing::new(Format::Int8).into(),
+        Packing::new(Format::Int4).centered().rotated().into(),
+    ] {
+        let stored: Encoding = stored;
+        let mut group = c.benchmark_group(format!("dot_scores/d128/{stored}"));
+        let heads = entries(&cpu, 128, ROWS, stored);
+        let layout = &heads[0].segments[0].layout;
+        let keys = layout.side_bytes(Side::Key);
+        let total = (HEADS * ROWS * keys / layout.capacity) as u64;
+        group.throughput(Throughput::Bytes(total));
+        group.bench_function("stream", |b| b.iter(|| stream_first(&heads, |_| keys)));
+        for g in [1, 4, 8] {
+            let params = params(g, 128);
+            let call = Call::new(&heads, &params, 1);
+            let (mut out, mut w) = (vec![0.0; g * HEADS * ROWS], Workspace::default());
+            let mut run = |spans| {
+                let (heads, queries, out) = (&heads, &call.queries, &mut out);
+                cpu.dot_scores(&params, &mut DotArgs { heads, queries, tokens: 1, spans, out }, &mut w)
+                    .unwrap();
+            };
+            group.throughput(Throughput::Bytes(total));
+            group.bench_function(format!("g{g}"), |b| b.iter(|| run(None)));
+            if g == 4 {
+                let spans = vec![sixteenths(ROWS); HEADS];
+                group.throughput(Throughput::Bytes(total / 8));
+                group.bench_function("g4/one in eight", |b| b.iter(|| run(Some(&spans))));
+            }
         }
     }
 }
@@ -253,6 +298,6 @@ fn others(c: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
-    targets = decode, packed, short_decode, prefill, others
+    targets = decode, packed, dot_scores, short_decode, prefill, others
 }
 criterion_main!(benches);

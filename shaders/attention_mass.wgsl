@@ -1,6 +1,7 @@
 // Attention mass of every stored entry, summed over the queries of each query head. One thread owns one
 // entry and walks all query rows of its KV head, so no two threads add to one sum.
 
+#import chunk
 #import element
 #import group
 #import logit
@@ -41,7 +42,7 @@ fn main(
             let row = (tile - chunk.tile) * 8u + r;
             if row < params.group * params.tokens {
                 let at = chunk.target_at + (row % params.group) * chunk.stride + t;
-                mass[at] += weight_at(w, r);
+                mass[at] += of_row(w, r);
             }
         }
     }

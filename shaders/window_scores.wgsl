@@ -1,5 +1,6 @@
 // Attention weights of every query row on every stored entry, one by one: [G, W, rows] per KV head.
 
+#import chunk
 #import element
 #import group
 #import logit
@@ -37,7 +38,7 @@ fn main(
             let row = (tile - chunk.tile) * 8u + r;
             if row < params.group * params.tokens {
                 let line = (row % params.group) * params.tokens + row / params.group;
-                mass[chunk.target_at + line * chunk.stride + t] = weight_at(w, r);
+                mass[chunk.target_at + line * chunk.stride + t] = of_row(w, r);
             }
         }
     }

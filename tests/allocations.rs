@@ -1,4 +1,4 @@
-//! What the allocator itself counts: the attend path allocates nothing once it is warm, and packed entries take the bits
+//! What the allocator itself counts: the decode path allocates nothing once it is warm, and packed entries take the bits
 //! that are claimed with everything that is allocated. A binary of its own with one test, because the allocator is the
 //! process's.
 
@@ -9,9 +9,12 @@
 #[allow(dead_code, unreachable_pub, reason = "shared with the other binary")]
 mod support;
 
-use kvsieve::device::Pool;
+use kvsieve::device::{Encoding, Format, HeadRows, Packing, PageLayout, Pool, Segment};
 use kvsieve::geometry::{LayerShape, ModelShape};
-use kvsieve::view::{TensorView, TensorViewMut};
+use kvsieve::kernel::attend::Workspace;
+use kvsieve::kernel::dot_scores::DotArgs;
+use kvsieve::kernel::{AttentionParams, Spans};
+use kvsieve::view::{DType, TensorView, TensorViewMut};
 use kvsieve::{Backend, Budget, Cpu, KvCache};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
@@ -122,6 +125,31 @@ fn the_attend_path_allocates_nothing_when_warm() {
     assert!(counts.iter().sum::<usize>() <= regions / 31 + 1, "from outside the pool: {counts:?}");
 }
 
+fn dot_scores_allocate_nothing_when_warm() {
+    let cpu = Cpu::with_pool(Pool::current());
+    let shape = LayerShape::new(8, 2, 64);
+    let layout = |k: Encoding| Arc::new(PageLayout::new(&shape, 128, k, k, false, 0));
+    let head = |layout: Arc<PageLayout>| {
+        let pages = (0..32).map(|_| Arc::new(cpu.allocate(&layout).unwrap())).collect();
+        HeadRows::new(vec![Segment { layout, pages, rows: 4096 }])
+    };
+    let heads = [head(layout(Packing::new(Format::Int8).into())), head(layout(DType::F16.into()))];
+    let spans: Vec<Spans> =
+        (0..2).map(|h| (h..32).map(|i| 128 * i..128 * i + 20 + 30 * h).collect()).collect();
+    let (queries, mut out) = (vec![0.3f32; 8 * 64], vec![0.0f32; 8 * 4096]);
+    let mut workspace = Workspace::default();
+    let mut counts = [0; 4];
+    for count in &mut counts {
+        let before = ALLOCATIONS.load(Ordering::SeqCst);
+        for spans in [None, Some(&spans[..])] {
+            let mut args = DotArgs { heads: &heads, queries: &queries, tokens: 1, spans, out: &mut out };
+            cpu.dot_scores(&AttentionParams::of(&shape), &mut args, &mut workspace).unwrap();
+        }
+        *count = ALLOCATIONS.load(Ordering::SeqCst) - before;
+    }
+    assert_eq!(counts[1..], [0; 3], "{counts:?}");
+}
+
 /// Bits per stored element of 1,024 tokens on the geometry of SmolLM2-135M: as held, and as the cache counts.
 fn bits(recipe: &str, budget: usize) -> (f64, f64) {
     let (layers, h, d, chunk) = (30, 3, 64, 128);
@@ -169,5 +197,6 @@ fn packed_entries_take_the_bits_that_are_claimed() {
 #[test]
 fn the_allocator_agrees() {
     the_attend_path_allocates_nothing_when_warm();
+    dot_scores_allocate_nothing_when_warm();
     packed_entries_take_the_bits_that_are_claimed();
 }

@@ -37,6 +37,14 @@ struct Logits {
     b: vec4<f32>,
 }
 
+// Of row `r` of the tile.
+fn of_row(x: Logits, r: u32) -> f32 {
+    if r < 4u {
+        return x.a[r];
+    }
+    return x.b[r - 4u];
+}
+
 fn capped(dot: vec4<f32>) -> vec4<f32> {
     let x = dot * params.scale;
     if params.softcap > 0.0 {

@@ -129,8 +129,13 @@ impl Backend for Cpu {
         kernel::window_scores::cpu::run(&self.exec, params, args)
     }
 
-    fn dot_scores(&self, params: &AttentionParams<'_>, args: &mut DotArgs<'_>) -> Result<(), KernelError> {
-        kernel::dot_scores::reference::run(params, args)
+    fn dot_scores(
+        &self,
+        params: &AttentionParams<'_>,
+        args: &mut DotArgs<'_>,
+        workspace: &mut Workspace,
+    ) -> Result<(), KernelError> {
+        kernel::dot_scores::cpu::run(&self.exec, params, args, workspace)
     }
 
     fn row_norms(&self, args: &mut NormArgs<'_>) -> Result<(), KernelError> {

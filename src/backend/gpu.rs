@@ -151,9 +151,13 @@ impl Backend for Gpu {
         kernel::window_scores::gpu::run(&self.context, params, args)
     }
 
-    fn dot_scores(&self, params: &AttentionParams<'_>, args: &mut DotArgs<'_>) -> Result<(), KernelError> {
-        let _ = (params, args);
-        Err(KernelError::Unsupported { backend: "gpu", kernel: "dot_scores", detail: "all of it".into() })
+    fn dot_scores(
+        &self,
+        params: &AttentionParams<'_>,
+        args: &mut DotArgs<'_>,
+        _: &mut Workspace,
+    ) -> Result<(), KernelError> {
+        kernel::dot_scores::gpu::run(&self.context, params, args)
     }
 
     fn row_norms(&self, args: &mut NormArgs<'_>) -> Result<(), KernelError> {

@@ -131,7 +131,12 @@ pub trait Backend: Debug + Send + Sync {
     ///
     /// # Errors
     /// [`KernelError`].
-    fn dot_scores(&self, params: &AttentionParams<'_>, args: &mut DotArgs<'_>) -> Result<(), KernelError>;
+    fn dot_scores(
+        &self,
+        params: &AttentionParams<'_>,
+        args: &mut DotArgs<'_>,
+        workspace: &mut Workspace,
+    ) -> Result<(), KernelError>;
 
     /// [`crate::kernel::row_norms`].
     ///

@@ -84,7 +84,12 @@ impl Backend for Reference {
         kernel::window_scores::reference::run(params, args)
     }
 
-    fn dot_scores(&self, params: &AttentionParams<'_>, args: &mut DotArgs<'_>) -> Result<(), KernelError> {
+    fn dot_scores(
+        &self,
+        params: &AttentionParams<'_>,
+        args: &mut DotArgs<'_>,
+        _: &mut Workspace,
+    ) -> Result<(), KernelError> {
         kernel::dot_scores::reference::run(params, args)
     }
 

@@ -369,13 +369,13 @@ impl Reader<'_> {
         let mut rankings = std::mem::take(&mut scratch.rankings);
         let scored = match self.at_once() {
             true => self.weigh_all(scratch, &mut rankings, workspace, report),
-            false => self.score(0, scratch, &mut rankings, report),
+            false => self.score(0, scratch, &mut rankings, workspace, report),
         };
         scratch.rankings = rankings;
         scored?;
         if let Some(table) = self.bounds_beside() {
             let mut bounds = std::mem::take(&mut scratch.bounds);
-            let scored = self.score(table, scratch, &mut bounds, report);
+            let scored = self.score(table, scratch, &mut bounds, workspace, report);
             scratch.bounds = bounds;
             scored?;
         }
@@ -410,6 +410,7 @@ impl Reader<'_> {
         table: usize,
         scratch: &mut ReadScratch,
         rankings: &mut Vec<Ranking>,
+        workspace: &mut Workspace,
         report: &mut ReadReport,
     ) -> Result<(), KernelError> {
         let (rule, rows, tables) = (&self.retrieval.rule, self.rows(), self.index.table(table));
@@ -427,6 +428,7 @@ impl Reader<'_> {
                 spans: None,
                 out: &mut *logits,
             },
+            workspace,
         )?;
         report.bytes += tables.iter().map(|t| store::side_bytes_read(t, Side::Key, None)).sum::<usize>();
         let mut start = 0;

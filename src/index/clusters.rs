@@ -12,6 +12,7 @@ use crate::device::page::{HeadRows, PageLayout};
 use crate::error::KernelError;
 use crate::geometry::LayerShape;
 use crate::kernel::AttentionParams;
+use crate::kernel::attend::Workspace;
 use crate::kernel::dot_scores::DotArgs;
 use crate::store::{self, NewRows};
 use crate::view::DType;
@@ -208,6 +209,7 @@ impl Means {
                 spans: None,
                 out: &mut scores,
             },
+            &mut Workspace::default(),
         )?;
         for (owner, scores) in owners.iter_mut().zip(scores.chunks_exact(count)) {
             *owner = largest(scores);

@@ -1,10 +1,13 @@
 //! The conformance suite over the host backends: every SIMD level this machine has, several thread counts.
 
 use kvsieve::backend::{Backend, Cpu, Reference};
-use kvsieve::device::Pool;
-use kvsieve::kernel::attend::cases::cases;
+use kvsieve::device::{HeadRows, Pool};
+use kvsieve::kernel::attend::cases::{LaneSpec, cases};
 use kvsieve::kernel::attend::{Share, Workspace};
+use kvsieve::kernel::dot_scores::DotArgs;
 use kvsieve::kernel::simd::Level;
+use kvsieve::kernel::{Spans, total_rows};
+use kvsieve::testing::cache::poisoned;
 use kvsieve::testing::conformance::{self, Effort};
 
 fn expect_pass(backend: &dyn Backend, effort: Effort) {
@@ -83,7 +86,21 @@ fn the_number_of_threads_changes_no_bit() {
                 .collect();
             cpu.attend(&case.params(), &mut lanes, &mut Workspace::default()).unwrap();
             let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-            outputs.iter().map(|o| [bits(&o.out), bits(&o.lse), bits(&o.mass)]).collect::<Vec<_>>()
+            let scores = |(lane, spec, some): (usize, &LaneSpec, bool)| {
+                let mut out = poisoned(case.group * spec.tokens * total_rows(&heads[lane]));
+                let (heads, queries) = (&heads[lane], &queries[lane].values);
+                let runs = |head: &HeadRows| (0..head.rows() / 50).map(|i| 50 * i + 3..50 * i + 40).collect();
+                let spans: Vec<Spans> = heads.iter().map(runs).collect();
+                let spans = some.then_some(&spans[..]);
+                let mut args = DotArgs { heads, queries, tokens: spec.tokens, spans, out: &mut out };
+                cpu.dot_scores(&case.params(), &mut args, &mut Workspace::default()).unwrap();
+                bits(&out)
+            };
+            let lanes = case.lanes.iter().enumerate();
+            let mut all: Vec<_> =
+                lanes.flat_map(|(i, lane)| [(i, lane, false), (i, lane, true)]).map(scores).collect();
+            all.extend(outputs.iter().flat_map(|o| [bits(&o.out), bits(&o.lse), bits(&o.mass)]));
+            all
         };
         let one = run(1);
         for threads in [2, 5] {

@@ -56,6 +56,11 @@ fn window_scores() {
 }
 
 #[test]
+fn dot_scores() {
+    conforms(conformance::dot_scores);
+}
+
+#[test]
 fn row_norms() {
     conforms(conformance::row_norms);
 }

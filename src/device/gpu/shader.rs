@@ -9,6 +9,7 @@
 pub(crate) const SHADERS: &[(&str, &str)] = &[
     ("attend", include_str!("../../../shaders/attend.wgsl")),
     ("attention_mass", include_str!("../../../shaders/attention_mass.wgsl")),
+    ("dot_scores", include_str!("../../../shaders/dot_scores.wgsl")),
     ("gather", include_str!("../../../shaders/gather.wgsl")),
     ("merge_partials", include_str!("../../../shaders/merge_partials.wgsl")),
     ("pool", include_str!("../../../shaders/pool.wgsl")),
@@ -19,6 +20,7 @@ pub(crate) const SHADERS: &[(&str, &str)] = &[
 ];
 
 const SHARED: &[(&str, &str)] = &[
+    ("chunk", include_str!("../../../shaders/shared/chunk.wgsl")),
     ("element", include_str!("../../../shaders/shared/element.wgsl")),
     ("group", include_str!("../../../shaders/shared/group.wgsl")),
     ("logit", include_str!("../../../shaders/shared/logit.wgsl")),
@@ -142,7 +144,7 @@ mod tests {
     fn structs_have_the_layout_of_their_rust_twins() {
         use crate::device::gpu::side::Pack;
         use crate::kernel;
-        for shader in ["attend", "attention_mass", "gather", "row_norms", "window_scores"] {
+        for shader in ["attend", "attention_mass", "dot_scores", "gather", "row_norms", "window_scores"] {
             matches::<Pack>(shader, "Pack");
         }
         matches::<kernel::attend::gpu::Params>("attend", "AttentionParams");
@@ -150,6 +152,8 @@ mod tests {
         matches::<kernel::attend::gpu::Stretch>("attend", "Stretch");
         matches::<kernel::attention_mass::gpu::Chunk>("attention_mass", "Chunk");
         matches::<kernel::attention_mass::gpu::Chunk>("window_scores", "Chunk");
+        matches::<kernel::attend::gpu::Params>("dot_scores", "AttentionParams");
+        matches::<kernel::attention_mass::gpu::Chunk>("dot_scores", "Chunk");
         matches::<kernel::merge_partials::gpu::Params>("merge_partials", "Params");
         matches::<kernel::merge_partials::gpu::Row>("merge_partials", "Row");
         matches::<kernel::row_norms::gpu::Params>("row_norms", "Params");

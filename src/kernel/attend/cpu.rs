@@ -31,7 +31,7 @@ use crate::kernel::simd::tile::{
     BLOCK, QueryBlock, ScoreScratch, TILE, digits_len, first_slot, padded_bias, page_count, rotation_len,
     tiles,
 };
-use crate::kernel::simd::{Exec, dispatch, take};
+use crate::kernel::simd::{Exec, Lent, both, dispatch, take};
 use fearless_simd::{Simd, SimdBase};
 use std::ops::Range;
 
@@ -73,33 +73,6 @@ pub fn run(
 struct Context<'a> {
     exec: &'a Exec,
     params: &'a AttentionParams<'a>,
-}
-
-/// How many tasks a part of the work may use, and scratch for as many.
-struct Lent<'a> {
-    scratch: &'a mut [f32],
-    tasks: usize,
-}
-
-/// Two parts of the work, of these weights: in parallel if there is scratch for two tasks, else in turn.
-fn both(
-    lent: Lent<'_>,
-    weights: (usize, usize),
-    left: impl FnOnce(Lent<'_>) + Send,
-    right: impl FnOnce(Lent<'_>) + Send,
-) {
-    let Lent { scratch, tasks } = lent;
-    if tasks < 2 {
-        left(Lent { scratch: &mut *scratch, tasks });
-        right(Lent { scratch, tasks });
-        return;
-    }
-    let share = tasks * weights.0 / (weights.0 + weights.1).max(1);
-    let share = share.clamp(1, tasks - 1);
-    let unit = scratch.len() / tasks;
-    let (a, b) = scratch.split_at_mut(share * unit);
-    let (a, b) = (Lent { scratch: a, tasks: share }, Lent { scratch: b, tasks: tasks - share });
-    rayon::join(|| left(a), || right(b));
 }
 
 /// Multiplications and additions of a head, halved where causality hides half.

@@ -512,7 +512,10 @@ pub(crate) fn run(
     let mut results: Vec<_> = Vec::with_capacity(lanes.len());
     let mut all = Vec::new();
     for (i, lane) in lanes.iter_mut().enumerate() {
-        let AttendLane { heads, queries, positions, share, out, lse, mass } = lane;
+        let AttendLane { heads, queries, positions, share, spans, out, lse, mass } = lane;
+        if spans.is_some() {
+            return Err(KernelError::Unsupported { backend: "gpu", kernel: NAME, detail: "spans".into() });
+        }
         all.extend(units(i, heads, queries, positions, *share));
         results.push((out, lse, mass));
     }

@@ -134,7 +134,7 @@ impl AttendLane<'_> {
     }
 }
 
-/// Memory a caller lends to the attend call, so that the call itself allocates nothing once the workspace
+/// Memory a caller lends to a call on the decode path, so that the call itself allocates nothing once the workspace
 /// has grown to the largest step. One per calling thread.
 #[derive(Debug, Default)]
 pub struct Workspace {

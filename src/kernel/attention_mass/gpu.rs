@@ -13,20 +13,20 @@ use crate::kernel::attend::gpu::{self as attend, Params, TILE, Tile, Unit, Uploa
 use std::collections::BTreeMap;
 
 /// Entries per workgroup.
-const CHUNK: usize = 64;
+pub(in crate::kernel) const CHUNK: usize = 64;
 
 /// Up to 64 entries of one page.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
 pub(crate) struct Chunk {
-    page: u32,
-    begin: u32,
-    rows: u32,
-    target_at: u32,
-    stride: u32,
-    tile: u32,
-    tile_begin: u32,
-    tile_end: u32,
+    pub(in crate::kernel) page: u32,
+    pub(in crate::kernel) begin: u32,
+    pub(in crate::kernel) rows: u32,
+    pub(in crate::kernel) target_at: u32,
+    pub(in crate::kernel) stride: u32,
+    pub(in crate::kernel) tile: u32,
+    pub(in crate::kernel) tile_begin: u32,
+    pub(in crate::kernel) tile_end: u32,
 }
 
 /// Which of the two weight kernels.
@@ -175,7 +175,8 @@ pub(in crate::kernel) fn run_units(
     mass: &mut [f32],
 ) -> Result<(), KernelError> {
     let mut start = 0;
-    for batch in batches(context, params, units, Output::Sums)? {
+    let output = |u: &Unit<'_>| params.group * u.head.rows();
+    for batch in batches(context, params, units, output)? {
         let tiles = attend::tiles(params, batch);
         let mut call = Call::new(context, NAME);
         let uploaded = attend::upload(&mut call, params, batch, &tiles);
@@ -189,14 +190,14 @@ pub(in crate::kernel) fn run_units(
         let result = record(&mut call, params, batch, &tiles, &uploaded, &lses, |_| true)?;
         call.read(&result);
         let back = call.finish()?;
-        let len: usize = batch.iter().map(|u| params.group * u.head.rows()).sum();
+        let len: usize = batch.iter().map(output).sum();
         mass[start..start + len].copy_from_slice(&back.floats(0)[..len]);
         start += len;
     }
     Ok(())
 }
 
-/// Consecutive units whose output and queries fit one call.
+/// Consecutive units whose output, of so many floats, and queries fit one call.
 ///
 /// # Errors
 /// [`DeviceError::Limit`] if a single head is too large.
@@ -204,17 +205,17 @@ pub(in crate::kernel) fn batches<'s, 'a>(
     context: &Context,
     params: &AttentionParams<'_>,
     units: &'s [Unit<'a>],
-    output: Output,
+    output: impl Fn(&Unit<'a>) -> usize,
 ) -> Result<Vec<&'s [Unit<'a>]>, DeviceError> {
     let mut batches = Vec::new();
     let (mut first, mut held) = (0, 0);
     for (i, unit) in units.iter().enumerate() {
-        let out = 4 * output.lines(params, unit) * unit.head.rows();
+        let out = 4 * output(unit);
         let queries = 4 * unit.rows(params).next_multiple_of(TILE) * params.d_k;
         let copies = 1 + usize::from(unit.head.rotated(Side::Key));
         if out.max(queries) as u64 > context.binding_limit() {
             return Err(DeviceError::Limit {
-                what: "attention weights of one KV head",
+                what: "attention weights or scores of one KV head",
                 need: out.max(queries) as u64,
                 limit: context.binding_limit(),
                 hint: "ask for fewer queries at once",

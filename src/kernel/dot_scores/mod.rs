@@ -8,6 +8,9 @@
 //!
 //! With [`DotArgs::spans`] only the rows named there are scored, the others get `−∞`: the lower levels of a hierarchy.
 
+pub mod cpu;
+#[cfg(feature = "gpu")]
+pub mod gpu;
 pub mod reference;
 
 use super::{AttentionParams, Spans, expect_len, total_rows};

@@ -195,6 +195,36 @@ pub(crate) trait Split: Sized + Send {
     }
 }
 
+/// How many tasks a part of the work may use, and scratch for as many.
+#[derive(Debug)]
+pub(crate) struct Lent<'a> {
+    /// Equal parts, one per task.
+    pub scratch: &'a mut [f32],
+    /// How many.
+    pub tasks: usize,
+}
+
+/// Two parts of the work, of these weights: in parallel if there is scratch for two tasks, else in turn.
+pub(crate) fn both(
+    lent: Lent<'_>,
+    weights: (usize, usize),
+    left: impl FnOnce(Lent<'_>) + Send,
+    right: impl FnOnce(Lent<'_>) + Send,
+) {
+    let Lent { scratch, tasks } = lent;
+    if tasks < 2 {
+        left(Lent { scratch: &mut *scratch, tasks });
+        right(Lent { scratch, tasks });
+        return;
+    }
+    let share = tasks * weights.0 / (weights.0 + weights.1).max(1);
+    let share = share.clamp(1, tasks - 1);
+    let unit = scratch.len() / tasks;
+    let (a, b) = scratch.split_at_mut(share * unit);
+    let (a, b) = (Lent { scratch: a, tasks: share }, Lent { scratch: b, tasks: tasks - share });
+    rayon::join(|| left(a), || right(b));
+}
+
 /// The first `len` elements, which are taken out of `slice`.
 pub(crate) fn take<'a, T>(slice: &mut &'a mut [T], len: usize) -> &'a mut [T] {
     let (head, tail) = std::mem::take(slice).split_at_mut(len);

@@ -63,6 +63,19 @@ pub(crate) fn first_slot(head: &HeadRows, index: usize) -> usize {
     pages_in(head, index..index + 1).next().map_or_else(|| head.rows(), |p| p.first)
 }
 
+/// Index of the page that holds a slot; the number of pages if there is no such slot.
+pub(crate) fn page_of(head: &HeadRows, slot: usize) -> usize {
+    let (mut pages, mut rows) = (0, 0);
+    for segment in &head.segments {
+        if slot < rows + segment.rows {
+            return pages + (slot - rows) / segment.layout.capacity;
+        }
+        pages += segment.pages.len();
+        rows += segment.rows;
+    }
+    pages
+}
+
 /// Up to [`TILE`] entries of one page.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tile<'a> {
@@ -111,6 +124,15 @@ impl<'a> Tile<'a> {
         match side {
             Side::Key => self.keys,
             Side::Value => self.values,
+        }
+    }
+
+    /// Without what lies before and behind `rows`, for a call that reads keys only. Packed rows are decoded from the
+    /// first of their band, so theirs keep it.
+    pub(crate) fn narrowed(self, rows: Range<usize>) -> Self {
+        match self.keys {
+            Rows::Packed(_) => Self { len: rows.end, ..self },
+            _ => Self { from: self.from + rows.start, len: rows.len(), ..self },
         }
     }
 
@@ -347,7 +369,7 @@ pub(crate) struct QueryBlock<'a> {
     rotated: &'a [f32],
     /// These, or the queries if there are none, for products in integers; with the sum of each.
     digits: Option<(Digits<'a, true>, [f32; dots::ROWS_MAX])>,
-    /// Positions of the `T` queries.
+    /// Positions of the `T` queries; none if no mask is asked for.
     positions: &'a [i32],
     /// Index of the first row among the `G·T`.
     first: usize,
@@ -516,22 +538,9 @@ impl<'a> QueryBlock<'a> {
             scores.fill(f32::NEG_INFINITY);
             return f32::NEG_INFINITY;
         }
-        let scale = S::f32s::splat(simd, params.scale);
-        let mut most = S::f32s::splat(simd, f32::NEG_INFINITY);
-        let whole = seen == (0..scores.len());
-        for (i, chunk) in scores.chunks_exact_mut(S::f32s::LEN).enumerate() {
-            let mut x = S::f32s::from_slice(simd, chunk) * scale;
-            if let Some(cap) = params.softcap {
-                x = soft_cap(simd, x, cap);
-            }
-            if let Some(bias) = bias {
-                x += S::f32s::from_slice(simd, &bias[i * S::f32s::LEN..][..S::f32s::LEN]);
-            }
-            x.store_slice(chunk);
-            most = most.max(x);
-        }
-        if whole {
-            return most.reduce_max();
+        let most = unmasked(simd, params, bias, scores);
+        if seen == (0..scores.len()) {
+            return most;
         }
         scores[..seen.start].fill(f32::NEG_INFINITY);
         scores[seen.end..].fill(f32::NEG_INFINITY);
@@ -543,7 +552,31 @@ impl<'a> QueryBlock<'a> {
     }
 }
 
-/// β of a tile padded to its full length, for [`QueryBlock::logits`].
+/// Turns dot products, whole vectors of them, into the logits of a query that sees every entry; gives their maximum.
+#[inline(always)]
+pub(crate) fn unmasked<S: Simd>(
+    simd: S,
+    params: &AttentionParams<'_>,
+    bias: Option<&[f32; TILE]>,
+    scores: &mut [f32],
+) -> f32 {
+    let scale = S::f32s::splat(simd, params.scale);
+    let mut most = S::f32s::splat(simd, f32::NEG_INFINITY);
+    for (i, chunk) in scores.chunks_exact_mut(S::f32s::LEN).enumerate() {
+        let mut x = S::f32s::from_slice(simd, chunk) * scale;
+        if let Some(cap) = params.softcap {
+            x = soft_cap(simd, x, cap);
+        }
+        if let Some(bias) = bias {
+            x += S::f32s::from_slice(simd, &bias[i * S::f32s::LEN..][..S::f32s::LEN]);
+        }
+        x.store_slice(chunk);
+        most = most.max(x);
+    }
+    most.reduce_max()
+}
+
+/// β of a tile padded to its full length, for [`QueryBlock::logits`] and [`unmasked`].
 pub(crate) fn padded_bias(tile: &Tile<'_>) -> Option<[f32; TILE]> {
     tile.bias().map(|bias| {
         let mut padded = [0.0; TILE];

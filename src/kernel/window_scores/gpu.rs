@@ -24,8 +24,9 @@ pub(crate) fn run(
     };
     let units: Vec<Unit<'_>> =
         attend::units(0, args.heads, args.queries, args.positions, Share::ALL).collect();
+    let floats = |u: &Unit<'_>| output.lines(params, u) * u.head.rows();
     let mut start = 0;
-    for batch in batches(context, params, &units, output)? {
+    for batch in batches(context, params, &units, floats)? {
         let tiles = attend::tiles(params, batch);
         let mut call = Call::new(context, NAME);
         let uploaded = attend::upload(&mut call, params, batch, &tiles);
@@ -34,7 +35,7 @@ pub(crate) fn run(
         let scores = record_weights(&mut call, params, output, batch, &tiles, &uploaded, &lse, |_| true)?;
         call.read(&scores);
         let back = call.finish()?;
-        let len: usize = batch.iter().map(|u| output.lines(params, u) * u.head.rows()).sum();
+        let len: usize = batch.iter().map(floats).sum();
         args.out[start..start + len].copy_from_slice(&back.floats(0)[..len]);
         start += len;
     }

@@ -1,4 +1,4 @@
-//! Attend, attention mass, window scores and merging: everything made of logits.
+//! Attend, attention mass, window scores, dot scores and merging: everything made of logits.
 //!
 //! *Helps* because the allowed error follows the logits: a rounding error of a large logit is a large error
 //! of its weight, on every implementation. *Hurts* nothing.
@@ -10,10 +10,11 @@ use crate::device::page::{HeadRows, Side};
 use crate::kernel::attend::cases::{AttentionCase, Outputs, Queries, cases};
 use crate::kernel::attend::{self, Share, Workspace};
 use crate::kernel::attention_mass::{self, MassArgs};
+use crate::kernel::dot_scores::{self, DotArgs};
 use crate::kernel::merge_partials::{self, MergeArgs};
 use crate::kernel::row_norms::NormArgs;
-use crate::kernel::total_rows;
 use crate::kernel::window_scores::{self, WindowArgs, WindowReduce};
+use crate::kernel::{Spans, total_rows};
 use crate::testing::Random;
 use crate::testing::cache::poisoned;
 use crate::view::DType;
@@ -143,6 +144,26 @@ impl Stored {
         compare(&format!("lane {lane} {what}"), got, want, |w| {
             2.0 * allowed_logit * (f64::from(w.abs()) + floor)
         })
+    }
+
+    /// Compares `[G, T, rows]` logits per head.
+    fn compare_dots(&self, lane: usize, got: &[f32], want: &[f32]) -> Result<f64, Failure> {
+        let per_head = self.case.group * self.case.lanes[lane].tokens;
+        let (mut worst, mut start) = (0.0f64, 0);
+        for (h, head) in self.ours[lane].iter().enumerate() {
+            let len = per_head * head.rows();
+            if len > 0 {
+                let (got, want) = (&got[start..start + len], &want[start..start + len]);
+                let what = format!("head {h} scores");
+                let share = self.compare_each(lane, &what, head.rows(), got, want, |row, w| {
+                    let size = if w.is_finite() { f64::from(w.abs()) } else { 0.0 };
+                    self.logit_error(lane, h * per_head + row) + f64::from(f32::EPSILON) * size
+                })?;
+                worst = worst.max(share);
+            }
+            start += len;
+        }
+        Ok(worst)
     }
 }
 
@@ -363,6 +384,93 @@ fn window_args<'a>(
 ) -> WindowArgs<'a> {
     let queries = &stored.queries[lane];
     WindowArgs { heads, queries: &queries.values, positions: &queries.positions, reduce, out }
+}
+
+/// Cases of [`crate::kernel::dot_scores`].
+pub fn dot_scores(backend: &dyn Backend, effort: Effort) -> KernelReport {
+    let mut report = KernelReport::new(dot_scores::NAME);
+    for (i, case) in cases().into_iter().enumerate().filter(|(i, _)| effort.wants(*i)) {
+        report.case(case.name.clone(), || {
+            let stored = Stored::new(case, backend)?;
+            let (params, mut workspace) = (stored.case.params(), Workspace::default());
+            let mut worst = 0.0f64;
+            for (lane, heads) in stored.theirs.iter().enumerate() {
+                for spans in dot_spans(i as u64, heads) {
+                    let spans = spans.as_deref();
+                    let mut run = |on: &dyn Backend, heads| {
+                        let mut out = dot_output(&stored, lane);
+                        let mut args = dot_args(&stored, heads, lane, spans, &mut out);
+                        on.dot_scores(&params, &mut args, &mut workspace).map(|()| out)
+                    };
+                    let want = run(&stored.reference, &stored.ours[lane])?;
+                    let got = run(backend, heads)?;
+                    worst = worst.max(stored.compare_dots(lane, &got, &want)?);
+                    expect_same_bits("scores", &got, &run(backend, heads)?)?;
+                }
+            }
+            Ok(worst)
+        });
+    }
+    for (i, what) in ["queries", "out", "spans", "entries that spans name"].into_iter().enumerate() {
+        report.case(format!("wrong length of {what}"), || {
+            let stored = Stored::new(cases().swap_remove(7), backend)?;
+            let heads = &stored.theirs[0];
+            let mut spans: Vec<Spans> =
+                heads.iter().map(|h| std::iter::once(0..h.rows()).collect()).collect();
+            match i {
+                2 => drop(spans.pop()),
+                3 => spans[1].push(heads[1].rows()..heads[1].rows() + 1),
+                _ => {}
+            }
+            let mut out = dot_output(&stored, 0);
+            out.resize(out.len() + usize::from(i == 1), 0.0);
+            let mut args = dot_args(&stored, heads, 0, Some(&spans), &mut out);
+            args.queries = &args.queries[usize::from(i == 0)..];
+            let workspace = &mut Workspace::default();
+            expect_length_error(what, backend.dot_scores(&stored.case.params(), &mut args, workspace))
+        });
+    }
+    report
+}
+
+/// What is asked of the heads in turn: everything, some of it, and everything by spans, single entries or nothing.
+fn dot_spans(seed: u64, heads: &[HeadRows]) -> [Option<Vec<Spans>>; 3] {
+    let mut random = Random::new(seed ^ 0xd075);
+    let mut some = |longest: usize| {
+        let mut spans = |rows| {
+            let (mut spans, mut slot) = (Spans::default(), random.below(2 * longest));
+            while slot < rows {
+                let end = rows.min(slot + 1 + random.below(longest));
+                spans.push(slot..end);
+                slot = end + 1 + random.below(3 * longest);
+            }
+            spans
+        };
+        heads.iter().map(|h| spans(h.rows())).collect::<Vec<_>>()
+    };
+    let (runs, single) = (some(40), some(1));
+    let other = match random.below(3) {
+        0 => heads.iter().map(|h| std::iter::once(0..h.rows()).collect()).collect(),
+        1 => single,
+        _ => vec![Spans::default(); heads.len()],
+    };
+    [None, Some(runs), Some(other)]
+}
+
+fn dot_output(stored: &Stored, lane: usize) -> Vec<f32> {
+    let spec = &stored.case.lanes[lane];
+    poisoned(stored.case.group * spec.tokens * spec.cache.rows().iter().sum::<usize>())
+}
+
+fn dot_args<'a>(
+    stored: &'a Stored,
+    heads: &'a [HeadRows],
+    lane: usize,
+    spans: Option<&'a [Spans]>,
+    out: &'a mut [f32],
+) -> DotArgs<'a> {
+    let tokens = stored.case.lanes[lane].tokens;
+    DotArgs { heads, queries: &stored.queries[lane].values, tokens, spans, out }
 }
 
 /// Cases of [`crate::kernel::merge_partials`].

@@ -9,7 +9,7 @@ mod attention;
 mod layout;
 mod selection;
 
-pub use attention::{attend, attention_mass, merge_partials, window_scores};
+pub use attention::{attend, attention_mass, dot_scores, merge_partials, window_scores};
 pub use layout::{gather, pack, rope, row_norms, storage};
 pub use selection::{pool, top_k};
 
@@ -158,13 +158,14 @@ impl fmt::Display for Report {
 
 /// Every kernel on `backend`.
 pub fn run(backend: &dyn Backend, effort: Effort) -> Report {
-    let kernels: [fn(&dyn Backend, Effort) -> KernelReport; 11] = [
+    let kernels: [fn(&dyn Backend, Effort) -> KernelReport; 12] = [
         storage,
         pack,
         attend,
         merge_partials,
         attention_mass,
         window_scores,
+        dot_scores,
         row_norms,
         pool,
         top_k,

@@ -1,0 +1,144 @@
+//! Logits on the device: one thread per chosen entry, for all query rows of its KV head.
+//!
+//! Only chosen entries have a place in the result that comes back; the others get their −∞ on the host, so the lowest
+//! finite number, which stands for it on the device, is never seen. *Helps* the lower levels of a hierarchy, which ask
+//! for little of much. *Hurts* spans of single entries: each keeps a workgroup.
+
+use super::{DotArgs, NAME};
+use crate::device::gpu::{Binding, Call, Context, DeviceBlock, Scratch, kind, packs};
+use crate::device::page::{PageLayout, Side};
+use crate::error::KernelError;
+use crate::kernel::attend::Share;
+use crate::kernel::attend::gpu::{self as attend, Params, Tile, Unit, Uploaded};
+use crate::kernel::attention_mass::gpu::{CHUNK, Chunk, batches};
+use crate::kernel::{AttentionParams, Span, Spans};
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// See [`super`].
+///
+/// # Errors
+/// [`KernelError`].
+pub(crate) fn run(
+    context: &Context,
+    params: &AttentionParams<'_>,
+    args: &mut DotArgs<'_>,
+) -> Result<(), KernelError> {
+    args.validate(params)?;
+    // Every query stands behind every entry, and no window hides what is far.
+    let positions = vec![i32::MAX; args.tokens];
+    let params = AttentionParams { window: None, ..*params };
+    let spans = args.spans;
+    let chosen = |unit: &Unit<'_>| spans.map_or_else(|| unit.head.rows(), |s| s[unit.index].rows());
+    let units: Vec<Unit<'_>> = attend::units(0, args.heads, args.queries, &positions, Share::ALL).collect();
+    let mut out = &mut *args.out;
+    for batch in batches(context, &params, &units, |u| u.rows(&params) * chosen(u))? {
+        let tiles = attend::tiles(&params, batch);
+        let mut call = Call::new(context, NAME);
+        let uploaded = attend::upload(&mut call, &params, batch, &tiles);
+        let scores = record(&mut call, &params, batch, &tiles, &uploaded, spans)?;
+        call.read(&scores);
+        let back = call.finish()?;
+        let mut scores = back.floats(0);
+        for unit in batch {
+            for _ in 0..unit.rows(&params) {
+                let (line, rest) = std::mem::take(&mut out).split_at_mut(unit.head.rows());
+                let (scored, behind) = scores.split_at(chosen(unit));
+                match spans {
+                    Some(spans) => scatter(spans[unit.index].spans(), scored, line),
+                    None => line.copy_from_slice(scored),
+                }
+                (out, scores) = (rest, behind);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Scores of the slots of `spans` to where these are, −∞ between.
+fn scatter(spans: &[Span], mut scored: &[f32], line: &mut [f32]) {
+    line.fill(f32::NEG_INFINITY);
+    for span in spans {
+        let (run, rest) = scored.split_at(span.len());
+        line[span.slots()].copy_from_slice(run);
+        scored = rest;
+    }
+}
+
+/// Records the scores of the units: for each in turn `[G, T, chosen]`.
+fn record(
+    call: &mut Call<'_>,
+    params: &AttentionParams<'_>,
+    units: &[Unit<'_>],
+    tiles: &[Tile],
+    uploaded: &Uploaded,
+    spans: Option<&[Spans]>,
+) -> Result<Scratch, KernelError> {
+    // By slab and layout, both of which a dispatch is bound to.
+    let mut layouts: Vec<&PageLayout> = Vec::new();
+    let mut groups: BTreeMap<(u64, usize), (&wgpu::Buffer, Vec<Chunk>)> = BTreeMap::new();
+    let mut start = 0;
+    for (index, unit) in units.iter().enumerate() {
+        let first = tiles.partition_point(|t| t.unit < index) as u32;
+        let end = tiles.partition_point(|t| t.unit <= index) as u32;
+        let all = [Span { start: 0, end: unit.head.rows() as u32 }];
+        let (mut rest, rows) = match spans {
+            Some(spans) => (spans[unit.index].spans(), spans[unit.index].rows()),
+            None => (&all[..], unit.head.rows()),
+        };
+        let mut before = 0;
+        for page in unit.head.pages() {
+            let slots = page.first..page.first + page.rows;
+            let met = rest.partition_point(|s| s.slots().start < slots.end);
+            if met == 0 {
+                continue;
+            }
+            let block = DeviceBlock::of(page.page, NAME)?;
+            let layout = layouts.iter().position(|l| **l == **page.layout).unwrap_or_else(|| {
+                layouts.push(page.layout);
+                layouts.len() - 1
+            });
+            let group = groups.entry((block.slab(), layout));
+            let chunks = &mut group.or_insert_with(|| (block.buffer(), Vec::new())).1;
+            for part in rest[..met].iter().flat_map(|s| cut(s.within(&slots))) {
+                chunks.push(Chunk {
+                    page: block.word(),
+                    begin: (part.start - page.first) as u32,
+                    rows: part.len() as u32,
+                    target_at: (start + before) as u32,
+                    stride: rows as u32,
+                    tile: first,
+                    tile_begin: first,
+                    tile_end: end,
+                });
+                before += part.len();
+            }
+            // A span that goes on is met again on the next page.
+            rest = &rest[met - usize::from(rest[met - 1].slots().end > slots.end)..];
+        }
+        start += rows * unit.rows(params);
+    }
+    let scores = call.scratch(start);
+    for ((_, layout), (slab, chunks)) in groups {
+        let layout = layouts[layout];
+        let tokens = units.first().map_or(0, |u| u.positions.len());
+        let block = Params::new(params, layout, tokens, 0..chunks.len());
+        let bindings = [
+            Binding::Slab(slab.clone()),
+            call.upload(&chunks),
+            uploaded.positions.clone(),
+            uploaded.queries(layout),
+            Binding::from(&scores),
+            call.upload(&packs(layout, [Side::Key, Side::Value])),
+        ];
+        let constants = [("K_TYPE", kind(layout, Side::Key))];
+        call.dispatch("dot_scores", &constants, &block, &bindings, chunks.len())?;
+    }
+    Ok(scores)
+}
+
+/// In runs of up to [`CHUNK`].
+fn cut(slots: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let end = slots.end;
+    slots.step_by(CHUNK).map(move |start| start..(start + CHUNK).min(end))
+}
