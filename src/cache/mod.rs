@@ -31,7 +31,7 @@ pub use step::{PartialWorkspace, SPECULATIVE_TOKENS, Step};
 use crate::backend::Backend;
 use crate::columns::ColumnLayout;
 use crate::error::{CacheError, Error};
-use crate::geometry::{ModelShape, Position, RowCount};
+use crate::geometry::{ModelShape, Position, RowCount, Slot};
 use crate::index::{LayerIndex, TableStorage};
 use crate::policy::FeedKind;
 use crate::recipe::{Budget, Recipe};
@@ -195,6 +195,22 @@ impl KvCache {
     pub fn last_read(&self, id: SequenceId, layer: usize) -> Result<Option<ReadReport>, CacheError> {
         self.heads(id, layer)?;
         Ok(self.sequence(id)?.reads[layer].report)
+    }
+
+    /// The units of one KV head of a layer: the slots of each one's entries. Empty where there is no index.
+    ///
+    /// # Errors
+    /// [`CacheError::NoSequence`], [`CacheError::NoLayer`]; [`CacheError::Length`] for a head that is not.
+    pub fn units(&self, id: SequenceId, layer: usize, head: usize) -> Result<Vec<Vec<Slot>>, CacheError> {
+        let heads = self.heads(id, layer)?.len();
+        if head >= heads {
+            return Err(CacheError::Length { buffer: "KV head", got: head, want: heads });
+        }
+        let index = &self.sequence(id)?.reads[self.shape.owner(layer)].index;
+        Ok(index.as_ref().map_or_else(Vec::new, |index| {
+            let head = &index.heads()[head];
+            (0..head.units()).map(|unit| head.members(unit).map(|slot| Slot(slot as u32)).collect()).collect()
+        }))
     }
 
     /// The rows a layer reads.

@@ -716,8 +716,9 @@ impl Reader<'_> {
             {
                 let mut left = (estimate * units as f64) as usize;
                 let next = |_, _: &Ranking| {
+                    let more = left > 0;
                     left = left.saturating_sub(1);
-                    left > 0
+                    more
                 };
                 fresh.resize_with(rows.len(), Vec::new);
                 rankings[h].take(|_| 1, next, &mut fresh[h]);

@@ -171,6 +171,15 @@ impl HeadUnits {
         }
     }
 
+    /// Slots of a unit's entries, ascending.
+    pub fn members(&self, unit: usize) -> impl Iterator<Item = usize> + '_ {
+        let run = match &self.members {
+            Members::Runs { size, .. } => self.first + unit * size..self.first + (unit + 1) * size,
+            Members::Lists { .. } => 0..0,
+        };
+        run.chain(self.list(unit).iter().map(|&slot| slot as usize))
+    }
+
     /// Slots of a unit of a list.
     fn list(&self, unit: usize) -> &[u32] {
         let Members::Lists { ends, slots, .. } = &self.members else { return &[] };

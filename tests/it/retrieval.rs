@@ -40,6 +40,10 @@ fn recipes() -> Vec<String> {
             ("quest", "page=8,dense=0"),
             ("quest", "page=8,dense=1,sinks=3,group=sum,tail=estimate"),
             ("lserve", "page=16,logical=4,recent=20,every=1"),
+            ("auto", "size=4,segment=64,update=16,recent=20"),
+            ("auto", "size=8,segment=128,update=16,recent=20,rank=unit,group=logit,tail=ignore,correct=no"),
+            ("clusterkv", "size=10,segment=300,update=16,rounds=5,recent=20,dense=0"),
+            ("retroinfer", "size=8,segment=64,update=16,recent=20"),
         ] {
             recipes.push(format!("{name}({own},store={store},min_context=0)"));
         }
@@ -74,11 +78,10 @@ struct Naive<'a> {
     shape: &'a LayerShape,
     rule: ReadRule,
     role: Role,
-    page: usize,
     /// Of one KV head.
     entries: &'a [Entry],
-    /// Entries that are members of units.
-    covered: Range<usize>,
+    /// Slots of each unit.
+    units: &'a [Vec<usize>],
 }
 
 /// A row's logits: of entries, and of units.
@@ -87,26 +90,61 @@ struct Row {
     units: Vec<f64>,
 }
 
+fn wide(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|&x| f64::from(x)).collect()
+}
+
+/// The mean of some rows.
+fn mean_of(rows: &[Vec<f64>]) -> Vec<f64> {
+    (0..rows[0].len()).map(|d| rows.iter().map(|r| r[d]).sum::<f64>() / rows.len() as f64).collect()
+}
+
+fn dot(a: &[f32], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(x, y)| f64::from(*x) * y).sum()
+}
+
 impl Naive<'_> {
-    fn units(&self) -> Vec<Range<usize>> {
-        self.covered.clone().step_by(self.page).map(|start| start..start + self.page).collect()
+    fn unit_of(&self, slot: usize) -> Option<usize> {
+        self.units.iter().position(|unit| unit.contains(&slot))
+    }
+
+    fn covered(&self) -> usize {
+        self.units.iter().map(Vec::len).sum()
+    }
+
+    fn keys(&self, unit: &[usize]) -> Vec<Vec<f64>> {
+        unit.iter().map(|&slot| wide(&self.entries[slot].key)).collect()
+    }
+
+    /// What logits on means are raised by: from the variance of `q·k` within units.
+    fn correction(&self, query: &[f32]) -> f64 {
+        if !self.rule.correct {
+            return 0.0;
+        }
+        let variance: f64 = self
+            .units
+            .iter()
+            .map(|unit| {
+                let keys = self.keys(unit);
+                let mean = dot(query, &mean_of(&keys));
+                keys.iter().map(|k| (dot(query, k) - mean).powi(2)).sum::<f64>()
+            })
+            .sum();
+        let scale = f64::from(self.shape.scale);
+        (0.5 * scale * scale * variance / self.covered() as f64).ln_1p()
     }
 
     fn row(&self, query: &[f32], position: i32) -> Row {
         let scale = f64::from(self.shape.scale);
-        let dot = |a: &[f32], b: &[f64]| a.iter().zip(b).map(|(x, y)| f64::from(*x) * y).sum::<f64>();
-        let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
         let entries = self.entries.iter().map(|e| match e.position <= position {
             true => scale * dot(query, &wide(&e.key)),
             false => f64::NEG_INFINITY,
         });
-        let units = self.units().into_iter().map(|unit| {
-            let keys: Vec<Vec<f64>> = self.entries[unit.clone()].iter().map(|e| wide(&e.key)).collect();
+        let correction = if self.role == Role::Mean { self.correction(query) } else { 0.0 };
+        let units = self.units.iter().map(|unit| {
+            let keys = self.keys(unit);
             let logit: f64 = match self.role {
-                Role::Mean => {
-                    let mean = |d: usize| keys.iter().map(|k| k[d]).sum::<f64>() / keys.len() as f64;
-                    scale * dot(query, &(0..self.shape.d_k).map(mean).collect::<Vec<_>>())
-                }
+                Role::Mean => scale * dot(query, &mean_of(&keys)) + correction,
                 Role::Bound => {
                     let best = |d: usize| {
                         let products = keys.iter().map(|k| f64::from(query[d]) * k[d]);
@@ -122,30 +160,36 @@ impl Naive<'_> {
 
     /// Scores of the groups of units, best first, with the group's units.
     fn ranking(&self, rows: &[Row]) -> Vec<(f64, Range<usize>)> {
-        let units = self.units().len();
+        let units = self.units.len();
+        let size = |unit: usize| if self.rule.by_entry { (self.units[unit].len() as f64).ln() } else { 0.0 };
         let ranks: Vec<Vec<usize>> = rows
             .iter()
             .map(|row| {
                 let mut order: Vec<usize> = (0..units).collect();
-                order.sort_by(|&a, &b| row.units[b].total_cmp(&row.units[a]));
+                let one = |unit: usize| row.units[unit] - size(unit);
+                order.sort_by(|&a, &b| one(b).total_cmp(&one(a)));
                 (0..units).map(|unit| order.iter().position(|&u| u == unit).unwrap()).collect()
             })
             .collect();
         let score = |unit: usize| {
             let each = rows.iter().enumerate().map(|(r, row)| {
-                let zone = row.entries.iter().enumerate().filter(|(slot, _)| !self.covered.contains(slot));
-                let all: f64 = zone.map(|(_, x)| x.exp()).chain(row.units.iter().map(|x| x.exp())).sum();
+                let zone = row.entries.iter().enumerate().filter(|(slot, _)| self.unit_of(*slot).is_none());
                 match self.rule.group {
-                    Group::Max | Group::Sum => row.units[unit].exp() / all,
+                    Group::Max | Group::Sum => {
+                        let all: f64 =
+                            zone.map(|(_, x)| x.exp()).chain(row.units.iter().map(|x| x.exp())).sum();
+                        row.units[unit].exp() / all
+                    }
                     Group::Logit | Group::Mean => row.units[unit],
                     Group::Union => -((ranks[r][unit] * rows.len() + r) as f64),
                 }
             });
             match self.rule.group {
-                Group::Sum => each.sum::<f64>().ln(),
-                Group::Mean => each.sum::<f64>() / rows.len() as f64,
-                Group::Max => each.fold(f64::NEG_INFINITY, f64::max).ln(),
-                Group::Logit | Group::Union => each.fold(f64::NEG_INFINITY, f64::max),
+                Group::Sum => each.sum::<f64>().ln() - size(unit),
+                Group::Mean => each.sum::<f64>() / rows.len() as f64 - size(unit),
+                Group::Max => each.fold(f64::NEG_INFINITY, f64::max).ln() - size(unit),
+                Group::Logit => each.fold(f64::NEG_INFINITY, f64::max) - size(unit),
+                Group::Union => each.fold(f64::NEG_INFINITY, f64::max),
             }
         };
         let groups =
@@ -156,41 +200,47 @@ impl Naive<'_> {
         ranking
     }
 
-    /// Units chosen within the budget.
-    fn choose(&self, rows: &[Row]) -> Vec<usize> {
-        let mut left = BUDGET - (self.entries.len() - self.covered.len());
-        let mut chosen = Vec::new();
+    /// Units chosen within the budget, best first, and the others likewise.
+    fn choose(&self, rows: &[Row]) -> (Vec<usize>, Vec<usize>) {
+        let mut left = BUDGET - (self.entries.len() - self.covered());
+        let (mut chosen, mut others) = (Vec::new(), Vec::new());
         for (_, group) in self.ranking(rows) {
-            let entries = group.len() * self.page;
-            if entries > left {
-                break;
+            let entries: usize = group.clone().map(|unit| self.units[unit].len()).sum();
+            if !others.is_empty() || entries > left {
+                others.extend(group);
+            } else {
+                left -= entries;
+                chosen.extend(group);
             }
-            left -= entries;
-            chosen.extend(group);
         }
-        chosen
+        (chosen, others)
     }
 
     /// Attention over what is always read, the chosen units and, as means, the others; and the share of the latter.
-    fn output(&self, query: &[f32], position: i32, chosen: &[usize]) -> (Vec<f64>, f64) {
-        let (row, units) = (self.row(query, position), self.units());
+    fn output(
+        &self,
+        query: &[f32],
+        position: i32,
+        (chosen, others): &(Vec<usize>, Vec<usize>),
+    ) -> (Vec<f64>, f64) {
+        let row = self.row(query, position);
         let mut parts: Vec<(f64, Vec<f64>)> = Vec::new();
         for (slot, entry) in self.entries.iter().enumerate() {
-            let read = units.iter().position(|u| u.contains(&slot)).is_none_or(|unit| chosen.contains(&unit));
-            if read {
-                parts.push((row.entries[slot].exp(), entry.value.iter().map(|&v| f64::from(v)).collect()));
+            if self.unit_of(slot).is_none_or(|unit| chosen.contains(&unit)) {
+                parts.push((row.entries[slot].exp(), wide(&entry.value)));
             }
         }
         let read: f64 = parts.iter().map(|(w, _)| w).sum();
         if self.rule.tail == Tail::Estimate {
-            let means =
-                Naive { role: Role::Mean, covered: self.covered.clone(), ..*self }.row(query, position);
-            for (unit, slots) in units.iter().enumerate().filter(|(unit, _)| !chosen.contains(unit)) {
-                let mean = |d: usize| {
-                    self.entries[slots.clone()].iter().map(|e| f64::from(e.value[d])).sum::<f64>()
-                        / slots.len() as f64
-                };
-                parts.push((means.units[unit].exp(), (0..self.shape.d_v).map(mean).collect()));
+            let means = Naive { role: Role::Mean, ..*self }.row(query, position);
+            let covers = match self.rule.estimate < 1.0 {
+                true => (self.rule.estimate * self.units.len() as f64) as usize,
+                false => others.len(),
+            };
+            for &unit in others.iter().take(covers) {
+                let values: Vec<_> =
+                    self.units[unit].iter().map(|&slot| wide(&self.entries[slot].value)).collect();
+                parts.push((means.units[unit].exp(), mean_of(&values)));
             }
         }
         let all: f64 = parts.iter().map(|(w, _)| w).sum();
@@ -199,14 +249,37 @@ impl Naive<'_> {
     }
 }
 
-/// Units and what is chosen of a recipe, for a KV head of a layer of a cache.
-fn naive<'a>(recipe: &str, shape: &'a LayerShape, entries: &'a [Entry], committed: usize) -> Naive<'a> {
+/// The units of a KV head as the cache has them; those of pages are checked.
+fn units(cache: &KvCache, id: SequenceId, layer: usize, head: usize) -> Vec<Vec<usize>> {
+    let index = cache.recipe().index.clone().unwrap();
+    let units = cache.units(id, layer, head).unwrap();
+    let units: Vec<Vec<usize>> = units.iter().map(|u| u.iter().map(|s| s.0 as usize).collect()).collect();
+    let rows = cache.stored(id, layer).unwrap()[head].0;
+    if let Some(page) = index.summary.unit()
+        && layer >= index.rule.dense
+    {
+        let (first, step) = (index.rule.sinks, index.summary.waiting() + 1);
+        let end = first + rows.saturating_sub(index.rule.recent + first) / step * step;
+        let want: Vec<Vec<usize>> = (first..end).step_by(page).map(|at| (at..at + page).collect()).collect();
+        assert_eq!(units, want, "{}", cache.recipe());
+    }
+    // Every entry between the first and the last member is in one unit, and nothing is in two.
+    let mut members = units.concat();
+    members.sort_unstable();
+    assert!(members.windows(2).all(|pair| pair[1] == pair[0] + 1), "{}", cache.recipe());
+    assert!(units.iter().all(|unit| unit.is_sorted() && !unit.is_empty()), "{}", cache.recipe());
+    units
+}
+
+/// A recipe's rules on the units of a KV head.
+fn naive<'a>(
+    recipe: &str,
+    shape: &'a LayerShape,
+    entries: &'a [Entry],
+    units: &'a [Vec<usize>],
+) -> Naive<'a> {
     let index = Recipe::parse(recipe).unwrap().index.unwrap();
-    let page = index.summary.unit().unwrap();
-    let step = index.summary.waiting() + 1;
-    let covered = committed.saturating_sub(index.rule.recent + index.rule.sinks) / step * step;
-    let covered = index.rule.sinks..index.rule.sinks + covered;
-    Naive { shape, rule: index.rule, role: index.summary.tables()[0].role, page, entries, covered }
+    Naive { shape, rule: index.rule, role: index.summary.tables()[0].role, entries, units }
 }
 
 /// The query rows that share a KV head, of tokens at consecutive positions.
@@ -254,7 +327,8 @@ fn what_is_chosen_is_what_a_naive_implementation_chooses() {
                 let selection = cache.choose(id, layer, view).unwrap();
                 for head in 0..2 {
                     let all = entries(&cache, id, layer, head);
-                    let naive = naive(&recipe, &shape, &all, all.len());
+                    let units = units(&cache, id, layer, head);
+                    let naive = naive(&recipe, &shape, &all, &units);
                     let rows: Vec<Row> = queries(&shape, layer, head, &asked)
                         .iter()
                         .map(|(query, at)| naive.row(query, *at))
@@ -272,7 +346,7 @@ fn what_is_chosen_is_what_a_naive_implementation_chooses() {
                     );
                     let (mut least, mut most) = (f64::INFINITY, f64::NEG_INFINITY);
                     for (score, group) in naive.ranking(&rows) {
-                        let chosen = read(units[group.start].start);
+                        let chosen = read(units[group.start][0]);
                         for slot in group.flat_map(|unit| units[unit].clone()) {
                             assert_eq!(read(slot), chosen, "{recipe}: slot {slot} of a group");
                         }
@@ -299,15 +373,13 @@ fn what_is_read_is_attention_over_it_and_the_means_of_the_rest() {
             // Past the completion of a page, and of four.
             for step in 0..if backend.name() == "cpu" { 70 } else { 20 } {
                 let token = PROMPT + step;
-                let committed = cache.stored(id, 1).unwrap()[0].0;
+                let before = [(0, 0), (1, 0), (1, 1)].map(|(layer, head)| units(&cache, id, layer, head));
                 let out = feed(&mut cache, id, &[token], 1);
-                for (layer, head) in [(0, 0), (1, 0), (1, 1)] {
+                for ((layer, head), units) in [(0, 0), (1, 0), (1, 1)].into_iter().zip(&before) {
                     let shape = cache.shape().layer(layer).clone();
                     let all = entries(&cache, id, layer, head);
-                    let mut naive = naive(recipe, &shape, &all, committed);
-                    if layer < dense {
-                        naive.covered = 0..0;
-                    }
+                    let naive = naive(recipe, &shape, &all, units);
+                    assert!(layer >= dense || units.is_empty());
                     let asked = queries(&shape, layer, head, &[(token, token as i32)]);
                     let rows: Vec<Row> = asked.iter().map(|(query, at)| naive.row(query, *at)).collect();
                     let chosen = naive.choose(&rows);
@@ -334,18 +406,18 @@ fn what_is_missing_is_reported_and_never_more_than_the_bound() {
             let (mut cache, id) = prompted(&recipe, &backend, &[PROMPT]);
             for step in 0..6 {
                 let token = PROMPT + step;
-                let committed = cache.stored(id, 1).unwrap()[0].0;
+                let before = [0, 1].map(|head| units(&cache, id, 1, head));
                 feed(&mut cache, id, &[token], 1);
                 let report = cache.last_read(id, 1).unwrap().unwrap();
                 assert!(report.units > 0 && report.entries <= 2 * BUDGET, "{recipe}: {report:?}");
                 let shape = cache.shape().layer(1).clone();
                 let (mut missing, mut estimate) = (Vec::new(), Vec::new());
-                for head in 0..2 {
+                for (head, units) in before.iter().enumerate() {
                     let all = entries(&cache, id, 1, head);
-                    let naive = naive(&recipe, &shape, &all, committed);
+                    let naive = naive(&recipe, &shape, &all, units);
                     let asked = queries(&shape, 1, head, &[(token, token as i32)]);
                     let rows: Vec<Row> = asked.iter().map(|(query, at)| naive.row(query, *at)).collect();
-                    let (chosen, units) = (naive.choose(&rows), naive.units());
+                    let chosen = naive.choose(&rows);
                     let left = |slot: usize| {
                         units.iter().position(|u| u.contains(&slot)).is_some_and(|u| !chosen.contains(&u))
                     };
@@ -397,7 +469,7 @@ fn tokens_one_by_one_or_at_once_give_the_same_index() {
                 let out = feed(&mut cache, id, &[PROMPT], 1);
                 (out, cache.last_read(id, 1).unwrap(), cache.stats(id).unwrap().total().bytes_index)
             };
-            let (once, slowly) = (outs(&[PROMPT]), outs(&[100, 3, 1, 7, 89, 50, 13, 37]));
+            let (once, slowly) = (outs(&[PROMPT]), outs(&[100, 3, 2, 7, 89, 50, 13, 36]));
             assert_eq!(once, slowly, "{}: {recipe}", backend.name());
         }
     }
