@@ -81,16 +81,26 @@ impl Call {
         mass: bool,
         w: &mut Workspace,
     ) {
-        let lane = AttendLane {
-            heads,
-            queries: &self.queries,
-            positions: &self.positions,
-            share: Share::ALL,
-            spans: None,
-            out: &mut self.out,
-            lse: &mut self.lse,
-            mass: mass.then_some(self.mass.as_mut_slice()),
-        };
+        let mass = mass.then_some(self.mass.as_mut_slice());
+        let (queries, positions) = (&self.queries, &self.positions);
+        let (out, lse, share) = (&mut self.out, &mut self.lse, Share::ALL);
+        let lane = AttendLane { heads, queries, positions, share, spans: None, out, lse, mass };
+        on.attend(params, &mut [lane], w).unwrap();
+        black_box(&self.out);
+    }
+
+    /// Of the entries `spans` only.
+    fn attend_to(
+        &mut self,
+        on: &dyn Backend,
+        heads: &[HeadRows],
+        spans: &[Spans],
+        params: &AttentionParams<'_>,
+        w: &mut Workspace,
+    ) {
+        let (queries, positions, spans) = (&self.queries, &self.positions, Some(spans));
+        let (out, lse, share) = (&mut self.out, &mut self.lse, Share::ALL);
+        let lane = AttendLane { heads, queries, positions, share, spans, out, lse, mass: None };
         on.attend(params, &mut [lane], w).unwrap();
         black_box(&self.out);
     }
@@ -208,6 +218,41 @@ fn dot_scores(c: &mut Criterion) {
     }
 }
 
+/// Entries per head where an index pays.
+const LONG: usize = 131_072;
+
+/// A 25th of `n` entries in runs of `run` at multiples of it.
+fn chosen(n: usize, run: usize, seed: u64) -> Spans {
+    let mut random = Random::new(seed);
+    (0..n).step_by(run).filter(|_| random.one_in(25)).map(|slot| slot..slot + run).collect()
+}
+
+/// Decode over a 25th of a long context, as an index of pages and one of single entries choose it, beside all of it.
+/// Throughput is in bytes of the entries that are read.
+fn sparse(c: &mut Criterion) {
+    let cpu = Cpu::default();
+    let stored: [Encoding; 3] =
+        [DType::F16.into(), Packing::new(Format::Int8).into(), Packing::new(Format::Int4).into()];
+    for stored in stored {
+        let mut group = c.benchmark_group(format!("sparse/d128/{stored}/g4/n{LONG}"));
+        let heads = entries(&cpu, 128, LONG, stored);
+        let params = params(4, 128);
+        let (mut call, mut w) = (Call::new(&heads, &params, 1), Workspace::default());
+        group.throughput(Throughput::Bytes(bytes(&heads)));
+        group.bench_function("all", |b| {
+            b.iter(|| call.attend(&cpu, &heads, &params, false, &mut w));
+        });
+        for (name, run) in [("pages of 16", 16), ("lone", 1)] {
+            let spans: Vec<Spans> = (0..HEADS as u64).map(|h| chosen(LONG, run, h)).collect();
+            let rows: usize = spans.iter().map(Spans::rows).sum();
+            group.throughput(Throughput::Bytes(bytes(&heads) * rows as u64 / (HEADS * LONG) as u64));
+            group.bench_function(format!("4 percent, {name}"), |b| {
+                b.iter(|| call.attend_to(&cpu, &heads, &spans, &params, &mut w));
+            });
+        }
+    }
+}
+
 fn short_decode(c: &mut Criterion) {
     let mut group = c.benchmark_group("decode_short/d64/f16/g3");
     let (single, cpu) = (Cpu::with_threads(1).unwrap(), Cpu::default());
@@ -298,6 +343,6 @@ fn others(c: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
-    targets = decode, packed, dot_scores, short_decode, prefill, others
+    targets = decode, packed, dot_scores, sparse, short_decode, prefill, others
 }
 criterion_main!(benches);

@@ -5,7 +5,9 @@
 // one run are dispatched in order and continue from the stored state with the same arithmetic, so the bits
 // of a result do not depend on which slab a page happened to get.
 //
-// Per chunk of up to 64 entries of a page: thread = entry computes eight logits; the maximum is reduced in
+// With CHOSEN a run is a range of a table of entries, each of which may lie anywhere in the slab.
+//
+// Per chunk of up to 64 entries (of a page, or of the table): thread = entry computes eight logits; the maximum is reduced in
 // workgroup memory; thread = value dimension adds the weighted values to its own eight sums in `sums`.
 
 #import element
@@ -15,12 +17,14 @@
 
 override K_TYPE: u32 = 0u;
 override V_TYPE: u32 = 0u;
+// 1: `pages` holds two words per entry, that of its page and its row; `begin` and `end` count entries.
+override CHOSEN: u32 = 0u;
 
 struct Stretch {
     // Index of the run among all runs of this call: where state and sums are.
     run: u32,
     tile: u32,
-    // First page in `pages`, first row in that page, end row counted from the start of that page.
+    // First page (entry, if CHOSEN) in `pages`, first row in that page, end row counted from the start of that page.
     pages: u32,
     begin: u32,
     end: u32,
@@ -48,6 +52,16 @@ var<workgroup> weights: array<vec4<f32>, 128>;
 var<workgroup> peaks: array<vec4<f32>, 16>;
 var<workgroup> totals: array<vec4<f32>, 16>;
 
+// Element `d` of the value of entry `index` of the table.
+fn chosen_value(index: u32, d: u32) -> f32 {
+    let page = pages[2u * index];
+    let row = pages[2u * index + 1u];
+    if V_TYPE == PACKED {
+        return packed_element(VALUES, page, row, column_of(VALUES, page, d));
+    }
+    return load_element(page + params.v_offset + row * params.v_words, d, V_TYPE);
+}
+
 @compute @workgroup_size(64)
 fn main(
     @builtin(workgroup_id) id: vec3<u32>,
@@ -73,13 +87,23 @@ fn main(
     var fresh = s.resume == 0u;
     var row = s.begin;
     while row < s.end {
-        let page = pages[s.pages + row / params.capacity];
-        let local = row % params.capacity;
-        let n = min(CHUNK, min(params.capacity - local, s.end - row));
+        var page = 0u;
+        var local = 0u;
+        var n = min(CHUNK, s.end - row);
+        if CHOSEN == 0u {
+            page = pages[s.pages + row / params.capacity];
+            local = row % params.capacity;
+            n = min(n, params.capacity - local);
+        }
 
         var x = Logits(none, none);
         if t < n {
-            x = logits_of(s.tile, page, local + t);
+            var at = vec2<u32>(page, local + t);
+            if CHOSEN != 0u {
+                let index = 2u * (s.pages + row + t);
+                at = vec2<u32>(pages[index], pages[index + 1u]);
+            }
+            x = logits_of(s.tile, at.x, at.y);
         }
         weights[2u * t] = x.a;
         weights[2u * t + 1u] = x.b;
@@ -131,7 +155,25 @@ fn main(
             }
             var value = page + params.v_offset + local * params.v_words;
             var j = 0u;
-            if V_TYPE == PACKED {
+            if CHOSEN != 0u {
+                let first = s.pages + row;
+                for (; j + 4u <= n; j += 4u) {
+                    let w = 2u * j;
+                    let v = vec4<f32>(
+                        chosen_value(first + j, d),
+                        chosen_value(first + j + 1u, d),
+                        chosen_value(first + j + 2u, d),
+                        chosen_value(first + j + 3u, d),
+                    );
+                    a += v.x * weights[w] + v.y * weights[w + 2u] + v.z * weights[w + 4u] + v.w * weights[w + 6u];
+                    b += v.x * weights[w + 1u] + v.y * weights[w + 3u] + v.z * weights[w + 5u] + v.w * weights[w + 7u];
+                }
+                for (; j < n; j++) {
+                    let v = chosen_value(first + j, d);
+                    a += v * weights[2u * j];
+                    b += v * weights[2u * j + 1u];
+                }
+            } else if V_TYPE == PACKED {
                 let column = column_of(VALUES, page, d);
                 for (; j + 4u <= n; j += 4u) {
                     let w = 2u * j;

@@ -11,14 +11,18 @@ mod support;
 
 use kvsieve::device::{Encoding, Format, HeadRows, Packing, PageLayout, Pool, Segment};
 use kvsieve::geometry::{LayerShape, ModelShape};
-use kvsieve::kernel::attend::Workspace;
+use kvsieve::kernel::attend::{AttendLane, Workspace};
 use kvsieve::kernel::dot_scores::DotArgs;
 use kvsieve::kernel::{AttentionParams, Spans};
+use kvsieve::testing::cache::CacheSpec;
 use kvsieve::view::{DType, TensorView, TensorViewMut};
 use kvsieve::{Backend, Budget, Cpu, KvCache};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// What the packed entries here are.
+const INT4: Packing = Packing::new(Format::Int4);
 
 struct Counting;
 
@@ -150,6 +154,43 @@ fn dot_scores_allocate_nothing_when_warm() {
     assert_eq!(counts[1..], [0; 3], "{counts:?}");
 }
 
+/// Attention over chosen entries: lone ones, which are copied, runs, and packed ones.
+fn chosen_entries_allocate_nothing_when_warm() {
+    let params = AttentionParams {
+        group: 4,
+        d_k: 64,
+        d_v: 64,
+        scale: 0.1,
+        softcap: None,
+        window: None,
+        sink_logits: None,
+    };
+    for (run, stored) in [(1, Encoding::from(DType::F16)), (20, DType::F16.into()), (3, INT4.into())] {
+        let cpu = Cpu::with_pool(Pool::current());
+        let heads = CacheSpec::f32(1, 64, &[6000, 3000], 64).typed(stored, stored).build(&cpu).unwrap();
+        let chosen = |rows: usize| (0..rows - run).step_by(2 * run).map(|slot| slot..slot + run).collect();
+        let spans: Vec<Spans> = vec![chosen(6000), chosen(3000)];
+        let (queries, mut out, mut lse) = (vec![0.3f32; 8 * 64], vec![0.0f32; 8 * 64], vec![0.0f32; 8]);
+        let mut workspace = Workspace::default();
+        let mut call = || {
+            let lane = AttendLane {
+                heads: &heads,
+                queries: &queries,
+                positions: &[6000],
+                spans: Some(&spans),
+                out: &mut out,
+                lse: &mut lse,
+                ..AttendLane::default()
+            };
+            let before = ALLOCATIONS.load(Ordering::SeqCst);
+            cpu.attend(&params, &mut [lane], &mut workspace).unwrap();
+            ALLOCATIONS.load(Ordering::SeqCst) - before
+        };
+        call();
+        assert_eq!((0..4).map(|_| call()).sum::<usize>(), 0, "runs of {run}, {stored}");
+    }
+}
+
 /// Bits per stored element of 1,024 tokens on the geometry of SmolLM2-135M: as held, and as the cache counts.
 fn bits(recipe: &str, budget: usize) -> (f64, f64) {
     let (layers, h, d, chunk) = (30, 3, 64, 128);
@@ -198,5 +239,6 @@ fn packed_entries_take_the_bits_that_are_claimed() {
 fn the_allocator_agrees() {
     the_attend_path_allocates_nothing_when_warm();
     dot_scores_allocate_nothing_when_warm();
+    chosen_entries_allocate_nothing_when_warm();
     packed_entries_take_the_bits_that_are_claimed();
 }

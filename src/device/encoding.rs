@@ -474,16 +474,19 @@ impl<'a> PackedRows<'a> {
         code
     }
 
-    /// Rows `from .. from + len` of plane `index` as they lie, and the bytes of each: of keys a whole band, which `from`
-    /// must start and `len` not exceed, of values up to the next four, which `from` must start.
+    /// Rows `from .. from + len` of plane `index` as they lie, and the bytes of each: of keys from row `from` to the end
+    /// of a whole band, which they must not exceed, of values up to the next four, which `from` must start.
     pub fn plane_rows(&self, index: usize, from: usize, len: usize) -> (&'a [u8], usize) {
         let bytes = self.layout.plane_row(self.layout.packing.format.planes()[index]);
         let (unit, rows) = match self.layout.side {
             Side::Key => (BAND, BAND),
             Side::Value => (4, len.next_multiple_of(4)),
         };
-        debug_assert!(from.is_multiple_of(unit) && len <= rows);
-        (&self.bytes[self.layout.plane(index) + from * bytes..][..rows * bytes], bytes)
+        // Bytes of keys of a band lie by fours, those of its rows side by side.
+        let within = from % unit;
+        debug_assert!(within + len <= rows && (unit == BAND || within == 0));
+        let start = self.layout.plane(index) + (from - within) * bytes;
+        (&self.bytes[start + 4 * within..start + rows * bytes], bytes)
     }
 
     /// The parameters of `count` groups from `first` on: per group a scale, then a minimum if there is one.

@@ -2,8 +2,8 @@
 
 use kvsieve::backend::{Backend, Cpu, Reference};
 use kvsieve::device::{HeadRows, Pool};
-use kvsieve::kernel::attend::cases::{LaneSpec, cases};
-use kvsieve::kernel::attend::{Share, Workspace};
+use kvsieve::kernel::attend::cases::{Choice, LaneSpec, cases};
+use kvsieve::kernel::attend::{AttendLane, Share, Workspace};
 use kvsieve::kernel::dot_scores::DotArgs;
 use kvsieve::kernel::simd::Level;
 use kvsieve::kernel::{Spans, total_rows};
@@ -72,6 +72,14 @@ fn the_detected_level_is_the_one_the_system_reports() {
 /// The promise of `Cpu`: threads change when work is done, never what is computed.
 #[test]
 fn the_number_of_threads_changes_no_bit() {
+    same_bits(None);
+    for first in 0..Choice::ALL.len() {
+        same_bits(Some(first));
+    }
+}
+
+/// Whole, or of the entries chosen in way `first` and those after.
+fn same_bits(first: Option<usize>) {
     for case in cases().iter().filter(|c| c.name.starts_with("long") || c.name.starts_with("lanes")) {
         let run = |threads| {
             let cpu = Cpu::with_threads(threads).unwrap();
@@ -79,10 +87,15 @@ fn the_number_of_threads_changes_no_bit() {
             let queries: Vec<_> =
                 case.lanes.iter().zip(&heads).map(|(l, h)| l.queries(case.group, h)).collect();
             let mut outputs: Vec<_> = case.lanes.iter().map(|l| l.outputs(case.group)).collect();
+            let spans: Vec<_> = case.lanes.iter().map(|l| l.spans(first.unwrap_or(0))).collect();
             let mut lanes: Vec<_> = outputs
                 .iter_mut()
                 .zip(heads.iter().zip(&queries))
-                .map(|(o, (heads, queries))| o.lane(heads, queries, Share::ALL, true))
+                .zip(&spans)
+                .map(|((o, (heads, queries)), spans)| AttendLane {
+                    spans: first.map(|_| &**spans),
+                    ..o.lane(heads, queries, Share::ALL, first.is_none())
+                })
                 .collect();
             cpu.attend(&case.params(), &mut lanes, &mut Workspace::default()).unwrap();
             let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
@@ -104,7 +117,7 @@ fn the_number_of_threads_changes_no_bit() {
         };
         let one = run(1);
         for threads in [2, 5] {
-            assert!(run(threads) == one, "{} on {threads} threads", case.name);
+            assert!(run(threads) == one, "{} on {threads} threads, {first:?}", case.name);
         }
     }
 }

@@ -6,10 +6,57 @@
 
 use super::{AttendLane, Share};
 use crate::device::{Encoding, HeadRows};
-use crate::kernel::AttentionParams;
+use crate::kernel::{AttentionParams, Spans};
 use crate::testing::Random;
 use crate::testing::cache::{CacheSpec, SegmentSpec, end_position, packings, poisoned};
 use crate::view::DType;
+
+/// Ways to choose entries of a head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice {
+    /// Runs of 1 to 40 entries and gaps of as many, from the middle of one or the other.
+    Runs,
+    /// One in nine, alone.
+    Lone,
+    /// Pages of sixteen, at multiples of sixteen.
+    Pages,
+    /// All.
+    All,
+    /// None.
+    None,
+    /// The last.
+    Last,
+}
+
+impl Choice {
+    /// All, in the order of this enumeration.
+    pub const ALL: [Self; 6] = [Self::Runs, Self::Lone, Self::Pages, Self::All, Self::None, Self::Last];
+
+    /// The chosen of `rows` entries.
+    pub fn of(self, rows: usize, seed: u64) -> Spans {
+        let mut random = Random::new(seed ^ 0x5ba5);
+        let mut spans = Spans::default();
+        match self {
+            Self::Runs => {
+                let mut at = random.below(2) * random.below(40);
+                while at < rows {
+                    let end = rows.min(at + 1 + random.below(40));
+                    spans.push(at..end);
+                    at = end + 1 + random.below(40);
+                }
+            }
+            Self::Lone => (0..rows).filter(|_| random.one_in(9)).for_each(|slot| spans.push(slot..slot + 1)),
+            Self::Pages => (0..rows)
+                .step_by(16)
+                .filter(|_| random.one_in(3))
+                .for_each(|slot| spans.push(slot..rows.min(slot + 16))),
+            Self::All => spans.push(0..rows),
+            Self::None => {}
+            Self::Last => spans.push(rows.saturating_sub(1)..rows),
+        }
+        spans
+    }
+}
 
 /// One sequence of a case.
 #[derive(Clone, Debug)]
@@ -75,6 +122,13 @@ impl LaneSpec {
             ),
             positions: (0..self.tokens as i32).map(|i| start + i).collect(),
         }
+    }
+
+    /// Chosen entries of every head: head `h` in way `first + h`.
+    pub fn spans(&self, first: usize) -> Vec<Spans> {
+        let choice = |h| Choice::ALL[(first + h) % Choice::ALL.len()];
+        let rows = self.cache.rows();
+        rows.iter().enumerate().map(|(h, &n)| choice(h).of(n, self.cache.seed + h as u64)).collect()
     }
 
     /// Poisoned outputs of the right lengths.

@@ -16,30 +16,26 @@
 //! and prefill, which splits over queries. *Hurts* contexts of a few hundred entries, where splitting costs more
 //! than it spreads; they run on the calling thread.
 
+use super::cut::{Cut, Marks, Part};
 use super::{AttendLane, Workspace};
 use crate::device::HeadRows;
 use crate::device::encoding::rotate;
 use crate::device::page::Side;
 use crate::error::KernelError;
-use crate::kernel::AttentionParams;
 use crate::kernel::attention_mass::cpu::{HeadMass, mass_len};
 use crate::kernel::merge_partials::cpu::merge;
+use crate::kernel::simd::chosen::{ChosenTiles, Copies};
 use crate::kernel::simd::gemm::PAD;
 use crate::kernel::simd::math::{add_scaled, exp, scale};
 use crate::kernel::simd::prefetch::Ahead;
 use crate::kernel::simd::tile::{
-    BLOCK, QueryBlock, ScoreScratch, TILE, digits_len, first_slot, padded_bias, page_count, rotation_len,
-    tiles,
+    BLOCK, QueryBlock, ScoreScratch, TILE, Tile, digits_len, first_slot, padded_bias, rotation_len, tiles,
 };
 use crate::kernel::simd::{Exec, Lent, both, dispatch, take};
+use crate::kernel::{AttentionParams, Spans};
 use fearless_simd::{Simd, SimdBase};
+use std::iter::Peekable;
 use std::ops::Range;
-
-/// Fewest entries of a chunk: below, merging and starting tasks would cost more than they spread.
-const CHUNK_MIN: usize = 1024;
-
-/// Most items a KV head is cut into by chunks. More would only add partial results to merge.
-const ITEMS_MAX: usize = 32;
 
 /// Up to this many queries the logits are kept and turned into attention mass; beyond, a second pass over the
 /// keys is cheaper than the memory.
@@ -58,10 +54,10 @@ pub fn run(
     for lane in lanes.iter() {
         lane.validate(params)?;
     }
-    let work = lanes.iter().map(|l| l.heads.iter().map(|h| operations(params, l, h)).sum::<usize>()).sum();
+    let work = lanes.iter().map(|l| all_operations(params, l)).sum();
     // A share of the entries comes from one of the host's own threads: it brings the parallelism.
     let tasks = if lanes.iter().any(|l| l.share.of > 1) { 1 } else { exec.tasks(work) };
-    let scratch = scratch_len(params);
+    let scratch = scratch_len(params, lanes.iter().any(|l| l.spans.is_some()));
     let buffers: usize = lanes.iter().map(|l| buffer_len(params, l)).sum();
     // Scratch first, so that it keeps the workspace's alignment.
     let (scratch, buffers) = workspace.take(tasks * scratch + buffers).split_at_mut(tasks * scratch);
@@ -75,61 +71,14 @@ struct Context<'a> {
     params: &'a AttentionParams<'a>,
 }
 
-/// Multiplications and additions of a head, halved where causality hides half.
-fn operations(params: &AttentionParams<'_>, lane: &AttendLane<'_>, head: &HeadRows) -> usize {
-    head.rows() * params.group * lane.positions.len() * (params.d_k + params.d_v)
+/// Multiplications and additions of head `h`, halved where causality hides half.
+fn operations(params: &AttentionParams<'_>, lane: &AttendLane<'_>, h: usize) -> usize {
+    let entries = lane.spans.map_or_else(|| lane.heads[h].rows(), |s| s[h].rows());
+    entries * params.group * lane.positions.len() * (params.d_k + params.d_v)
 }
 
-/// How one KV head's work is cut.
-#[derive(Clone, Copy, Debug)]
-struct Cut {
-    /// `G·T`.
-    rows: usize,
-    /// Rows per block, but for the last.
-    block: usize,
-    blocks: usize,
-    chunks: usize,
-    first_page: usize,
-    pages: usize,
-}
-
-impl Cut {
-    fn new(params: &AttentionParams<'_>, lane: &AttendLane<'_>, head: &HeadRows) -> Self {
-        let rows = params.group * lane.positions.len();
-        // Blocks of equal size rather than full ones and a rest.
-        let block = rows.div_ceil(rows.div_ceil(BLOCK).max(1)).next_multiple_of(4).clamp(4, BLOCK);
-        let blocks = rows.div_ceil(block);
-        let pages = lane.share.range(page_count(head));
-        let entries = first_slot(head, pages.end) - first_slot(head, pages.start);
-        let most = (ITEMS_MAX / blocks.max(1)).max(1);
-        let chunks = (entries / CHUNK_MIN).clamp(1, most).min(pages.len().max(1));
-        Self { rows, block, blocks, chunks, first_page: pages.start, pages: pages.len() }
-    }
-
-    fn items(&self) -> usize {
-        self.blocks * self.chunks
-    }
-
-    /// Row of the partial results at which item `i` starts.
-    fn row(&self, i: usize) -> usize {
-        i / self.blocks.max(1) * self.rows + i % self.blocks.max(1) * self.block
-    }
-
-    fn block_rows(&self, i: usize) -> Range<usize> {
-        let first = i % self.blocks * self.block;
-        first..(first + self.block).min(self.rows)
-    }
-
-    fn chunk_pages(&self, i: usize) -> Range<usize> {
-        let c = i / self.blocks;
-        let page = |c| self.first_page + self.pages * c / self.chunks;
-        page(c)..page(c + 1)
-    }
-
-    /// Floats of partial results: `[chunks, rows, d_v]` and `[chunks, rows]`.
-    fn partial(&self, d_v: usize) -> usize {
-        if self.chunks == 1 { 0 } else { self.chunks * self.rows * (d_v + 1) }
-    }
+fn all_operations(params: &AttentionParams<'_>, lane: &AttendLane<'_>) -> usize {
+    (0..lane.heads.len()).map(|h| operations(params, lane, h)).sum()
 }
 
 /// Whether logits are kept for the mass: only then is a block one item per chunk.
@@ -137,21 +86,19 @@ fn keeps(params: &AttentionParams<'_>, lane: &AttendLane<'_>) -> bool {
     lane.mass.is_some() && lane.positions.len() <= KEPT_TOKENS && params.group * lane.positions.len() <= BLOCK
 }
 
-fn head_buffer_len(params: &AttentionParams<'_>, lane: &AttendLane<'_>, head: &HeadRows) -> usize {
-    let cut = Cut::new(params, lane, head);
-    cut.partial(params.d_v) + if keeps(params, lane) { cut.rows * head.rows() } else { 0 }
+fn head_buffer_len(params: &AttentionParams<'_>, lane: &AttendLane<'_>, h: usize) -> usize {
+    let cut = Cut::new(params, lane, h);
+    cut.partial(params.d_v) + if keeps(params, lane) { cut.rows * lane.heads[h].rows() } else { 0 }
 }
 
 fn buffer_len(params: &AttentionParams<'_>, lane: &AttendLane<'_>) -> usize {
-    lane.heads.iter().map(|h| head_buffer_len(params, lane, h)).sum()
+    (0..lane.heads.len()).map(|h| head_buffer_len(params, lane, h)).sum()
 }
 
 fn over_lanes(context: &Context<'_>, lanes: &mut [AttendLane<'_>], buffers: &mut [f32], lent: Lent<'_>) {
     let params = context.params;
     if lanes.len() > 1 {
-        let weight = |lanes: &[AttendLane<'_>]| {
-            lanes.iter().map(|l| l.heads.iter().map(|h| operations(params, l, h)).sum::<usize>()).sum()
-        };
+        let weight = |lanes: &[AttendLane<'_>]| lanes.iter().map(|l| all_operations(params, l)).sum();
         let (left, right) = lanes.split_at_mut(lanes.len() / 2);
         let (a, b) = buffers.split_at_mut(left.iter().map(|l| buffer_len(params, l)).sum());
         let weights = (weight(left), weight(right));
@@ -205,9 +152,9 @@ fn over_heads(
     let (heads, rest) = lane.heads.split_at(at);
     let entries: usize = heads.iter().map(HeadRows::rows).sum();
     let rows = at * params.group * lane.positions.len();
-    let weight = |heads: &[HeadRows]| heads.iter().map(|h| operations(params, &lane, h) + 1).sum::<usize>();
-    let weights = (weight(heads), weight(rest));
-    let left_buffers = take(&mut buffers, heads.iter().map(|h| head_buffer_len(params, &lane, h)).sum());
+    let weight = |heads: Range<usize>| heads.map(|h| operations(params, &lane, h) + 1).sum::<usize>();
+    let weights = (weight(0..at), weight(at..lane.heads.len()));
+    let left_buffers = take(&mut buffers, (0..at).map(|h| head_buffer_len(params, &lane, h)).sum());
     let left = AttendLane {
         heads,
         queries: &lane.queries[..rows * params.d_k],
@@ -237,7 +184,9 @@ fn one_head(
     lent: Lent<'_>,
 ) {
     let params = context.params;
-    let cut = Cut::new(params, &lane, head);
+    let cut = Cut::new(params, &lane, 0);
+    let spans = lane.spans.and_then(<[Spans]>::first);
+    let marks = cut.marks(spans);
     let sinks = params.sink_logits.map(|s| &s[index * params.group..(index + 1) * params.group]);
     let sinks = sinks.filter(|_| lane.share.index == 0);
     let (partial, kept) = buffers.split_at_mut(cut.partial(params.d_v));
@@ -251,6 +200,7 @@ fn one_head(
         context,
         cut,
         head,
+        chosen: spans.map(|spans| (spans, &marks)),
         sinks,
         queries,
         positions,
@@ -288,6 +238,7 @@ struct Items<'a> {
     context: &'a Context<'a>,
     cut: Cut,
     head: &'a HeadRows,
+    chosen: Option<(&'a Spans, &'a Marks)>,
     sinks: Option<&'a [f32]>,
     queries: &'a [f32],
     positions: &'a [i32],
@@ -338,7 +289,7 @@ impl Items<'_> {
             let item = Item {
                 params: self.context.params,
                 head: self.head,
-                pages: self.cut.chunk_pages(i),
+                part: self.cut.part(i, self.chosen),
                 rows: rows.clone(),
                 queries: self.queries,
                 positions: self.positions,
@@ -372,13 +323,16 @@ struct Scratch<'a> {
     sums: &'a mut [f32],
     /// The same over values that are stored rotated.
     rotated: &'a mut [f32],
+    /// Empty if no entries are chosen.
+    copies: Copies<'a>,
 }
 
-fn scratch_len(params: &AttentionParams<'_>) -> usize {
+fn scratch_len(params: &AttentionParams<'_>, chosen: bool) -> usize {
     let attend = rotation_len(params.d_k)
         + digits_len(params.d_k)
         + ScoreScratch::len(params.d_k, params.d_k.max(params.d_v))
-        + (TILE + 2 * BLOCK) * params.d_v.next_multiple_of(PAD);
+        + (TILE + 2 * BLOCK) * params.d_v.next_multiple_of(PAD)
+        + if chosen { Copies::len(params) } else { 0 };
     attend.max(mass_len(params)).next_multiple_of(PAD)
 }
 
@@ -392,15 +346,44 @@ impl<'a> Scratch<'a> {
             values: take(&mut memory, TILE * padded),
             sums: take(&mut memory, BLOCK * padded),
             rotated: take(&mut memory, BLOCK * padded),
+            copies: Copies::cut(&mut memory, params),
         }
     }
 }
 
-/// A block of query rows on the pages of a chunk.
+/// The tiles of an item.
+enum Walk<'a, I: Iterator<Item = Tile<'a>>> {
+    Pages(Peekable<I>),
+    Chosen(ChosenTiles<'a>),
+}
+
+impl<'a, I: Iterator<Item = Tile<'a>>> Walk<'a, I> {
+    #[inline(always)]
+    fn next<'t, S: Simd>(&mut self, simd: S, copies: &'t mut Copies<'_>) -> Option<Tile<'t>>
+    where
+        'a: 't,
+    {
+        match self {
+            Self::Pages(tiles) => tiles.next(),
+            Self::Chosen(tiles) => tiles.next(simd, copies),
+        }
+    }
+
+    /// A side of the tile after that.
+    #[inline(always)]
+    fn ahead(&mut self, side: Side) -> Ahead<'_> {
+        match self {
+            Self::Pages(tiles) => tiles.peek().map_or(Ahead::NONE, |t| t.ahead(side)),
+            Self::Chosen(tiles) => tiles.ahead(side),
+        }
+    }
+}
+
+/// A block of query rows on the entries of a chunk.
 struct Item<'a> {
     params: &'a AttentionParams<'a>,
     head: &'a HeadRows,
-    pages: Range<usize>,
+    part: Part<'a>,
     /// Which rows of the group's queries.
     rows: Range<usize>,
     /// Of the whole group.
@@ -418,7 +401,7 @@ impl Item<'_> {
     fn run<S: Simd>(mut self, simd: S, scratch: Scratch<'_>) {
         let (params, rows) = (self.params, self.rows.len());
         let (d_v, padded) = (params.d_v, params.d_v.next_multiple_of(PAD));
-        let Scratch { mut score, rotation, digits, values, sums, rotated } = scratch;
+        let Scratch { mut score, rotation, digits, values, sums, rotated, mut copies } = scratch;
         let block =
             QueryBlock::new(self.queries, params.d_k, self.positions, self.rows.clone(), self.head, rotation)
                 .with_digits(simd, params.d_k, self.head, digits);
@@ -436,16 +419,23 @@ impl Item<'_> {
                 *l = if *m == f32::NEG_INFINITY { 0.0 } else { 1.0 };
             }
         }
-        let start = first_slot(self.head, self.pages.start);
-        let entries = first_slot(self.head, self.pages.end) - start;
         if let Some(kept) = &mut self.kept {
             kept.fill(f32::NEG_INFINITY);
         }
-        let mut tiles = tiles(self.head, self.pages.clone()).filter(|t| t.meets(params, &block)).peekable();
-        while let Some(tile) = tiles.next() {
-            let next = tiles.peek();
-            let ahead = |side| next.map_or(Ahead::NONE, |t| t.ahead(side));
-            block.dots(simd, &tile, &mut score, &mut false, ahead(Side::Key));
+        let (mut start, mut entries) = (0, 0);
+        let mut tiles = match self.part {
+            Part::Pages(pages) => {
+                start = first_slot(self.head, pages.start);
+                entries = first_slot(self.head, pages.end) - start;
+                Walk::Pages(tiles(self.head, pages).filter(|t| t.meets(params, &block)).peekable())
+            }
+            Part::Chosen(chosen) => Walk::Chosen(ChosenTiles::new(self.head, chosen)),
+        };
+        while let Some(tile) = tiles.next(simd, &mut copies) {
+            if !tile.meets(params, &block) {
+                continue;
+            }
+            block.dots(simd, &tile, &mut score, &mut false, tiles.ahead(Side::Key));
             let bias = padded_bias(&tile);
             for r in 0..rows {
                 let x = &mut score.scores[r * TILE..(r + 1) * TILE];
@@ -468,10 +458,16 @@ impl Item<'_> {
                     most[r] = top;
                 }
                 total[r] += weights(simd, x, most[r]);
+                let unread = tile.unread();
+                if unread > 0 {
+                    x.copy_within(unread.., 0);
+                    let rest = x.len() - unread;
+                    x[rest..].fill(0.0);
+                }
             }
             let sums = if tile.rotated(Side::Value) { &mut *rotated } else { &mut *sums };
             let ScoreScratch { scores, unpack, .. } = &mut score;
-            tile.add_values(simd, scores, rows, values, unpack, sums, ahead(Side::Value));
+            tile.add_values(simd, scores, rows, values, unpack, sums, tiles.ahead(Side::Value));
         }
         if apart {
             for (sum, rotated) in

@@ -8,15 +8,18 @@
 //! *Helps* because entries a tile cannot see (the causal half, what has left a window) are cut off on the
 //! host, where positions are known. *Hurts* by a plan per call, a few microseconds per page.
 //!
+//! Units that name their entries are planned apart ([`chosen`]) and dispatched to the same shader.
+//!
 //! The mass kernels use the same tiles, so they find queries and log-sum-exp where this one left them.
+
+mod chosen;
 
 use super::{AttendLane, NAME};
 use crate::device::encoding::{rotate, rotation_block};
 use crate::device::gpu::{Binding, Call, Context, DeviceBlock, Scratch, kind, packs};
 use crate::device::page::{HeadRows, PageLayout, Side};
 use crate::error::KernelError;
-use crate::kernel::AttentionParams;
-use crate::kernel::{attention_mass, merge_partials};
+use crate::kernel::{AttentionParams, Spans, attention_mass, merge_partials};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -136,6 +139,8 @@ pub(in crate::kernel) struct Unit<'a> {
     pub(in crate::kernel) positions: &'a [i32],
     /// Which of its pages.
     pub(in crate::kernel) share: super::Share,
+    /// Its only entries to be read; of attention alone.
+    pub(in crate::kernel) spans: Option<&'a Spans>,
 }
 
 impl Unit<'_> {
@@ -159,7 +164,8 @@ pub(in crate::kernel) fn units<'a>(
     positions: &'a [i32],
     share: super::Share,
 ) -> impl Iterator<Item = Unit<'a>> {
-    heads.iter().enumerate().map(move |(index, head)| Unit { lane, head, index, queries, positions, share })
+    let unit = move |(index, head)| Unit { lane, head, index, queries, positions, share, spans: None };
+    heads.iter().enumerate().map(unit)
 }
 
 /// Up to eight query rows of one unit.
@@ -268,8 +274,11 @@ pub(in crate::kernel) struct Softmax {
     pub(in crate::kernel) lse: Scratch,
 }
 
-/// The segments of a unit.
+/// The segments of a unit; none if it names its entries.
 fn segments<'a>(unit: &Unit<'a>) -> Result<Vec<Segment<'a>>, KernelError> {
+    if unit.spans.is_some() {
+        return Ok(Vec::new());
+    }
     let total = unit.head.pages().count();
     let share = unit.share.range(total);
     let mut found = Vec::new();
@@ -421,19 +430,25 @@ pub(in crate::kernel) fn record(
         params.d_v = 0;
     }
     let plan = plan(&params, units, tiles)?;
-    let runs: usize = plan.runs.iter().map(Vec::len).sum();
+    let whole: usize = plan.runs.iter().map(Vec::len).sum();
+    let chosen = chosen::plan(&params, units, tiles, whole)?;
+    let runs = whole + chosen.parts.iter().map(|p| p.all).sum::<usize>();
     let sums = call.scratch(runs * TILE * params.d_v);
     let states = call.scratch(runs * TILE * 2);
     let pages: Vec<u32> = plan.segments.iter().flat_map(|s| s.pages.iter().map(|(b, _)| b.word())).collect();
     let pages = call.upload(&pages);
-    for batch in rounds(&plan).iter().flatten() {
+    let table = if chosen.table.is_empty() { pages.clone() } else { call.upload(&chosen.table) };
+    let rounds = rounds(&plan);
+    let whole_pages = rounds.iter().flatten().map(|batch| (batch, &pages, &[][..]));
+    let entries = chosen.batches.iter().map(|batch| (batch, &table, &[("CHOSEN", 1)][..]));
+    for (batch, places, constant) in whole_pages.chain(entries) {
         let count = batch.stretches.len();
         let block = Params::new(&params, batch.layout, 0, 0..count);
-        let constants =
-            [("K_TYPE", kind(batch.layout, Side::Key)), ("V_TYPE", kind(batch.layout, Side::Value))];
+        let types = [("K_TYPE", kind(batch.layout, Side::Key)), ("V_TYPE", kind(batch.layout, Side::Value))];
+        let constants = [&types[..], constant].concat();
         let bindings = [
             Binding::Slab(batch.slab.clone()),
-            pages.clone(),
+            places.clone(),
             call.upload(&batch.stretches),
             uploaded.positions.clone(),
             uploaded.queries(batch.layout),
@@ -445,11 +460,16 @@ pub(in crate::kernel) fn record(
     }
 
     let mut rows = Vec::with_capacity(tiles.len() * TILE);
-    let mut part = 0;
+    // The parts of whole pages come first.
+    let (mut whole_part, mut chosen_part) = (0, whole as u32);
     for (i, (tile, runs)) in tiles.iter().zip(&plan.runs).enumerate() {
         let unit = &units[tile.unit];
         let turned = |run: &&Run| plan.segments[run.segment].layout.rotated(Side::Value);
-        let rotated = runs.iter().filter(turned).count() as u32;
+        let of_pages = chosen::Parts { all: runs.len(), rotated: runs.iter().filter(turned).count() };
+        let (part, parts) = match unit.spans {
+            Some(_) => (&mut chosen_part, chosen.parts[i]),
+            None => (&mut whole_part, of_pages),
+        };
         for r in 0..tile.rows {
             let query_head = unit.index * params.group + (tile.first + r) % params.group;
             let sink = params
@@ -457,15 +477,15 @@ pub(in crate::kernel) fn record(
                 .filter(|_| unit.share.index == 0)
                 .map_or(NONE, |s| s[query_head].max(NONE));
             rows.push(merge_partials::gpu::Row {
-                part,
-                parts: runs.len() as u32,
-                rotated,
+                part: *part,
+                parts: parts.all as u32,
+                rotated: parts.rotated as u32,
                 lane: r as u32,
                 target_row: (i * TILE + r) as u32,
                 sink,
             });
         }
-        part += runs.len() as u32;
+        *part += parts.all as u32;
     }
     let strides = merge_partials::gpu::Params {
         d_v: params.d_v as u32,
@@ -513,10 +533,11 @@ pub(crate) fn run(
     let mut all = Vec::new();
     for (i, lane) in lanes.iter_mut().enumerate() {
         let AttendLane { heads, queries, positions, share, spans, out, lse, mass } = lane;
-        if spans.is_some() {
-            return Err(KernelError::Unsupported { backend: "gpu", kernel: NAME, detail: "spans".into() });
-        }
-        all.extend(units(i, heads, queries, positions, *share));
+        let spans = *spans;
+        all.extend(
+            units(i, heads, queries, positions, *share)
+                .map(|unit| Unit { spans: spans.map(|s| &s[unit.index]), ..unit }),
+        );
         results.push((out, lse, mass));
     }
     let tiles = tiles(params, &all);

@@ -18,6 +18,7 @@
 #[cfg(any(test, feature = "testing"))]
 pub mod cases;
 pub mod cpu;
+mod cut;
 #[cfg(feature = "gpu")]
 pub mod gpu;
 pub mod reference;

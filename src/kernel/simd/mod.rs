@@ -38,6 +38,7 @@ macro_rules! dispatch {
 }
 pub(crate) use dispatch;
 
+pub(crate) mod chosen;
 pub(crate) mod digits;
 pub(crate) mod dots;
 pub(crate) mod gemm;

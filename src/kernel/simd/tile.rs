@@ -18,7 +18,7 @@ use super::prefetch::Ahead;
 use super::unpack::{self, UnpackScratch, Weighed};
 use super::widen::{Source, widen};
 use crate::device::encoding::{PackedRows, rotate};
-use crate::device::page::{PageRef, Rows, Side};
+use crate::device::page::{PageLayout, PageRef, Rows, Side};
 use crate::device::{HeadRows, Segment};
 use crate::kernel::AttentionParams;
 use bytemuck::cast_slice;
@@ -76,17 +76,24 @@ pub(crate) fn page_of(head: &HeadRows, slot: usize) -> usize {
     pages
 }
 
-/// Up to [`TILE`] entries of one page.
+/// Up to [`TILE`] entries of one page, or copies of as many.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tile<'a> {
-    page: PageRef<'a>,
-    /// All rows of the page.
-    keys: Rows<'a>,
-    values: Rows<'a>,
-    /// Index of the first within the page.
-    from: usize,
+    pub(super) layout: &'a PageLayout,
+    /// Slot of the first entry within the head; of copies it means nothing.
+    pub(super) slot: usize,
+    /// Of the entries.
+    pub(super) positions: &'a [i32],
+    pub(super) bias: Option<&'a [f32]>,
+    /// All rows of the page, or the copies.
+    pub(super) keys: Rows<'a>,
+    pub(super) values: Rows<'a>,
+    /// Index of the first within these.
+    pub(super) from: usize,
     /// How many, at least one.
     pub len: usize,
+    /// Which of them are read, the first in the lowest bit. The others lie between and have no weight.
+    pub(super) chosen: u64,
 }
 
 /// The tiles of some pages of a head.
@@ -95,15 +102,26 @@ pub(crate) fn tiles(head: &HeadRows, pages: Range<usize>) -> impl Iterator<Item 
         // Once per page: where what lies in a packed one takes divisions to find.
         let stored = |side| page.layout.rows(page.page, side);
         let (keys, values) = (stored(Side::Key), stored(Side::Value));
+        let (layout, chosen) = (&**page.layout, u64::MAX);
         let len = move |from: usize| (page.rows - from).min(TILE);
-        (0..page.rows).step_by(TILE).map(move |from| Tile { page, keys, values, from, len: len(from) })
+        (0..page.rows).step_by(TILE).map(move |from| {
+            let (len, slot) = (len(from), page.first + from);
+            let positions = &page.page.positions[from..from + len];
+            let bias = page.bias().map(|b| &b[from..from + len]);
+            Tile { layout, slot, positions, bias, keys, values, from, len, chosen }
+        })
     })
 }
 
 impl<'a> Tile<'a> {
     /// Slot of the first entry within the head.
     pub(crate) fn slot(&self) -> usize {
-        self.page.first + self.from
+        self.slot
+    }
+
+    /// How many of the first entries have no value to be read: whole fours, as packed values lie.
+    pub(crate) fn unread(&self) -> usize {
+        self.chosen.trailing_zeros() as usize & !3
     }
 
     /// The stored rows of a side, to be requested ahead of their use. Of a packed side, which lies in planes, an
@@ -115,12 +133,12 @@ impl<'a> Tile<'a> {
             Rows::Bf16(s) => cast_slice(s),
             Rows::Packed(p) => p.bytes,
         };
-        let at = |row: usize| bytes.len() * row / self.page.layout.capacity;
+        let at = |row: usize| bytes.len() * row / self.layout.capacity;
         Ahead::new(&bytes[at(self.from)..at(self.from + self.len)])
     }
 
     /// All rows of a side of the page.
-    fn stored(&self, side: Side) -> Rows<'a> {
+    pub(super) fn stored(&self, side: Side) -> Rows<'a> {
         match side {
             Side::Key => self.keys,
             Side::Value => self.values,
@@ -131,19 +149,26 @@ impl<'a> Tile<'a> {
     /// first of their band, so theirs keep it.
     pub(crate) fn narrowed(self, rows: Range<usize>) -> Self {
         match self.keys {
-            Rows::Packed(_) => Self { len: rows.end, ..self },
-            _ => Self { from: self.from + rows.start, len: rows.len(), ..self },
+            Rows::Packed(_) => Self {
+                positions: &self.positions[..rows.end],
+                bias: self.bias.map(|bias| &bias[..rows.end]),
+                len: rows.end,
+                ..self
+            },
+            _ => Self {
+                slot: self.slot + rows.start,
+                positions: &self.positions[rows.clone()],
+                bias: self.bias.map(|bias| &bias[rows.clone()]),
+                from: self.from + rows.start,
+                len: rows.len(),
+                ..self
+            },
         }
     }
 
     fn positions(&self) -> &'a [i32] {
-        let positions = &self.page.positions()[self.from..self.from + self.len];
-        debug_assert!(positions.is_sorted(), "positions of a head must ascend");
-        positions
-    }
-
-    fn bias(&self) -> Option<&'a [f32]> {
-        self.page.bias().map(|b| &b[self.from..self.from + self.len])
+        debug_assert!(self.positions.is_sorted(), "positions of a head must ascend");
+        self.positions
     }
 
     /// What a query at `position` sees of the tile.
@@ -179,22 +204,27 @@ impl<'a> Tile<'a> {
                 .is_none_or(|w| i64::from(entries[self.len - 1]) > i64::from(least) - i64::from(w))
     }
 
-    /// The rows of a side from the tile's first, with their stride in elements: where they are stored, or
+    /// Rows `from .. from + len` of a side, with their stride in elements: where they are stored, or
     /// decoded into `scratch` if they are packed values (and then still rotated). Packed keys are not rows any more.
     #[inline(always)]
-    fn rows<'s, S: Simd>(&self, simd: S, side: Side, scratch: &'s mut UnpackScratch<'_>) -> (Rows<'s>, usize)
+    fn rows<'s, S: Simd>(
+        &self,
+        simd: S,
+        side: Side,
+        (from, len): (usize, usize),
+        scratch: &'s mut UnpackScratch<'_>,
+    ) -> (Rows<'s>, usize)
     where
         'a: 's,
     {
-        let layout = self.page.layout;
-        let stride = layout.row_stride(side);
-        let span = self.from * stride..(self.from + self.len - 1) * stride + layout.dim(side);
+        let stride = self.layout.row_stride(side);
+        let span = from * stride..(from + len - 1) * stride + self.layout.dim(side);
         match self.stored(side) {
             Rows::F32(s) => (Rows::F32(&s[span]), stride),
             Rows::F16(s) => (Rows::F16(&s[span]), stride),
             Rows::Bf16(s) => (Rows::Bf16(&s[span]), stride),
             Rows::Packed(p) => {
-                let stride = scratch.decode_values(simd, &p, (self.from, self.len));
+                let stride = scratch.decode_values(simd, &p, (from, len));
                 (Rows::F32(scratch.rows()), stride)
             }
         }
@@ -210,11 +240,12 @@ impl<'a> Tile<'a> {
 
     /// Whether rows of a side are stored rotated.
     pub(crate) fn rotated(&self, side: Side) -> bool {
-        self.page.layout.encoding(side).packed().is_some_and(|p| p.hadamard)
+        self.layout.rotated(side)
     }
 
-    /// `sums += weights · values` for the first `rows` rows. Values are read in place where their rows are
-    /// whole vectors and few query rows share them; otherwise they are first widened into `scratch`.
+    /// `sums += weights · values` for the first `rows` rows, whose weights start behind the entries that are
+    /// [`Tile::unread`]. Values are read in place where their rows are whole vectors and few query rows share them;
+    /// otherwise they are first widened into `scratch`.
     #[allow(clippy::too_many_arguments, reason = "three kinds of scratch that the caller owns")]
     #[inline(always)]
     pub(crate) fn add_values<S: Simd>(
@@ -227,38 +258,39 @@ impl<'a> Tile<'a> {
         sums: &mut [f32],
         ahead: Ahead<'_>,
     ) {
-        let d = self.page.layout.d_v;
+        let d = self.layout.d_v;
         let padded = d.next_multiple_of(PAD);
+        let (from, len) = (self.from + self.unread(), self.len - self.unread());
         if let Some(packed) = self.by_row(Side::Value) {
             // Columns to whole vectors: levels are there up to their stride, sums up to `padded`.
             if rows <= dots::ROWS_MAX && integer::pays(simd) {
-                let (values, scales, scaled) = unpack.levels(simd, &packed, (self.from, self.len));
+                let (values, scales, scaled) = unpack.levels(simd, &packed, (from, len));
                 let mut weighed = [Weighed::NONE; dots::ROWS_MAX];
                 for row in 0..rows {
                     let (w, out) = (&weights[row * TILE..], &mut scaled[row * TILE..(row + 1) * TILE]);
-                    weighed[row] = scales.weigh(simd, w, self.len, out);
+                    weighed[row] = scales.weigh(simd, w, len, out);
                 }
                 let sizes = weighed[..rows].iter().map(|w| w.scaled);
                 let scaled = Digits::of_weights(simd, Matrix { data: scaled, stride: TILE }, sizes);
                 let (finish, sums) = (scales.for_sums(weighed), Matrix { data: sums, stride: padded });
-                let extent = (rows, self.len.div_ceil(4), d);
+                let extent = (rows, len.div_ceil(4), d);
                 integer::multiply(simd, &scaled, values, sums, extent, &finish, ahead);
             } else {
-                let (values, scales, scaled) = unpack.quads(simd, &packed, (self.from, self.len));
+                let (values, scales, scaled) = unpack.quads(simd, &packed, (from, len));
                 for row in 0..rows {
                     let (w, out) = (&weights[row * TILE..], &mut scaled[row * TILE..(row + 1) * TILE]);
-                    let weighed = scales.weigh(simd, w, self.len, out);
+                    let weighed = scales.weigh(simd, w, len, out);
                     scales.finish_sums(simd, weighed, &mut sums[row * padded..(row + 1) * padded]);
                 }
                 let scaled = Matrix { data: &*scaled, stride: TILE };
-                gemm::multiply(simd, scaled, values, sums, padded, (rows, self.len, d), true, ahead);
+                gemm::multiply(simd, scaled, values, sums, padded, (rows, len, d), true, ahead);
             }
             return;
         }
         let weights = Matrix { data: weights, stride: TILE };
-        let extent = (rows, self.len, d);
+        let extent = (rows, len, d);
         let whole = d.is_multiple_of(S::f32s::LEN);
-        let (stored, stride) = self.rows(simd, Side::Value, unpack);
+        let (stored, stride) = self.rows(simd, Side::Value, (from, len), unpack);
         match stored {
             Rows::F32(data) if whole => {
                 let values = Matrix { data, stride };
@@ -274,7 +306,7 @@ impl<'a> Tile<'a> {
             }
             _ => {}
         }
-        for (i, row) in scratch.chunks_exact_mut(padded).take(self.len).enumerate() {
+        for (i, row) in scratch.chunks_exact_mut(padded).take(len).enumerate() {
             widen(simd, stored, i * stride, &mut row[..d]);
         }
         let values = Matrix { data: &*scratch, stride: padded };
@@ -462,7 +494,7 @@ impl<'a> QueryBlock<'a> {
         turned: &mut bool,
         ahead: Ahead<'_>,
     ) {
-        let d = tile.page.layout.d_k;
+        let d = tile.layout.d_k;
         let data = if tile.rotated(Side::Key) { self.rotated } else { self.queries };
         let q = Matrix { data, stride: d };
         // (rows, inner dimension, columns) of a product of matrices.
@@ -500,13 +532,13 @@ impl<'a> QueryBlock<'a> {
         }
         if self.rows > dots::ROWS_MAX {
             if !std::mem::replace(turned, true) {
-                let (stored, stride) = tile.rows(simd, Side::Key, unpack);
+                let (stored, stride) = tile.rows(simd, Side::Key, (tile.from, tile.len), unpack);
                 transpose_keys(simd, stored, stride, d, tile.len, keys);
             }
             let k = Matrix { data: &**keys, stride: TILE };
             return gemm::multiply(simd, q, k, scores, TILE, extent, false, ahead);
         }
-        match tile.rows(simd, Side::Key, unpack) {
+        match tile.rows(simd, Side::Key, (tile.from, tile.len), unpack) {
             (Rows::F32(data), stride) => {
                 dots::dots(simd, q, Matrix { data, stride }, extent, scores, TILE, ahead);
             }
@@ -577,12 +609,22 @@ pub(crate) fn unmasked<S: Simd>(
 }
 
 /// β of a tile padded to its full length, for [`QueryBlock::logits`] and [`unmasked`].
+/// β of a tile padded to its full length, for [`QueryBlock::logits`]; `−∞` for entries that are not chosen.
 pub(crate) fn padded_bias(tile: &Tile<'_>) -> Option<[f32; TILE]> {
-    tile.bias().map(|bias| {
-        let mut padded = [0.0; TILE];
+    let all = tile.chosen == u64::MAX;
+    if all && tile.bias.is_none() {
+        return None;
+    }
+    let mut padded = [0.0; TILE];
+    if let Some(bias) = tile.bias {
         padded[..bias.len()].copy_from_slice(bias);
-        padded
-    })
+    }
+    if !all {
+        for (j, x) in padded.iter_mut().enumerate() {
+            *x = if tile.chosen >> j & 1 == 1 { *x } else { f32::NEG_INFINITY };
+        }
+    }
+    Some(padded)
 }
 
 /// Scratch of one task that scores tiles.

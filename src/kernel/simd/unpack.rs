@@ -457,6 +457,13 @@ fn levels<'a, S: Simd>(
     let words = if format.planes() == [8] {
         packed.plane_rows(0, from, len).0
     } else {
+        // Of keys, rows within a band: the same few vectors of every step.
+        let within = from % unit;
+        let (from, span) = match layout.side {
+            Side::Key => (from - within, Some((4 * within, 4 * (within + len)))),
+            Side::Value => (from, None),
+        };
+        let len = len + within;
         let levels = &mut cast_slice_mut::<_, i8>(room)[..len.next_multiple_of(unit) * layout.padded()];
         let mut planes = [(&[][..], 0); 2];
         for (index, plane) in planes.iter_mut().enumerate().take(format.planes().len()) {
@@ -465,9 +472,9 @@ fn levels<'a, S: Simd>(
         }
         simd.vectorize(
             #[inline(always)]
-            || spread(simd, format, planes, levels, unit * layout.padded()),
+            || spread(simd, format, planes, span, levels, unit * layout.padded()),
         );
-        cast_slice(&*levels)
+        &cast_slice(&*levels)[4 * within..]
     };
     Quads { words: cast_slice(words), stride }
 }
@@ -490,10 +497,17 @@ impl Quads<'_> {
     }
 }
 
-/// The levels of the rows of some planes, row `i` at `i * stride`.
+/// The levels of the rows of some planes, row `i` at `i * stride`; of each step of a band of keys only the bytes `span`.
 #[inline(always)]
-fn spread<S: Simd>(simd: S, format: Format, planes: [(&[u8], usize); 2], out: &mut [i8], stride: usize) {
-    let planes = Planes { planes, stride };
+fn spread<S: Simd>(
+    simd: S,
+    format: Format,
+    planes: [(&[u8], usize); 2],
+    span: Option<(usize, usize)>,
+    out: &mut [i8],
+    stride: usize,
+) {
+    let planes = Planes { planes, span, stride };
     match (format.planes(), format.table().is_some()) {
         ([4], true) => planes.spread::<S, 4, false, true>(simd, format, out),
         ([4], false) => planes.spread::<S, 4, false, false>(simd, format, out),
@@ -508,6 +522,8 @@ fn spread<S: Simd>(simd: S, format: Format, planes: [(&[u8], usize); 2], out: &m
 /// A plane of some bits of codes, and perhaps one of their highest bit; with the bytes of a row of each.
 struct Planes<'a> {
     planes: [(&'a [u8], usize); 2],
+    /// Which bytes of every `4 * BAND`; all if there is none.
+    span: Option<(usize, usize)>,
     /// Bytes from one row of levels to the next.
     stride: usize,
 }
@@ -556,10 +572,14 @@ impl Planes<'_> {
         let bit = V::splat(simd, 1 << WIDTH);
         // A row of the narrow plane serves every part of a row of the wide one.
         let (parts, part) = if MORE { (WIDTH, bits_row) } else { (1, row) };
+        let (pitch, first, last) = match self.span {
+            Some((first, last)) => (4 * BAND, first - first % V::LEN, last.next_multiple_of(V::LEN)),
+            None => (part, 0, part),
+        };
         for (i, out) in out.chunks_exact_mut(self.stride).enumerate() {
-            for p in 0..parts {
-                for at in (0..part).step_by(V::LEN) {
-                    let at = p * part + at;
+            for at in (0..parts * part / pitch).map(|step| step * pitch) {
+                let p = at / part;
+                for at in (at + first..at + last).step_by(V::LEN) {
                     let loaded = V::from_slice(simd, &plane[i * row + at..][..V::LEN]);
                     let mut above = V::splat(simd, 0);
                     if MORE {

@@ -5,9 +5,9 @@
 
 use super::{Effort, Failure, KernelReport, compare, expect_length_error, expect_same_bits, expect_written};
 use crate::backend::{Backend, Reference};
-use crate::device::Segment;
 use crate::device::page::{HeadRows, Side};
-use crate::kernel::attend::cases::{AttentionCase, Outputs, Queries, cases};
+use crate::device::{Format, Packing, Segment};
+use crate::kernel::attend::cases::{AttentionCase, Choice, Outputs, Queries, cases};
 use crate::kernel::attend::{self, Share, Workspace};
 use crate::kernel::attention_mass::{self, MassArgs};
 use crate::kernel::dot_scores::{self, DotArgs};
@@ -16,7 +16,7 @@ use crate::kernel::row_norms::NormArgs;
 use crate::kernel::window_scores::{self, WindowArgs, WindowReduce};
 use crate::kernel::{Spans, total_rows};
 use crate::testing::Random;
-use crate::testing::cache::poisoned;
+use crate::testing::cache::{SegmentSpec, poisoned};
 use crate::view::DType;
 
 /// A case stored on the reference and on the backend under test.
@@ -69,11 +69,27 @@ impl Stored {
         share: Share,
         mass: bool,
     ) -> Result<Vec<Outputs>, Failure> {
+        self.attend_to(on, heads, None, share, mass)
+    }
+
+    /// Of each lane and head only the entries `spans`, if there are any.
+    fn attend_to(
+        &self,
+        on: &dyn Backend,
+        heads: &[Vec<HeadRows>],
+        spans: Option<&[Vec<Spans>]>,
+        share: Share,
+        mass: bool,
+    ) -> Result<Vec<Outputs>, Failure> {
         let mut outputs: Vec<Outputs> = self.case.lanes.iter().map(|l| l.outputs(self.case.group)).collect();
         let mut lanes: Vec<_> = outputs
             .iter_mut()
             .zip(heads.iter().zip(&self.queries))
-            .map(|(o, (heads, queries))| o.lane(heads, queries, share, mass))
+            .enumerate()
+            .map(|(i, (o, (heads, queries)))| {
+                let spans = spans.map(|s| &*s[i]);
+                attend::AttendLane { spans, ..o.lane(heads, queries, share, mass) }
+            })
             .collect();
         on.attend(&self.case.params(), &mut lanes, &mut Workspace::default())?;
         Ok(outputs)
@@ -189,8 +205,12 @@ pub fn attend(backend: &dyn Backend, effort: Effort) -> KernelReport {
             if i % 3 == 0 {
                 worst = worst.max(shares(&stored, backend, &want, 2 + i % 6)?);
             }
+            worst = worst.max(chosen(&stored, backend, i, &want)?);
             Ok(worst)
         });
+    }
+    for choice in Choice::ALL {
+        report.case(format!("long, {choice:?} chosen"), || long_chosen(backend, choice));
     }
     report.case("pages shared by two lanes", || shared_pages(backend));
     attend_lengths(&mut report, backend);
@@ -213,6 +233,48 @@ fn shares(stored: &Stored, backend: &dyn Backend, want: &[Outputs], of: usize) -
         backend.merge_partials(&mut MergeArgs { parts: of, d_v, outs: &outs, lses: &lses, out, lse })?;
     }
     stored.compare(&merged, want)
+}
+
+/// Chosen entries of every head, each head in a way of its own; all of them in one of the ways.
+fn chosen(stored: &Stored, backend: &dyn Backend, first: usize, all: &[Outputs]) -> Result<f64, Failure> {
+    let spans: Vec<Vec<Spans>> = stored.case.lanes.iter().map(|l| l.spans(first)).collect();
+    let attend = |on, heads| stored.attend_to(on, heads, Some(&spans), Share::ALL, false);
+    let want = attend(&stored.reference, &stored.ours)?;
+    let got = attend(backend, &stored.theirs)?;
+    let worst = stored.compare(&got, &want).map_err(of_chosen)?;
+    let everything: Vec<Vec<Spans>> = stored
+        .case
+        .lanes
+        .iter()
+        .map(|l| l.cache.rows().into_iter().map(|n| Choice::All.of(n, 0)).collect())
+        .collect();
+    let got = stored.attend_to(backend, &stored.theirs, Some(&everything), Share::ALL, false)?;
+    Ok(worst.max(stored.compare(&got, all).map_err(of_chosen)?))
+}
+
+fn of_chosen(failure: Failure) -> Failure {
+    match failure {
+        Failure::Wrong(what) => Failure::Wrong(format!("of chosen entries: {what}")),
+        other => other,
+    }
+}
+
+/// Enough chosen entries for every way of cutting them.
+fn long_chosen(backend: &dyn Backend, choice: Choice) -> Result<f64, Failure> {
+    let Some(mut case) = cases().into_iter().find(|c| c.name == "long 4100, tokens 3") else {
+        return Err("the case it is made from is missing".to_owned().into());
+    };
+    let int8 = Packing::new(Format::Int8);
+    case.lanes[0].cache.heads = vec![
+        vec![SegmentSpec::f32(4, 16), SegmentSpec::stored(9000, 64, DType::F16, DType::F16)],
+        vec![SegmentSpec::stored(9000, 128, int8, int8), SegmentSpec::f32(100, 64)],
+    ];
+    let stored = Stored::new(case, backend)?;
+    let spans = |n, h| choice.of(n, h as u64);
+    let rows = stored.case.lanes[0].cache.rows();
+    let spans = vec![rows.into_iter().enumerate().map(|(h, n)| spans(n, h)).collect()];
+    let attend = |on, heads| stored.attend_to(on, heads, Some(&spans), Share::ALL, false);
+    stored.compare(&attend(backend, &stored.theirs)?, &attend(&stored.reference, &stored.ours)?)
 }
 
 /// Two lanes read the same pages, one of them fewer entries.
@@ -265,6 +327,29 @@ fn attend_lengths(report: &mut KernelReport, backend: &dyn Backend) {
                 _ => Share::ALL,
             };
             let lane = o.lane(&stored.theirs[0], &queries, share, i == 3 || i == 5);
+            expect_length_error(
+                what,
+                backend.attend(&stored.case.params(), &mut [lane], &mut Workspace::default()),
+            )
+        });
+    }
+    for (i, what) in
+        ["spans of too few heads", "spans beyond the entries", "spans with mass", "spans of a share"]
+            .into_iter()
+            .enumerate()
+    {
+        report.case(format!("wrong {what}"), || {
+            let stored = Stored::new(cases().swap_remove(40), backend)?;
+            let mut o = stored.case.lanes[0].outputs(stored.case.group);
+            let mut spans = stored.case.lanes[0].spans(0);
+            match i {
+                0 => drop(spans.pop()),
+                1 => spans[0].push(stored.theirs[0][0].rows()..stored.theirs[0][0].rows() + 1),
+                _ => {}
+            }
+            let share = Share { index: 0, of: 1 + usize::from(i == 3) };
+            let lane = o.lane(&stored.theirs[0], &stored.queries[0], share, i == 2);
+            let lane = attend::AttendLane { spans: Some(&spans), ..lane };
             expect_length_error(
                 what,
                 backend.attend(&stored.case.params(), &mut [lane], &mut Workspace::default()),
