@@ -1,0 +1,279 @@
+//! A decode step that reads what an index chose: score the units, choose, attend over the chosen entries and those that
+//! are always read, estimate the rest, and say what share of the softmax was not read.
+//!
+//! *Helps* because every index goes this one way, on every backend: through `dot_scores`, `attend` with spans, and
+//! `merge_partials`. *Hurts* by three or four kernel calls a layer where reading everything is one; so a short context
+//! is read whole.
+
+mod reader;
+mod tail;
+
+use super::KvCache;
+use super::ops::Selection;
+use super::sequence::{Sequence, SequenceId};
+use super::step::Lane;
+use crate::device::HeadRows;
+use crate::error::{CacheError, Error};
+use crate::index::choose::Ranking;
+use crate::index::{LayerIndex, Retrieval};
+use crate::kernel::attend::{AttendLane, Share, Workspace};
+use crate::kernel::{AttentionParams, Spans, total_rows};
+use crate::recipe::Budget;
+use crate::store;
+use crate::view::{Dims, TensorView};
+use reader::Reader;
+use tail::Means;
+
+/// Steps of at most this many tokens read by index; longer ones are prompts and read everything.
+pub const READ_TOKENS: usize = 8;
+
+/// What a decode step read of one layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct ReadReport {
+    /// Entries read, over all KV heads.
+    pub entries: usize,
+    /// Entries there were.
+    pub stored: usize,
+    /// Units chosen, over all KV heads; 0 where everything was read.
+    pub units: usize,
+    /// Bytes read: entries, and rows of the index.
+    pub bytes: usize,
+    /// Share of the softmax mass on entries that were not read, as the index estimates it, on average over query heads
+    /// and tokens. `None` if its summaries say nothing of it.
+    pub missing: Option<f32>,
+    /// A share that the same never exceeds, in any query head: from bounds, where the index has them and the choice is
+    /// this step's own.
+    pub missing_at_most: Option<f32>,
+}
+
+/// Units that an earlier step, or another layer, chose.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Held {
+    /// Per KV head, ascending.
+    pub(super) units: Vec<Vec<u32>>,
+    /// Units there were.
+    pub(super) of: Vec<usize>,
+    /// Steps since.
+    pub(super) age: usize,
+}
+
+impl Held {
+    /// Whether the choice is good for this index: no KV head's has grown or shrunk since.
+    pub(super) fn fits(&self, index: &LayerIndex) -> bool {
+        let units = index.heads().iter().map(|head| head.units());
+        self.of.len() == units.len() && self.of.iter().copied().eq(units)
+    }
+}
+
+/// Buffers that steps reuse.
+#[derive(Debug, Default)]
+pub(super) struct ReadScratch {
+    rankings: Vec<Ranking>,
+    bounds: Vec<Ranking>,
+    queries: Vec<f32>,
+    logits: Vec<f32>,
+    spans: Vec<Spans>,
+    slots: Vec<u32>,
+    /// Units taken now, by KV head.
+    fresh: Vec<Vec<u32>>,
+    /// What is chosen, by KV head.
+    pub(super) chosen: Held,
+    outs: Vec<f32>,
+    lses: Vec<f32>,
+    zone: Vec<f32>,
+    /// Per row: what its logits on means are to be raised by.
+    corrections: Vec<f32>,
+    /// Attention over the means of all units, where the rows are ranked by it: outputs, log-sum-exp and shares.
+    means: Means,
+}
+
+/// How a lane's attention of a layer goes.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    /// Over everything stored.
+    Whole,
+    /// Over what the index chooses, so many entries of each KV head; or over what this layer chose before.
+    Chosen { budget: usize, held: Option<usize> },
+}
+
+impl KvCache {
+    /// The attention of every lane on a layer, from scratch to scratch, where the recipe has an index.
+    ///
+    /// # Errors
+    /// A kernel's error.
+    pub(super) fn read_layer(&mut self, layer: usize) -> Result<(), Error> {
+        let Some(retrieval) = self.recipe.index.clone() else { return Ok(()) };
+        let (shape, owner) = (self.shape.layer(layer), self.shape.owner(layer));
+        let (hq, d_k, d_v) = (shape.query_heads, shape.d_k, shape.d_v);
+        for lane in 0..self.scratch.lanes.len() {
+            let lane = self.scratch.lanes[lane];
+            let Some(sequence) = self.sequences.get(&lane.id) else { continue };
+            let way = self.way(&retrieval, sequence, layer, &lane);
+            let super::scratch::Scratch { queries, positions, out, lse, read, workspace, .. } =
+                &mut self.scratch;
+            let rows = |dim: usize| lane.offset * hq * dim..(lane.offset + lane.tokens) * hq * dim;
+            let (queries, out, lse) = (&queries[rows(d_k)], &mut out[rows(d_v)], &mut lse[rows(1)]);
+            let positions = &positions[lane.offset..lane.offset + lane.tokens];
+            let (backend, heads) = (&*self.backend, sequence.layers[owner].as_slice());
+            let report = match (way, &sequence.reads[owner].index) {
+                (Way::Chosen { budget, held }, Some(index)) => {
+                    let retrieval = &*retrieval;
+                    let held = held.map(|layer| &sequence.reads[layer].held);
+                    let reader =
+                        Reader { backend, shape, retrieval, heads, index, queries, positions, budget };
+                    reader.run(held, (read, workspace), (out, lse))?
+                }
+                _ => {
+                    let share = Share::ALL;
+                    let lane =
+                        AttendLane { heads, queries, positions, share, spans: None, out, lse, mass: None };
+                    backend.attend(&AttentionParams::of(shape), &mut [lane], workspace)?;
+                    let (entries, bytes) = (total_rows(heads), heads.iter().map(store::bytes_read).sum());
+                    let (stored, nothing) = (entries, Some(0.0));
+                    ReadReport {
+                        entries,
+                        stored,
+                        units: 0,
+                        bytes,
+                        missing: nothing,
+                        missing_at_most: nothing,
+                    }
+                }
+            };
+            let keeps = retrieval.rule.every > 1 || retrieval.rule.share > 1;
+            let Some(sequence) = self.sequences.get_mut(&lane.id) else { continue };
+            let reads = &mut sequence.reads[layer];
+            reads.report = Some(report);
+            if keeps && let Way::Chosen { held, .. } = way {
+                let age = if held == Some(layer) { reads.held.age + 1 } else { 0 };
+                reads.held.clone_from(&self.scratch.read.chosen);
+                reads.held.age = age;
+            }
+        }
+        Ok(())
+    }
+
+    /// The entries a decode step with these queries would read of a layer, without reading them or changing anything:
+    /// for hosts with an attention of their own. `q` is `(T, Hq, d_k)`, the queries of the last `T` tokens, at most
+    /// [`READ_TOKENS`].
+    ///
+    /// # Errors
+    /// [`CacheError::Unsupported`] if the recipe has no index; [`CacheError::Extents`]; device errors.
+    pub fn choose(&mut self, id: SequenceId, layer: usize, q: TensorView<'_>) -> Result<Selection, Error> {
+        self.heads(id, layer)?;
+        let dims = q.dims();
+        let (shape, owner) = (self.shape.layer(layer), self.shape.owner(layer));
+        let (hq, d_k, d_v) = (shape.query_heads, shape.d_k, shape.d_v);
+        let refuse =
+            |why: String, change| Err(CacheError::Unsupported { what: "choose", why, change }.into());
+        let Some(retrieval) = self.recipe.index.clone() else {
+            return refuse(
+                format!("the recipe {} has no index", self.recipe),
+                "name one, for example quest or pages",
+            );
+        };
+        if dims.tokens == 0 || dims.tokens > READ_TOKENS {
+            return refuse(format!("{} queries", dims.tokens), "choose for 1 to 8 queries at a time");
+        }
+        let want = Dims { tokens: dims.tokens, heads: hq, dim: d_k };
+        if dims != want {
+            return Err(CacheError::Extents { layer, tensor: "q", got: dims, want }.into());
+        }
+        let mut queries = vec![0.0; hq * dims.tokens * d_k];
+        for (row, query) in queries.chunks_exact_mut(d_k).enumerate() {
+            q.read_row(row % dims.tokens, row / dims.tokens, query);
+        }
+        let sequence = self.sequence(id)?;
+        let positions: Vec<i32> =
+            (0..dims.tokens as i32).rev().map(|back| sequence.next - 1 - back).collect();
+        let lane = Lane { id: id.0, tokens: dims.tokens, ..Lane::default() };
+        let heads = sequence.layers[owner].as_slice();
+        let mut spans: Vec<Spans> =
+            heads.iter().map(|head| std::iter::once(0..head.rows()).collect()).collect();
+        if let (Way::Chosen { budget, .. }, Some(index)) =
+            (self.way(&retrieval, sequence, layer, &lane), &sequence.reads[owner].index)
+        {
+            let (backend, retrieval) = (&*self.backend, &*retrieval);
+            let reader = Reader {
+                backend,
+                shape,
+                retrieval,
+                heads,
+                index,
+                queries: &queries,
+                positions: &positions,
+                budget,
+            };
+            let (mut out, mut lse) = (vec![0.0; hq * dims.tokens * d_v], vec![0.0; hq * dims.tokens]);
+            let mut scratch = ReadScratch::default();
+            reader.run(None, (&mut scratch, &mut Workspace::default()), (&mut out, &mut lse))?;
+            for (h, (spans, units)) in spans.iter_mut().zip(&scratch.chosen.units).enumerate() {
+                index.heads()[h].spans(units, true, heads[h].rows(), spans, &mut scratch.slots);
+            }
+        }
+        Ok(Selection::of(heads, spans.iter().map(|spans| spans.slots())))
+    }
+
+    fn way(&self, retrieval: &Retrieval, sequence: &Sequence, layer: usize, lane: &Lane) -> Way {
+        let (rule, owner) = (&retrieval.rule, self.shape.owner(layer));
+        let Some(index) = &sequence.reads[owner].index else { return Way::Whole };
+        let heads = &sequence.layers[owner];
+        let rows = heads.iter().map(HeadRows::rows).max().unwrap_or(0);
+        let units: usize = index.heads().iter().map(|head| head.units()).sum();
+        // A prompt is read whole; so is a sequence whose storage is judged by what it makes of the whole.
+        let prompt = lane.tokens > READ_TOKENS || sequence.prefill_open;
+        if prompt || sequence.watched.shadow.is_some() || units == 0 || rows < rule.min_context {
+            return Way::Whole;
+        }
+        let budget = self.read_budget(sequence, owner, index);
+        let at_most = if rule.goal.is_some() { rule.most } else { 1.0 };
+        let limit = (rule.most * rows as f64) as usize;
+        if rule.goal.is_none() && budget > limit {
+            return Way::Whole;
+        }
+        let budget = budget.min((at_most * rows as f64) as usize);
+        let own = (sequence.reads[layer].held.fits(index) && sequence.reads[layer].held.age + 1 < rule.every)
+            .then_some(layer);
+        let base = layer / rule.share * rule.share;
+        let shared = (base < layer && sequence.reads[base].held.fits(index)).then_some(base);
+        Way::Chosen { budget, held: shared.or(own) }
+    }
+
+    /// Entries of each KV head of a layer that a step may read, always read ones included.
+    fn read_budget(&self, sequence: &Sequence, layer: usize, index: &LayerIndex) -> usize {
+        match self.budget {
+            None => usize::MAX,
+            Some(Budget::Bytes(bytes)) => {
+                let heads: usize =
+                    self.shape.owners().map(|layer| self.shape.layer(layer).kv_heads).sum::<usize>().max(1);
+                let tables: usize = index.rows().map(store::bytes_read).sum::<usize>() / index.heads().len();
+                let entry = self.storage[layer].iter().map(|s| s.bulk().entry_bytes()).max().unwrap_or(1);
+                (bytes / heads).saturating_sub(tables) / entry
+            }
+            Some(budget) => budget.tokens(sequence.prompt_tokens).unwrap_or(usize::MAX),
+        }
+    }
+
+    /// Brings the indexes of a sequence up to date with what is committed.
+    ///
+    /// # Errors
+    /// A kernel's error; what is in no unit yet is read always.
+    pub(super) fn extend_index(&mut self, id: SequenceId) -> Result<(), Error> {
+        let Some(retrieval) = &self.recipe.index else { return Ok(()) };
+        let Some(sequence) = self.sequences.get_mut(&id.0) else { return Ok(()) };
+        let open = sequence.prefill_open;
+        for (layer, (reads, heads)) in sequence.reads.iter_mut().zip(&sequence.layers).enumerate() {
+            if let Some(index) = &mut reads.index {
+                index.extend(
+                    &*self.backend,
+                    retrieval,
+                    self.shape.layer(layer),
+                    &self.tables[layer],
+                    heads,
+                    open,
+                )?;
+            }
+        }
+        Ok(())
+    }
+}

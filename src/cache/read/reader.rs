@@ -1,0 +1,371 @@
+//! Scores, chooses and attends.
+
+use super::super::scratch::resize;
+use super::tail::left_share;
+use super::{Held, Means, ReadReport, ReadScratch};
+use crate::backend::Backend;
+use crate::device::HeadRows;
+use crate::device::page::Side;
+use crate::error::KernelError;
+use crate::geometry::LayerShape;
+use crate::index::choose::Ranking;
+use crate::index::{Group, LayerIndex, Retrieval, Role, Tail};
+use crate::kernel::attend::{AttendLane, Share, Workspace};
+use crate::kernel::dot_scores::DotArgs;
+use crate::kernel::merge_partials::MergeArgs;
+use crate::kernel::{AttentionParams, Spans, total_rows};
+use crate::store;
+
+/// One layer of one sequence and its queries.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reader<'a> {
+    pub(super) backend: &'a dyn Backend,
+    pub(super) shape: &'a LayerShape,
+    pub(super) retrieval: &'a Retrieval,
+    pub(super) heads: &'a [HeadRows],
+    pub(super) index: &'a LayerIndex,
+    /// `[Hq, T, d_k]`.
+    pub(super) queries: &'a [f32],
+    pub(super) positions: &'a [i32],
+    /// Entries of each KV head to read.
+    pub(super) budget: usize,
+}
+
+impl Reader<'_> {
+    /// Attention over what the index chooses into `out [Hq, T, d_v]` and `lse [Hq, T]`; the choice stays in
+    /// `scratch.chosen`. With `held`, over what was chosen before.
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    pub(super) fn run(
+        &self,
+        held: Option<&Held>,
+        (scratch, workspace): (&mut ReadScratch, &mut Workspace),
+        (out, lse): (&mut [f32], &mut [f32]),
+    ) -> Result<ReadReport, KernelError> {
+        let mut report = ReadReport { stored: total_rows(self.heads), ..ReadReport::default() };
+        scratch.spans.resize_with(self.heads.len(), Spans::default);
+        scratch.means.there = false;
+        self.correct(&mut scratch.corrections);
+        if let Some(held) = held {
+            scratch.chosen.clone_from(held);
+            self.attend(scratch, true, workspace, (out, lse), &mut report)?;
+        } else {
+            self.choose(scratch, workspace, (&mut *out, &mut *lse), &mut report)?;
+        }
+        report.units = scratch.chosen.units.iter().map(Vec::len).sum();
+        if held.is_none() {
+            self.account(scratch, lse, &mut report);
+        }
+        if self.retrieval.rule.tail == Tail::Estimate {
+            self.estimate(scratch, workspace, (out, lse), &mut report)?;
+        }
+        Ok(report)
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.shape.group() * self.positions.len()
+    }
+
+    /// Scores, chooses and reads.
+    fn choose(
+        &self,
+        scratch: &mut ReadScratch,
+        workspace: &mut Workspace,
+        (out, lse): (&mut [f32], &mut [f32]),
+        report: &mut ReadReport,
+    ) -> Result<(), KernelError> {
+        let (rule, rows) = (&self.retrieval.rule, self.rows());
+        scratch.chosen.age = 0;
+        scratch.chosen.units.resize_with(self.heads.len(), Vec::new);
+        scratch.chosen.units.iter_mut().for_each(Vec::clear);
+        scratch.chosen.of.clear();
+        scratch.chosen.of.extend(self.index.heads().iter().map(|head| head.units()));
+        // A weight is a share of what a row sees, so what it sees anyway comes first; logits need no such measure.
+        let zone_first = rule.goal.is_some() || matches!(rule.group, Group::Max | Group::Sum);
+        scratch.zone.clear();
+        if zone_first {
+            self.attend(scratch, true, workspace, (&mut *out, &mut *lse), report)?;
+            scratch.zone.extend_from_slice(lse);
+        } else {
+            scratch.zone.resize(lse.len(), f32::NEG_INFINITY);
+        }
+        let mut rankings = std::mem::take(&mut scratch.rankings);
+        let scored = match self.at_once() {
+            true => self.weigh_all(scratch, &mut rankings, workspace, report),
+            false => self.score(0, scratch, &mut rankings, workspace, report),
+        };
+        scratch.rankings = rankings;
+        scored?;
+        if let Some(table) = self.bounds_beside() {
+            let mut bounds = std::mem::take(&mut scratch.bounds);
+            let scored = self.score(table, scratch, &mut bounds, workspace, report);
+            scratch.bounds = bounds;
+            scored?;
+        }
+        let mut first = true;
+        loop {
+            let mut any = false;
+            for h in 0..self.heads.len() {
+                let known = zone_first.then(|| &lse[h * rows..(h + 1) * rows]);
+                any |= self.take(h, first, known, scratch);
+            }
+            if !zone_first {
+                return self.attend(scratch, true, workspace, (out, lse), report);
+            }
+            if any {
+                self.attend_more(scratch, workspace, (&mut *out, &mut *lse), report)?;
+            }
+            first = false;
+            if rule.goal.is_none() || !any {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The table of bounds, if it is not the one that is scored.
+    pub(super) fn bounds_beside(&self) -> Option<usize> {
+        self.retrieval.table(Role::Bound).filter(|&table| table != 0)
+    }
+
+    /// Logits of a table's rows, into rankings.
+    fn score(
+        &self,
+        table: usize,
+        scratch: &mut ReadScratch,
+        rankings: &mut Vec<Ranking>,
+        workspace: &mut Workspace,
+        report: &mut ReadReport,
+    ) -> Result<(), KernelError> {
+        let (rule, rows, tables) = (&self.retrieval.rule, self.rows(), self.index.table(table));
+        let role = self.retrieval.summary.tables()[table].role;
+        scratch.queries.clear();
+        role.queries(self.shape.d_k, self.queries, &mut scratch.queries);
+        rankings.resize_with(self.heads.len(), Ranking::default);
+        let logits = resize(&mut scratch.logits, rows * total_rows(tables));
+        self.backend.dot_scores(
+            &self.table_params(role),
+            &mut DotArgs {
+                heads: tables,
+                queries: &scratch.queries,
+                tokens: self.positions.len(),
+                spans: None,
+                out: &mut *logits,
+            },
+            workspace,
+        )?;
+        report.bytes += tables.iter().map(|t| store::side_bytes_read(t, Side::Key, None)).sum::<usize>();
+        let mut start = 0;
+        for (h, (ranking, table)) in rankings.iter_mut().zip(tables).enumerate() {
+            let logits = &mut logits[start..start + rows * table.rows()];
+            start += logits.len();
+            if role == Role::Mean && table.rows() > 0 {
+                let corrections = scratch.corrections.get(h * rows..(h + 1) * rows).unwrap_or(&[]);
+                for (logits, correction) in logits.chunks_exact_mut(table.rows()).zip(corrections) {
+                    logits.iter_mut().for_each(|x| *x += correction);
+                }
+            }
+            let size = |unit| self.index.heads()[h].count(unit);
+            let sizes: Option<&dyn Fn(usize) -> usize> = if rule.by_entry { Some(&size) } else { None };
+            ranking.set(logits, &scratch.zone[h * rows..(h + 1) * rows], (rule.group, rule.fold), sizes);
+        }
+        Ok(())
+    }
+
+    /// Whether one attention over the means of all units gives both what ranks them and what the tail needs.
+    fn at_once(&self) -> bool {
+        let rule = &self.retrieval.rule;
+        self.retrieval.summary.tables()[0].role == Role::Mean
+            && rule.tail == Tail::Estimate
+            && rule.estimate >= 1.0
+            && matches!(rule.group, Group::Max | Group::Sum)
+            && self.positions.len() == 1
+    }
+
+    /// Attention over the means of all units, into rankings and `scratch.means`.
+    fn weigh_all(
+        &self,
+        scratch: &mut ReadScratch,
+        rankings: &mut Vec<Ranking>,
+        workspace: &mut Workspace,
+        report: &mut ReadReport,
+    ) -> Result<(), KernelError> {
+        let (rule, rows, tables) = (&self.retrieval.rule, self.rows(), self.index.table(0));
+        let Means { out, lse, shares, there } = &mut scratch.means;
+        let shares = resize(shares, rows * total_rows(tables));
+        let lse = resize(lse, rows * self.heads.len());
+        let lane = AttendLane {
+            heads: tables,
+            queries: self.queries,
+            positions: self.positions,
+            share: Share::ALL,
+            spans: None,
+            out: resize(out, lse.len() * self.shape.d_v),
+            lse: &mut *lse,
+            mass: Some(&mut *shares),
+        };
+        self.backend.attend(&self.table_params(Role::Mean), &mut [lane], workspace)?;
+        *there = true;
+        report.bytes += tables.iter().map(store::bytes_read).sum::<usize>();
+        lse.iter_mut().zip(&scratch.corrections).for_each(|(lse, correction)| *lse += correction);
+        rankings.resize_with(self.heads.len(), Ranking::default);
+        let mut start = 0;
+        for (h, (ranking, table)) in rankings.iter_mut().zip(tables).enumerate() {
+            let shares = &shares[start..start + rows * table.rows()];
+            start += shares.len();
+            let size = |unit| self.index.heads()[h].count(unit);
+            let sizes: Option<&dyn Fn(usize) -> usize> = if rule.by_entry { Some(&size) } else { None };
+            let span = h * rows..(h + 1) * rows;
+            let of = (&lse[span.clone()], &scratch.zone[span]);
+            ranking.set_shares(shares, of, (rule.group, rule.fold), sizes);
+        }
+        Ok(())
+    }
+
+    /// How rows of a table are read: as the layer's, all of them seen.
+    pub(super) fn table_params(&self, role: Role) -> AttentionParams<'_> {
+        let (d_k, d_v) = role.dims(self.shape);
+        AttentionParams { d_k, d_v, window: None, sink_logits: None, ..AttentionParams::of(self.shape) }
+    }
+
+    /// Takes units of a KV head into `scratch.fresh[h]` and `scratch.chosen`; gives whether there were any. `known` is
+    /// the log-sum-exp of what its rows have read so far.
+    fn take(&self, h: usize, first: bool, known: Option<&[f32]>, scratch: &mut ReadScratch) -> bool {
+        let (rule, units) = (&self.retrieval.rule, &self.index.heads()[h]);
+        scratch.fresh.resize_with(self.heads.len(), Vec::new);
+        let (fresh, chosen) = (&mut scratch.fresh[h], &mut scratch.chosen.units[h]);
+        fresh.clear();
+        let ranking = &mut scratch.rankings[h];
+        let already: usize = chosen.iter().map(|&unit| units.count(unit as usize)).sum();
+        let budget = self.budget.saturating_sub(units.zone(self.heads[h].rows()) + already);
+        let count = |unit| units.count(unit);
+        let mut taken = 0;
+        match (rule.goal, known) {
+            (Some(goal), Some(known)) if first => {
+                // As far as the estimates want it.
+                let enough = |ranking: &Ranking| {
+                    (0..known.len()).all(|row| {
+                        let zone = f64::from(known[row] - ranking.reference(row)).exp();
+                        ranking.left(row) <= (1.0 - goal.mass) * (ranking.all(row) + zone)
+                    })
+                };
+                let wanted = |n, ranking: &Ranking| {
+                    let wanted = taken + n <= budget && (taken < goal.floor || !enough(ranking));
+                    taken += if wanted { n } else { 0 };
+                    wanted
+                };
+                ranking.take(count, wanted, fresh);
+            }
+            (Some(goal), Some(known)) => {
+                // What is left, against what was really read; if it is too much, as much again.
+                let judge = scratch.bounds.get(h).filter(|_| goal.certified).unwrap_or(ranking);
+                let met = |row: usize| {
+                    let slack = if goal.certified { self.slack(h, row) } else { 0.0 };
+                    left_share(judge, row, chosen, known[row], slack) <= 1.0 - goal.mass
+                };
+                if (0..known.len()).all(met) {
+                    return false;
+                }
+                let step = already.max(1).min(budget);
+                let wanted = |n, _: &Ranking| {
+                    let wanted = taken < step && taken + n <= budget;
+                    taken += n;
+                    wanted
+                };
+                ranking.take(count, wanted, fresh);
+            }
+            _ => {
+                let wanted = |n, _: &Ranking| {
+                    taken += n;
+                    taken <= budget
+                };
+                ranking.take(count, wanted, fresh);
+            }
+        }
+        chosen.extend_from_slice(fresh);
+        chosen.sort_unstable();
+        !fresh.is_empty()
+    }
+
+    /// Reads the chosen units and, with `zone`, what is always read.
+    fn attend(
+        &self,
+        scratch: &mut ReadScratch,
+        zone: bool,
+        workspace: &mut Workspace,
+        (out, lse): (&mut [f32], &mut [f32]),
+        report: &mut ReadReport,
+    ) -> Result<(), KernelError> {
+        let ReadScratch { spans, slots, chosen, fresh, .. } = scratch;
+        let units = if zone { &chosen.units } else { &*fresh };
+        for (h, (spans, index)) in spans.iter_mut().zip(self.index.heads()).enumerate() {
+            index.spans(&units[h], zone, self.heads[h].rows(), spans, slots);
+        }
+        self.over_spans(spans, workspace, zone, (out, lse), report)
+    }
+
+    fn over_spans(
+        &self,
+        spans: &[Spans],
+        workspace: &mut Workspace,
+        sinks: bool,
+        (out, lse): (&mut [f32], &mut [f32]),
+        report: &mut ReadReport,
+    ) -> Result<(), KernelError> {
+        let mut params = AttentionParams::of(self.shape);
+        if !sinks {
+            params.sink_logits = None;
+        }
+        let (heads, queries, positions) = (self.heads, self.queries, self.positions);
+        let lane = AttendLane {
+            heads,
+            queries,
+            positions,
+            share: Share::ALL,
+            spans: Some(spans),
+            out,
+            lse,
+            mass: None,
+        };
+        self.backend.attend(&params, &mut [lane], workspace)?;
+        for (head, spans) in heads.iter().zip(spans) {
+            report.entries += spans.rows();
+            for side in [Side::Key, Side::Value] {
+                report.bytes += store::side_bytes_read(head, side, Some(spans));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the units taken now and joins them to what was read before.
+    fn attend_more(
+        &self,
+        scratch: &mut ReadScratch,
+        workspace: &mut Workspace,
+        (out, lse): (&mut [f32], &mut [f32]),
+        report: &mut ReadReport,
+    ) -> Result<(), KernelError> {
+        let (mut outs, mut lses) = (std::mem::take(&mut scratch.outs), std::mem::take(&mut scratch.lses));
+        resize(&mut outs, 2 * out.len());
+        resize(&mut lses, 2 * lse.len());
+        let part = (&mut outs[out.len()..2 * out.len()], &mut lses[lse.len()..2 * lse.len()]);
+        let mut read = self.attend(scratch, false, workspace, part, report);
+        if read.is_ok() {
+            read = self.join((&mut outs, &mut lses), (out, lse));
+        }
+        (scratch.outs, scratch.lses) = (outs, lses);
+        read
+    }
+
+    /// Merges the second halves of `outs` and `lses` into `out` and `lse`.
+    pub(super) fn join(
+        &self,
+        (outs, lses): (&mut [f32], &mut [f32]),
+        (out, lse): (&mut [f32], &mut [f32]),
+    ) -> Result<(), KernelError> {
+        outs[..out.len()].copy_from_slice(out);
+        lses[..lse.len()].copy_from_slice(lse);
+        let (outs, lses) = (&outs[..2 * out.len()], &lses[..2 * lse.len()]);
+        self.backend.merge_partials(&mut MergeArgs { parts: 2, d_v: self.shape.d_v, outs, lses, out, lse })
+    }
+}
