@@ -50,7 +50,7 @@ fn gpu() -> Result<Arc<dyn Backend>> {
     ))
 }
 
-/// A cache for one recipe. A recipe that drops nothing takes no budget.
+/// A cache for one recipe. A recipe that drops nothing and reads everything takes no budget.
 pub(crate) fn cache(
     shape: ModelShape,
     recipe: impl Into<RecipeSource>,
@@ -83,7 +83,7 @@ impl Variant {
     }
 }
 
-/// Every recipe with every budget; a recipe that drops nothing once. All are checked before anything runs.
+/// Every recipe with every budget; a recipe that drops nothing and reads everything once. All are checked before anything runs.
 pub(crate) fn variants(
     shape: &ModelShape,
     recipes: &[String],
@@ -93,13 +93,15 @@ pub(crate) fn variants(
     let mut variants = Vec::new();
     for text in recipes {
         let recipe: kvsieve::recipe::Recipe = text.parse()?;
-        if !recipe.policy.compresses() {
+        // An index with a goal needs none either.
+        let without = KvCache::check(shape, &recipe, None, backend).is_ok();
+        if !recipe.takes_budget() || (budgets.is_empty() && without) {
             variants.push(Variant { recipe: text.clone(), budget: None });
             continue;
         }
         if budgets.is_empty() {
             return Err(Error::usage(
-                format!("the recipe {text} drops entries and was given no budget"),
+                format!("the recipe {text} drops entries, or reads a part of them, and was given no budget"),
                 "add --budget, for example --budget 25%",
             ));
         }

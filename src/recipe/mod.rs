@@ -157,6 +157,11 @@ impl Recipe {
         self
     }
 
+    /// Whether there is something for a budget to limit: what stays, or with an index what a step reads.
+    pub fn takes_budget(&self) -> bool {
+        self.policy.compresses() || self.index.is_some()
+    }
+
     /// What can be told without a model; the cache checks the rest when it is built.
     fn check_parts(&self) -> Result<(), RecipeError> {
         if self.positions == PositionMode::Renumber && !self.policy.equal_counts() {

@@ -78,7 +78,8 @@ pub(crate) struct Args {
     /// A recipe; several with commas, or by repeating the option.
     #[arg(long, default_value = "snapkv")]
     recipe: Vec<String>,
-    /// How much to keep: 2048 (tokens per KV head), 25% (of the prompt), 64MiB. Repeat or separate with commas.
+    /// How much to keep, or with an index how much a step may read: 2048 (tokens per KV head), 25% (of the prompt),
+    /// 64MiB. Repeat or separate with commas.
     #[arg(long, value_delimiter = ',')]
     budget: Vec<Budget>,
     /// The text; Python's own language documentation by default.
@@ -148,6 +149,8 @@ impl Args {
 struct Measured {
     entries_per_head: f64,
     bytes_resident: usize,
+    bytes_read: usize,
+    reads: usize,
     samples: usize,
 }
 
@@ -159,13 +162,24 @@ impl Measured {
         Ok(Self {
             entries_per_head: stored.entries as f64 / heads as f64,
             bytes_resident: stored.bytes_resident,
+            bytes_read: 0,
+            reads: 0,
             samples: 1,
         })
+    }
+
+    /// Notes what the last decode step read.
+    fn read(&mut self, cache: &KvCache, sequence: SequenceId) -> Result<()> {
+        self.bytes_read += cache.stats(sequence)?.total().bytes_read_per_step;
+        self.reads += 1;
+        Ok(())
     }
 
     fn add(&mut self, other: Self) {
         self.entries_per_head += other.entries_per_head;
         self.bytes_resident += other.bytes_resident;
+        self.bytes_read += other.bytes_read;
+        self.reads += other.reads;
         self.samples += other.samples;
     }
 }
@@ -181,6 +195,7 @@ struct Row {
     depth: Option<f64>,
     entries_per_head: f64,
     kv_bytes_resident: usize,
+    kv_bytes_read_per_step: Option<usize>,
     bits_per_element: Option<f64>,
     kl: Option<f64>,
     same_top1: Option<f64>,
@@ -200,6 +215,7 @@ impl Row {
             prompt_tokens,
             entries_per_head: cost.entries_per_head / samples as f64,
             kv_bytes_resident: cost.bytes_resident / samples,
+            kv_bytes_read_per_step: cost.bytes_read.checked_div(cost.reads),
             ..Self::default()
         }
     }
@@ -240,7 +256,9 @@ impl Job<'_> {
         visit: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<()> {
         let Schedule { chunk, every, over, .. } = cache.recipe().schedule;
-        let stepwise = chunk || every.is_some() || over.is_some();
+        // Longer steps read everything.
+        let reads = cache.recipe().index.is_some();
+        let stepwise = chunk || every.is_some() || over.is_some() || reads;
         let size = if stepwise { 1 } else { self.chunk.min(tokens.len()) };
         self.host.model.forward_rows(cache, sequence, tokens, size, &mut |row, logits| {
             visit(row, logits);
@@ -340,8 +358,17 @@ fn print_json(rows: &impl Serialize) -> Result<()> {
 
 fn print(task: Task, rows: &[Row]) {
     if task.measures_kl() {
-        let mut heading =
-            vec!["recipe", "budget", "kept", "KV memory", "KL", "same top-1", "NLL", "over full"];
+        let mut heading = vec![
+            "recipe",
+            "budget",
+            "kept",
+            "KV memory",
+            "read a step",
+            "KL",
+            "same top-1",
+            "NLL",
+            "over full",
+        ];
         if task == Task::Windows {
             heading.extend(["bits/element", "time"]);
         }
@@ -352,6 +379,7 @@ fn print(task: Task, rows: &[Row]) {
                 row.budget.clone(),
                 format!("{:.0}", row.entries_per_head),
                 bytes(row.kv_bytes_resident),
+                row.kv_bytes_read_per_step.map_or_else(|| "-".to_owned(), bytes),
                 number(row.kl, if task == Task::Windows { 6 } else { 4 }),
                 percent(row.same_top1),
                 number(row.nll, 4),
@@ -367,7 +395,8 @@ fn print(task: Task, rows: &[Row]) {
         }
         return table.print();
     }
-    let heading = ["recipe", "budget", "prompt", "offset", "depth", "kept", "KV memory", "NLL", "right"];
+    let heading =
+        ["recipe", "budget", "prompt", "offset", "depth", "kept", "KV memory", "read a step", "NLL", "right"];
     let mut table = Table::new(2, &heading);
     for row in rows {
         table.row(vec![
@@ -378,6 +407,7 @@ fn print(task: Task, rows: &[Row]) {
             row.depth.map_or_else(|| row.task.to_owned(), |depth| format!("{depth}")),
             format!("{:.0}", row.entries_per_head),
             bytes(row.kv_bytes_resident),
+            row.kv_bytes_read_per_step.map_or_else(|| "-".to_owned(), bytes),
             number(row.nll, 3),
             percent(row.accuracy),
         ]);

@@ -44,8 +44,9 @@ pub(super) fn run(job: &Job<'_>, protocol: Protocol, text: &[u32]) -> Result<Vec
         job.feed(&mut cache, sequence, fed, &mut |_, logits| full.record(logits))?;
         bar.inc(1);
         for (variant, (distance, cost)) in job.variants.iter().zip(&mut sums) {
-            let (mut cache, sequence, measured) = job.prefilled(variant, &tokens[..prompt])?;
+            let (mut cache, sequence, mut measured) = job.prefilled(variant, &tokens[..prompt])?;
             job.feed(&mut cache, sequence, fed, &mut |row, logits| distance.add(&full, row, logits))?;
+            measured.read(&cache, sequence)?;
             cost.add(measured);
             bar.inc(1);
         }

@@ -44,7 +44,9 @@ pub(super) fn run(job: &Job<'_>, protocol: &Protocol, text: &[u32]) -> Result<Ve
         for &offset in &protocol.offsets {
             let tokens: Vec<u32> = bos.iter().chain(&text[offset..offset + prompt]).copied().collect();
             for variant in &variants {
-                let (mut cache, sequence, measured) = job.prefilled(variant, &tokens)?;
+                let (mut cache, sequence, mut measured) = job.prefilled(variant, &tokens)?;
+                // Here rather than in every fork: an index over a prompt is built once.
+                cache.end_prefill(sequence)?;
                 // `None` is the passage that the prompt does not contain: what follows it.
                 for depth in depths.iter().copied().map(Some).chain([None]) {
                     let start =
@@ -62,6 +64,7 @@ pub(super) fn run(job: &Job<'_>, protocol: &Protocol, text: &[u32]) -> Result<Ve
                         log_softmax(&mut logits);
                         nll.add(-f64::from(logits[target]));
                     })?;
+                    measured.read(&cache, fork)?;
                     cache.drop_sequence(fork)?;
                     rows.push(Row {
                         offset: Some(offset),

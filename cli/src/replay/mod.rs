@@ -140,11 +140,14 @@ impl<'a> Replay<'a> {
                 numbers: Numbers {
                     output_error: decoded.error.get(),
                     mass_recall: decoded.recall.get(),
-                    // No policy of the library estimates it yet.
-                    missing_mass: None,
+                    missing_mass: decoded.missing.get(),
                     bytes_logical: stats.bytes_logical,
                     bytes_resident: stats.bytes_resident,
-                    bytes_read_per_step: stats.bytes_read_per_step,
+                    // Without an index, what was stored after the prompt.
+                    bytes_read_per_step: decoded
+                        .bytes
+                        .get()
+                        .map_or(stats.bytes_read_per_step, |b| b as usize),
                     seconds_per_step: decoded.seconds.get(),
                     entries: stats.entries,
                 },
@@ -216,6 +219,19 @@ impl<'a> Replay<'a> {
             }
             step.commit(1)?;
             decoded.seconds.add(began.elapsed().as_secs_f64());
+            let mut read = read;
+            for layer in 0..trace.layers.len() {
+                let Some(report) = self.cache.last_read(self.sequence, layer)? else { continue };
+                decoded.layers[layer].bytes.add(report.bytes as f64);
+                report.missing.iter().for_each(|&share| decoded.layers[layer].missing.add(f64::from(share)));
+                if let (Some(read), Some(choice)) = (&mut read, self.cache.last_choice(self.sequence, layer)?)
+                {
+                    // The token itself is counted below.
+                    let heads = choice.offsets.windows(2).map(|o| &choice.positions[o[0]..o[1]]);
+                    read[layer] =
+                        heads.map(|p| p.iter().map(|p| p.0).filter(|&p| p != position).collect()).collect();
+                }
+            }
             for (layer, row) in rows.iter().enumerate() {
                 let target = &mut decoded.layers[layer];
                 for (head, row) in row.chunks_exact(trace.dim).enumerate() {
@@ -264,6 +280,10 @@ struct DecodedLayer {
     out: Vec<f32>,
     error: Mean,
     recall: Mean,
+    /// As the index estimates it.
+    missing: Mean,
+    /// With an index.
+    bytes: Mean,
     /// The attend calls alone.
     seconds: Mean,
 }

@@ -140,17 +140,43 @@ impl KvCache {
                     }
                 }
             };
-            let keeps = retrieval.rule.every > 1 || retrieval.rule.share > 1;
             let Some(sequence) = self.sequences.get_mut(&lane.id) else { continue };
             let reads = &mut sequence.reads[layer];
             reads.report = Some(report);
-            if keeps && let Way::Chosen { held, .. } = way {
+            reads.held.of.clear();
+            if let Way::Chosen { held, .. } = way {
                 let age = if held == Some(layer) { reads.held.age + 1 } else { 0 };
                 reads.held.clone_from(&self.scratch.read.chosen);
                 reads.held.age = age;
             }
         }
         Ok(())
+    }
+
+    /// The entries that the last decode step read of a layer; `None` before the first, and for recipes without an index.
+    ///
+    /// # Errors
+    /// [`CacheError::NoSequence`], [`CacheError::NoLayer`].
+    pub fn last_choice(&self, id: SequenceId, layer: usize) -> Result<Option<Selection>, Error> {
+        let heads = self.heads(id, layer)?;
+        let reads = &self.sequence(id)?.reads[layer];
+        let Some(index) = &self.sequence(id)?.reads[self.shape.owner(layer)].index else { return Ok(None) };
+        if reads.report.is_none() {
+            return Ok(None);
+        }
+        let mut spans = vec![Spans::default(); heads.len()];
+        for (h, (spans, head)) in spans.iter_mut().zip(heads).enumerate() {
+            match (reads.held.of.get(h), reads.held.units.get(h)) {
+                (Some(&of), Some(units)) => {
+                    // Units that were made since were entries of no unit then.
+                    let units: Vec<u32> =
+                        units.iter().copied().chain(of as u32..index.heads()[h].units() as u32).collect();
+                    index.heads()[h].spans(&units, true, head.rows(), spans, &mut Vec::new());
+                }
+                _ => spans.push(0..head.rows()),
+            }
+        }
+        Ok(Some(Selection::of(heads, spans.iter().map(Spans::slots))))
     }
 
     /// The entries a decode step with these queries would read of a layer, without reading them or changing anything:
