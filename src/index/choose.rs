@@ -120,10 +120,10 @@ impl Ranking {
         let start = if matches!(group, Group::Sum | Group::Mean) { 0.0 } else { f32::NEG_INFINITY };
         self.scores.resize(units, start);
         let mut ranks = std::mem::take(&mut self.ranks);
-        for row in 0..self.rows {
+        for (row, &zone) in zone.iter().enumerate() {
             let logits = logits.get(row * units..(row + 1) * units).unwrap_or(&[]);
             let weights = &self.weights[row * units..(row + 1) * units];
-            let all = self.all[row] + f64::from(zone[row] - self.references[row]).exp();
+            let all = self.all[row] + f64::from(zone - self.references[row]).exp();
             let share = if all > 0.0 { (1.0 / all) as f32 } else { 0.0 };
             let scores = self.scores.iter_mut();
             match group {

@@ -337,7 +337,9 @@ impl LayerIndex {
                 backend.gather(&mut GatherArgs { head, slots: &slots, target })?;
                 let entries = Entries { keys: &keys, values: &values, count: take };
                 let units = retrieval.summary.summarise(backend, shape, &entries)?;
-                self.spread[h].add(&entries, &units, shape.d_k);
+                if retrieval.rule.correct {
+                    self.spread[h].add(&entries, &units, shape.d_k);
+                }
                 self.add_rows(backend, storage, &units, h)?;
                 self.heads[h].add(&units, take);
             }

@@ -106,7 +106,10 @@ pub struct Defaults {
     pub dense: usize,
 }
 
-/// A method's own arguments and those of every index.
+/// A method's own arguments and those of every index: `M` is `N` and [`COMMON`].
+///
+/// # Panics
+/// If it is not; in a constant, when that is compiled.
 pub const fn arguments<const N: usize, const M: usize>(own: [Arg; N], defaults: Defaults) -> [Arg; M] {
     let common = [
         Arg::count("sinks", defaults.sinks, 0, 1 << 16, "first entries, always read"),

@@ -8,7 +8,8 @@ use kvsieve::geometry::{LayerShape, ModelShape, Position};
 use kvsieve::index::{Group, ReadRule, Role, Tail};
 use kvsieve::policy::registry::{Build, Registry};
 use kvsieve::recipe::Recipe;
-use kvsieve::view::TensorView;
+use kvsieve::testing::Random;
+use kvsieve::view::{DType, TensorView};
 use kvsieve::{Budget, KvCache, SequenceId};
 use std::ops::Range;
 use std::sync::Arc;
@@ -612,4 +613,39 @@ fn what_makes_no_sense_is_refused_with_the_option_to_change() {
     assert!(ask(&mut cache, 1).contains("has no index"));
     let (mut cache, _) = prompted("quest", &backend, &[30]);
     assert!(ask(&mut cache, 9).contains("1 to 8"));
+}
+
+/// Bytes per entry and KV head that the pages of `docs/policies` state for these indexes at d 128, `Σ` apart.
+#[test]
+fn an_index_takes_the_bytes_that_its_page_states() {
+    const TOKENS: usize = 8192;
+    let d = 128;
+    let int4 = |elements: usize| elements as f64 / 2.0 + 8.0;
+    for (recipe, want, more) in [
+        ("pages(store=f16)", (4 * d + 8) as f64 / 16.0, 0),
+        ("pages(store=f32,page=32)", (8 * d + 8) as f64 / 32.0, 0),
+        ("quest(dense=0)", (4 * d + 2 + 2 + 8) as f64 / 16.0, 0),
+        ("pages(store=int8)", (2 * d + 8 + 8) as f64 / 16.0, 0),
+        ("quest(dense=0,store=int8)", (2 * d + 4 + 4 + 8) as f64 / 16.0, 0),
+        ("clusterkv(dense=0,segment=1024,rounds=1,size=16)", (4 * d + 8) as f64 / 16.0 + 4.0, 0),
+        ("auto(size=16,rounds=1,segment=1024)", (2.0 * int4(d) + 8.0) / 16.0 + 4.0, 4 * d * d),
+    ] {
+        let shape = ModelShape::uniform(1, LayerShape::new(2, 2, d)).unwrap();
+        let mut cache = KvCache::builder(shape).recipe(recipe).budget(Budget::Tokens(1024)).build().unwrap();
+        let id = cache.create_sequence();
+        let mut random = Random::new(5);
+        for _ in 0..TOKENS / 512 {
+            let rows = random.rows(512 * 2 * d, 1.0, DType::F32);
+            let mut step = cache.begin(id, 512).unwrap();
+            let view = || TensorView::token_major(&rows[..], 512, 2, d).unwrap();
+            step.append(0, view(), view()).unwrap();
+            step.commit(512).unwrap();
+        }
+        cache.end_prefill(id).unwrap();
+        let bytes = cache.stats(id).unwrap().total().bytes_index as f64 / 2.0 - more as f64;
+        let per_entry = bytes / TOKENS as f64;
+        println!("{recipe}: {per_entry:.2} bytes per entry and KV head, {want:.2} stated");
+        // The last page of a table may be empty but for a row, and every page has fields of its own.
+        assert!(per_entry > 0.9 * want && per_entry < 1.25 * want, "{recipe}: {per_entry}, stated {want}");
+    }
 }

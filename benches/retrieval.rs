@@ -1,0 +1,106 @@
+//! A decode step that reads by index beside one that reads everything, and what keeping the index costs.
+//!
+//! `cargo bench --bench retrieval` on a quiet machine. One layer, 8 KV heads, d 128, G 4, f16 rows. Keys and values drift
+//! through the text as a real model's do, so that pages and clusters have something in common; how good a choice is no
+//! benchmark can tell: that is `kvsieve eval`.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "benchmarks")]
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use kvsieve::geometry::{LayerShape, ModelShape};
+use kvsieve::testing::Random;
+use kvsieve::view::{DType, TensorView, TensorViewMut};
+use kvsieve::{Budget, KvCache, SequenceId};
+use std::time::{Duration, Instant};
+
+const HEADS: usize = 8;
+const GROUP: usize = 4;
+const DIM: usize = 128;
+/// Tokens of a chunk of the prompt.
+const CHUNK: usize = 2048;
+
+/// Rows that wander: each is near the last one.
+fn drift(random: &mut Random, state: &mut [f32], tokens: usize) -> Vec<f32> {
+    let mut rows = Vec::with_capacity(tokens * state.len());
+    for _ in 0..tokens {
+        let noise = random.rows(state.len(), 1.0, DType::F32);
+        for (x, noise) in state.iter_mut().zip(&noise) {
+            *x = 0.97 * *x + 0.24 * noise;
+            rows.push(*x + 0.5 * noise);
+        }
+    }
+    rows
+}
+
+fn prompted(recipe: &str, budget: usize, tokens: usize) -> (KvCache, SequenceId) {
+    let shape = ModelShape::uniform(1, LayerShape::new(HEADS * GROUP, HEADS, DIM)).unwrap();
+    let builder = KvCache::builder(shape).recipe(format!("{recipe}+k=f16+v=f16"));
+    let mut cache = builder.budget(Budget::Tokens(budget)).build().unwrap();
+    let id = cache.create_sequence();
+    let mut random = Random::new(1);
+    let mut states = [vec![0.0; HEADS * DIM], vec![0.0; HEADS * DIM]];
+    for _ in 0..tokens / CHUNK {
+        let [k, v] = states.each_mut().map(|state| drift(&mut random, state, CHUNK));
+        let mut step = cache.begin(id, CHUNK).unwrap();
+        let view = |x| TensorView::token_major(x, CHUNK, HEADS, DIM).unwrap();
+        step.append(0, view(&k[..]), view(&v[..])).unwrap();
+        step.commit(CHUNK).unwrap();
+    }
+    cache.end_prefill(id).unwrap();
+    (cache, id)
+}
+
+/// One attend of a token that is rolled back: the state stays what it is.
+fn step(cache: &mut KvCache, id: SequenceId, rows: &[Vec<f32>; 3], out: &mut [f32]) -> Duration {
+    let view = |x, heads| TensorView::token_major(x, 1, heads, DIM).unwrap();
+    let mut step = cache.begin(id, 1).unwrap();
+    let out = TensorViewMut::token_major(out, 1, HEADS * GROUP, DIM).unwrap();
+    let [q, k, v] = rows;
+    let began = Instant::now();
+    step.attend(0, view(&q[..], HEADS * GROUP), view(&k[..], HEADS), view(&v[..], HEADS), out).unwrap();
+    began.elapsed()
+}
+
+fn decode(c: &mut Criterion) {
+    for tokens in [32 << 10, 128 << 10] {
+        let mut group = c.benchmark_group(format!("retrieval/n{tokens}"));
+        let budget = tokens / 25;
+        for recipe in [
+            "full".to_owned(),
+            "auto(store=int4)".to_owned(),
+            "auto(store=int4,size=16)".to_owned(),
+            "pages".to_owned(),
+            "quest(dense=0)".to_owned(),
+            "quest(dense=0,store=int8)".to_owned(),
+            "lserve".to_owned(),
+            "clusterkv(dense=0,rounds=4,segment=2048)".to_owned(),
+            "retroinfer(rounds=4,segment=2048)".to_owned(),
+        ] {
+            let began = Instant::now();
+            let (mut cache, id) = prompted(&recipe, budget, tokens);
+            let built = began.elapsed();
+            let mut random = Random::new(2);
+            let rows = [HEADS * GROUP, HEADS, HEADS].map(|heads| random.rows(heads * DIM, 1.0, DType::F32));
+            let mut out = vec![0.0; HEADS * GROUP * DIM];
+            step(&mut cache, id, &rows, &mut out);
+            let stats = cache.stats(id).unwrap().total();
+            let all = tokens * HEADS * DIM * 4;
+            println!(
+                "{recipe}: prompt in {:.1} s, a step reads {:.2} % of the f16 bytes, the index holds {:.2} %",
+                built.as_secs_f64(),
+                100.0 * stats.bytes_read_per_step as f64 / all as f64,
+                100.0 * stats.bytes_index as f64 / all as f64,
+            );
+            group.bench_function(&recipe, |b| {
+                b.iter_custom(|times| (0..times).map(|_| step(&mut cache, id, &rows, &mut out)).sum());
+            });
+        }
+    }
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().sample_size(20).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(2));
+    targets = decode
+}
+criterion_main!(benches);
