@@ -130,8 +130,15 @@ fn the_attend_path_allocates_nothing_when_warm() {
 
 /// Attention over chosen entries: lone ones, which are copied, runs, and packed ones.
 fn chosen_entries_allocate_nothing_when_warm() {
-    let params =
-        AttentionParams { group: 4, d_k: 64, d_v: 64, scale: 0.1, softcap: None, window: None, sink_logits: None };
+    let params = AttentionParams {
+        group: 4,
+        d_k: 64,
+        d_v: 64,
+        scale: 0.1,
+        softcap: None,
+        window: None,
+        sink_logits: None,
+    };
     for (run, stored) in [(1, Encoding::from(DType::F16)), (20, DType::F16.into()), (3, INT4.into())] {
         let cpu = Cpu::with_pool(Pool::current());
         let heads = CacheSpec::f32(1, 64, &[6000, 3000], 64).typed(stored, stored).build(&cpu).unwrap();

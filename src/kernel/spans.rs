@@ -129,8 +129,8 @@ mod tests {
         assert_eq!(spans.rows(), 7);
         assert_eq!(spans.slots().collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5, 10]);
         assert_eq!(spans.gaps(13).collect::<Vec<_>>(), [6..10, 11..13]);
-        assert_eq!(Spans::default().gaps(3).collect::<Vec<_>>(), [0..3]);
-        assert_eq!(spans.gaps(11).collect::<Vec<_>>(), [6..10]);
+        assert!(Spans::default().gaps(3).eq(std::iter::once(0..3)));
+        assert!(spans.gaps(11).eq(std::iter::once(6..10)));
     }
 
     #[test]

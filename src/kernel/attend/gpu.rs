@@ -164,8 +164,7 @@ pub(in crate::kernel) fn units<'a>(
     positions: &'a [i32],
     share: super::Share,
 ) -> impl Iterator<Item = Unit<'a>> {
-    let unit =
-        move |(index, head)| Unit { lane, head, index, queries, positions, share, spans: None };
+    let unit = move |(index, head)| Unit { lane, head, index, queries, positions, share, spans: None };
     heads.iter().enumerate().map(unit)
 }
 
@@ -445,8 +444,7 @@ pub(in crate::kernel) fn record(
     for (batch, places, constant) in whole_pages.chain(entries) {
         let count = batch.stretches.len();
         let block = Params::new(&params, batch.layout, 0, 0..count);
-        let types =
-            [("K_TYPE", kind(batch.layout, Side::Key)), ("V_TYPE", kind(batch.layout, Side::Value))];
+        let types = [("K_TYPE", kind(batch.layout, Side::Key)), ("V_TYPE", kind(batch.layout, Side::Value))];
         let constants = [&types[..], constant].concat();
         let bindings = [
             Binding::Slab(batch.slab.clone()),
