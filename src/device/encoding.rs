@@ -476,6 +476,7 @@ impl<'a> PackedRows<'a> {
 
     /// Rows `from .. from + len` of plane `index` as they lie, and the bytes of each: of keys from row `from` to the end
     /// of a whole band, which they must not exceed, of values up to the next four, which `from` must start.
+    #[inline]
     pub fn plane_rows(&self, index: usize, from: usize, len: usize) -> (&'a [u8], usize) {
         let bytes = self.layout.plane_row(self.layout.packing.format.planes()[index]);
         let (unit, rows) = match self.layout.side {

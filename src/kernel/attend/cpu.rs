@@ -24,7 +24,8 @@ use crate::device::page::Side;
 use crate::error::KernelError;
 use crate::kernel::attention_mass::cpu::{HeadMass, mass_len};
 use crate::kernel::merge_partials::cpu::merge;
-use crate::kernel::simd::chosen::{ChosenTiles, Copies};
+use crate::kernel::simd::chosen::ChosenTiles;
+use crate::kernel::simd::copies::Copies;
 use crate::kernel::simd::gemm::PAD;
 use crate::kernel::simd::math::{add_scaled, exp, scale};
 use crate::kernel::simd::prefetch::Ahead;
@@ -352,6 +353,7 @@ impl<'a> Scratch<'a> {
 }
 
 /// The tiles of an item.
+#[allow(clippy::large_enum_variant, reason = "one per item, on the stack: the call allocates nothing")]
 enum Walk<'a, I: Iterator<Item = Tile<'a>>> {
     Pages(Peekable<I>),
     Chosen(ChosenTiles<'a>),

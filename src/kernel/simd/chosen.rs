@@ -1,9 +1,9 @@
 //! Tiles of chosen entries: [`Spans`] cut into what the code for whole pages computes on.
 //!
-//! Exact rows lie one after another. A run of at least [`RUN_MIN`] within a page is a tile where it lies; shorter runs
-//! and lone rows are copied, as stored, to one tile of up to [`TILE`] entries. Packed rows lie in words with their
-//! neighbours: a tile is the range of a band around chosen rows, and the others in it get the logit `−∞`. Values are read
-//! from the first four rows on of which one is chosen.
+//! A run of some length within a page is a tile where it lies. Shorter runs and lone rows are copied, as stored, to one
+//! tile of up to [`TILE`] entries ([`super::copies`]): exact rows one by one, packed ones by fours, as they lie in words;
+//! those of a four that are not chosen get the logit `−∞`. Rows that share parameters with others cannot be copied:
+//! there a tile is the range of a band around chosen rows, the others again without weight.
 //!
 //! The next tile is known while one is computed, so that its rows are on their way then: lone rows are cache misses that
 //! no hardware foresees.
@@ -11,23 +11,24 @@
 //! *Helps* by leaving unread what an index has ruled out. *Hurts* lone entries of packed pages: sixteen keys share every
 //! cache line of theirs.
 
-use super::gemm::PAD;
+use super::copies::{Copies, Stored, UNIT, Waiting};
 use super::prefetch::{Ahead, request};
-use super::take;
 use super::tile::{TILE, Tile};
-use crate::device::encoding::{BAND, PackedLayout, PackedRows};
-use crate::device::page::{Page, PageLayout, Rows, Segment, Side};
-use crate::device::{Encoding, HeadRows};
-use crate::kernel::{AttentionParams, Span, Spans};
-use crate::view::DType;
-use bytemuck::{cast_slice, cast_slice_mut};
+use crate::device::HeadRows;
+use crate::device::encoding::{BAND, PackedRows};
+use crate::device::page::{Page, Rows, Segment, Side};
+use crate::kernel::{Span, Spans};
+use bytemuck::cast_slice;
 use fearless_simd::Simd;
 use std::ops::Range;
 
 /// Fewest consecutive exact rows that are read where they lie: below, a tile costs more than copies.
-const RUN_MIN: usize = 16;
+const RUN_MIN: usize = 8;
 
-/// Rows of packed keys that a vector takes: tiles start at multiples.
+/// The same of packed rows, whose tiles cost more.
+const PACKED_RUN_MIN: usize = 16;
+
+/// Rows of packed keys that a vector takes, and a cache line holds a word of: tiles of such start at multiples.
 const LANES: usize = 16;
 
 /// How many spans ahead the description of a page is requested, which must be there before its rows can be.
@@ -74,36 +75,6 @@ impl<'a> Chosen<'a> {
     }
 }
 
-/// One side of the pages of a segment, found once: it takes divisions.
-#[derive(Clone, Debug)]
-struct Stored {
-    range: Range<usize>,
-    encoding: Encoding,
-    packed: Option<PackedLayout>,
-    /// Bytes of an exact row.
-    row: usize,
-}
-
-impl Stored {
-    fn new(layout: &PageLayout, side: Side) -> Self {
-        let (encoding, packed) = (layout.encoding(side), layout.packed(side));
-        Self { range: layout.range(side), encoding, packed, row: layout.row_bytes(side) }
-    }
-
-    fn bytes<'a>(&self, page: &'a Page) -> &'a [u8] {
-        &page.block.host()[self.range.clone()]
-    }
-
-    fn rows<'a>(&self, bytes: &'a [u8]) -> Rows<'a> {
-        match (self.encoding, self.packed) {
-            (_, Some(layout)) => Rows::Packed(PackedRows { layout, bytes }),
-            (Encoding::Exact(DType::F16), _) => Rows::F16(cast_slice(bytes)),
-            (Encoding::Exact(DType::Bf16), _) => Rows::Bf16(cast_slice(bytes)),
-            _ => Rows::F32(cast_slice(bytes)),
-        }
-    }
-}
-
 /// A segment with what is known about its pages.
 #[derive(Debug)]
 struct Place<'a> {
@@ -112,20 +83,21 @@ struct Place<'a> {
     first: usize,
     keys: Stored,
     values: Stored,
-    /// What rows of a tile start at multiples of; 1 if they can be copied.
-    align: usize,
+    /// Rows that are copied together; none can be if their parameters are not their own.
+    unit: Option<usize>,
+    /// Whether a tile of copies is of one page, whose mean they are relative to.
+    by_page: bool,
 }
 
 impl<'a> Place<'a> {
     fn new(segment: &'a Segment, first: usize) -> Self {
         let layout = &*segment.layout;
         let (keys, values) = (Stored::new(layout, Side::Key), Stored::new(layout, Side::Value));
-        let align = match (keys.packed, values.packed) {
-            (Some(packed), _) => packed.group_rows.max(LANES),
-            (None, Some(_)) => 4,
-            (None, None) => 1,
-        };
-        Self { segment, first, keys, values, align }
+        let packed = || [&keys, &values].into_iter().filter_map(|side| side.packed);
+        let copied = packed().all(|side| side.group_rows == 1);
+        let unit = copied.then_some(if packed().next().is_some() { UNIT } else { 1 });
+        let by_page = packed().any(|side| side.packing.center);
+        Self { segment, first, keys, values, unit, by_page }
     }
 
     /// One past the slot of its last entry.
@@ -138,6 +110,15 @@ impl<'a> Place<'a> {
         // Slots fit 32 bits, whose division is twice as fast.
         let (local, capacity) = ((slot - self.first) as u32, self.segment.layout.capacity as u32);
         (&self.segment.pages[(local / capacity) as usize], (local % capacity) as usize)
+    }
+
+    /// Fewest consecutive rows that are a tile where they lie.
+    fn run_min(&self) -> usize {
+        match self.unit {
+            Some(1) => RUN_MIN,
+            Some(_) => PACKED_RUN_MIN,
+            None => 0,
+        }
     }
 }
 
@@ -161,11 +142,51 @@ pub(crate) struct ChosenTiles<'a> {
     run: Range<usize>,
     end: usize,
     next: Next<'a>,
-    /// Rows to be copied.
-    keys: [&'a [u8]; TILE],
-    values: [&'a [u8]; TILE],
-    from: [Option<(&'a Page, u32)>; TILE],
-    waiting: usize,
+    /// Rows to be copied, and what of them is to be requested ahead.
+    waiting: Waiting<'a>,
+    requests: [Requests<'a>; 2],
+}
+
+/// Parts of pages to be requested.
+#[derive(Clone, Copy, Debug)]
+struct Requests<'a> {
+    parts: [&'a [u8]; TILE],
+    count: usize,
+    /// Of each part only the first line of so many bytes.
+    pitch: Option<usize>,
+}
+
+impl<'a> Requests<'a> {
+    const NONE: Self = Self { parts: [&[]; TILE], count: 0, pitch: None };
+
+    /// What is read of rows `from ..`, one of them or [`UNIT`].
+    #[inline(always)]
+    fn push(&mut self, stored: &Stored, page: &'a Page, from: usize) {
+        let bytes = stored.bytes(page);
+        let Some(packed) = stored.packed else {
+            self.pitch = None;
+            self.parts[self.count] = &bytes[from * stored.row..][..stored.row];
+            self.count += 1;
+            return;
+        };
+        // Keys that share their lines are requested once.
+        let (from, len) = match packed.side {
+            Side::Key => (from - from % LANES, LANES),
+            Side::Value => (from, UNIT),
+        };
+        let (part, _) = PackedRows { layout: packed, bytes }.plane_rows(0, from, len.min(BAND));
+        self.pitch = matches!(packed.side, Side::Key).then_some(4 * BAND);
+        let last = self.count.checked_sub(1).map(|last| self.parts[last].as_ptr());
+        if last != Some(part.as_ptr()) {
+            request(&stored.parameters(bytes, from)[0]);
+            self.parts[self.count] = part;
+            self.count += 1;
+        }
+    }
+
+    fn ahead(&self) -> Ahead<'_> {
+        Ahead::rows(&self.parts[..self.count], self.pitch)
+    }
 }
 
 impl<'a> ChosenTiles<'a> {
@@ -180,10 +201,8 @@ impl<'a> ChosenTiles<'a> {
             run: first.start..first.end.min(end),
             end,
             next: Next::Nothing,
-            keys: [&[]; TILE],
-            values: [&[]; TILE],
-            from: [None; TILE],
-            waiting: 0,
+            waiting: Waiting::NONE,
+            requests: [Requests::NONE; 2],
         };
         tiles.next = tiles.plan();
         tiles
@@ -198,15 +217,13 @@ impl<'a> ChosenTiles<'a> {
         let tile = match (self.next, &self.place) {
             (Next::Tile(tile), _) => tile,
             (Next::Copies, Some(place)) => {
-                let count = std::mem::take(&mut self.waiting);
-                simd.vectorize(
+                self.requests.iter_mut().for_each(|r| r.count = 0);
+                let tile = simd.vectorize(
                     #[inline(always)]
-                    || {
-                        copy(&self.keys[..count], place.keys.row, memory.keys);
-                        copy(&self.values[..count], place.values.row, memory.values);
-                    },
+                    || self.waiting.copy(&place.segment.layout, &place.keys, &place.values, memory),
                 );
-                place.copied(&self.from[..count], memory)
+                self.waiting.clear();
+                tile
             }
             _ => return None,
         };
@@ -219,8 +236,8 @@ impl<'a> ChosenTiles<'a> {
     pub(crate) fn ahead(&self, side: Side) -> Ahead<'_> {
         match (&self.next, side) {
             (Next::Tile(tile), _) => tile.lines(side),
-            (Next::Copies, Side::Key) => Ahead::rows(&self.keys[..self.waiting]),
-            (Next::Copies, Side::Value) => Ahead::rows(&self.values[..self.waiting]),
+            (Next::Copies, Side::Key) => self.requests[0].ahead(),
+            (Next::Copies, Side::Value) => self.requests[1].ahead(),
             (Next::Nothing, _) => Ahead::NONE,
         }
     }
@@ -258,46 +275,46 @@ impl<'a> ChosenTiles<'a> {
         while self.begin() {
             if self.place.as_ref().is_none_or(|p| self.run.start >= p.end()) {
                 // What waits to be copied is of the segment that ends here.
-                if self.waiting > 0 {
+                if !self.waiting.is_empty() {
                     return Next::Copies;
                 }
                 self.enter();
             }
             let Some(place) = &self.place else { break };
-            if place.align > 1 {
-                return Next::Tile(self.around());
-            }
-            let (page, row) = place.find(self.run.start);
-            let within = place.segment.layout.capacity.min(place.end() - (self.run.start - row)) - row;
-            let len = self.run.len().min(within);
-            if len >= RUN_MIN {
-                let len = len.min(TILE);
-                let tile = place.tile(page, self.run.start, row, len, u64::MAX);
+            let slot = self.run.start;
+            let (page, row) = place.find(slot);
+            let within = place.segment.layout.capacity.min(place.end() - (slot - row)) - row;
+            let run = self.run.len().min(within);
+            let Some(unit) = place.unit.filter(|_| run < place.run_min()) else {
+                if place.unit != Some(1) {
+                    return Next::Tile(self.around());
+                }
+                let len = run.min(TILE);
                 self.run.start += len;
-                return Next::Tile(tile);
+                return Next::Tile(place.tile(page, slot, row, len, u64::MAX));
+            };
+            let from = row & !(unit - 1);
+            if !self.waiting.ends_with(page, from) {
+                if self.waiting.is_full() || place.by_page && !self.waiting.is_of(page) {
+                    return Next::Copies;
+                }
+                self.waiting.push(page, from, unit);
+                self.requests[0].push(&place.keys, page, from);
+                self.requests[1].push(&place.values, page, from);
+                request(&page.positions[from]);
             }
-            let len = len.min(TILE - self.waiting);
-            let (keys, values) = (place.keys.bytes(page), place.values.bytes(page));
-            for row in row..row + len {
-                let at = self.waiting;
-                self.keys[at] = &keys[row * place.keys.row..][..place.keys.row];
-                self.values[at] = &values[row * place.values.row..][..place.values.row];
-                self.from[at] = Some((page, row as u32));
-                request(&page.positions[row]);
-                self.waiting += 1;
-            }
+            let len = run.min(from + unit - row);
+            self.waiting.choose(row - from, len);
             self.run.start += len;
-            if self.waiting == TILE {
-                return Next::Copies;
-            }
         }
-        if self.waiting > 0 { Next::Copies } else { Next::Nothing }
+        if self.waiting.is_empty() { Next::Nothing } else { Next::Copies }
     }
 
     /// The rows of a band of a packed page from the next slot on, as long as chosen ones are near.
     fn around(&mut self) -> Tile<'a> {
         let Some(place) = &self.place else { unreachable!("a segment was entered") };
-        let (align, start) = (place.align, self.run.start);
+        let align = place.keys.packed.map_or(UNIT, |packed| packed.group_rows.max(LANES));
+        let start = self.run.start;
         let (page, row) = place.find(start);
         let capacity = place.segment.layout.capacity;
         let from = row - row % align;
@@ -329,9 +346,7 @@ impl<'a> Place<'a> {
         let (keys, values) = (self.keys.bytes(page), self.values.bytes(page));
         for (stored, bytes) in [(&self.keys, keys), (&self.values, values)] {
             if let Some(packed) = stored.packed {
-                let size = 2 * packed.group_halves() * packed.row_groups();
-                let at = packed.parameters() + from / packed.group_rows * size;
-                bytes.get(at).inspect(|byte| request(*byte));
+                request(&stored.parameters(bytes, from / packed.group_rows)[0]);
             }
         }
         let positions = &page.positions[from..from + len];
@@ -346,35 +361,6 @@ impl<'a> Place<'a> {
             from,
             len,
             chosen,
-        }
-    }
-
-    /// The tile of rows that were copied to `memory`.
-    fn copied<'t>(&self, from: &[Option<(&Page, u32)>], memory: &'t mut Copies<'_>) -> Tile<'t>
-    where
-        'a: 't,
-    {
-        let positions = cast_slice_mut::<f32, i32>(memory.positions);
-        let mut any = false;
-        for ((position, bias), &(page, row)) in
-            positions.iter_mut().zip(&mut *memory.bias).zip(from.iter().flatten())
-        {
-            let row = row as usize;
-            *position = page.positions[row];
-            *bias = page.bias.as_ref().map_or(0.0, |b| b[row]);
-            any |= page.bias.is_some();
-        }
-        let len = from.len();
-        Tile {
-            layout: &self.segment.layout,
-            slot: 0,
-            positions: &positions[..len],
-            bias: any.then_some(&memory.bias[..len]),
-            keys: self.keys.rows(cast_slice(memory.keys)),
-            values: self.values.rows(cast_slice(memory.values)),
-            from: 0,
-            len,
-            chosen: u64::MAX,
         }
     }
 }
@@ -401,41 +387,5 @@ impl<'a> Tile<'a> {
         };
         let row = self.layout.row_bytes(side);
         Ahead::new(&bytes[from * row..(from + len) * row])
-    }
-}
-
-/// Copies rows of `size` bytes one behind the other.
-#[inline(always)]
-fn copy(rows: &[&[u8]], size: usize, to: &mut [f32]) {
-    for (row, to) in rows.iter().zip(cast_slice_mut::<f32, u8>(to).chunks_exact_mut(size)) {
-        let (lines, rest) = row.as_chunks::<64>();
-        let (to_lines, to_rest) = to.as_chunks_mut::<64>();
-        for (line, to) in lines.iter().zip(to_lines) {
-            *to = *line;
-        }
-        to_rest.copy_from_slice(rest);
-    }
-}
-
-/// Memory for a tile of copies.
-#[derive(Debug)]
-pub(crate) struct Copies<'m> {
-    keys: &'m mut [f32],
-    values: &'m mut [f32],
-    positions: &'m mut [f32],
-    bias: &'m mut [f32],
-}
-
-impl<'m> Copies<'m> {
-    /// Floats it takes.
-    pub(crate) fn len(params: &AttentionParams<'_>) -> usize {
-        (TILE * (params.d_k + params.d_v + 2)).next_multiple_of(PAD)
-    }
-
-    /// Cuts it out of the front of `memory`, or none if there is less.
-    pub(crate) fn cut(memory: &mut &'m mut [f32], params: &AttentionParams<'_>) -> Self {
-        let there = memory.len() >= Self::len(params);
-        let mut part = |len| take(memory, if there { TILE * len } else { 0 });
-        Self { keys: part(params.d_k), values: part(params.d_v), positions: part(1), bias: part(1) }
     }
 }

@@ -39,6 +39,7 @@ macro_rules! dispatch {
 pub(crate) use dispatch;
 
 pub(crate) mod chosen;
+pub(crate) mod copies;
 pub(crate) mod digits;
 pub(crate) mod dots;
 pub(crate) mod gemm;

@@ -60,10 +60,11 @@ impl<'a> Ahead<'a> {
         Self { bytes, left: piece, piece, gap: pitch - piece * LINE, all, ..Self::NONE }
     }
 
-    /// All of every one of `rows`.
-    pub(crate) fn rows(rows: &'a [&'a [u8]]) -> Self {
+    /// All of every one of `rows`, or the first line of every `pitch` of them.
+    pub(crate) fn rows(rows: &'a [&'a [u8]], pitch: Option<usize>) -> Self {
         let Some((&bytes, more)) = rows.split_first() else { return Self::NONE };
-        Self { bytes, more, all: rows.len() * bytes.len().div_ceil(LINE), ..Self::NONE }
+        let first = pitch.map_or_else(|| Self::new(bytes), |pitch| Self::pieces(bytes, LINE, pitch));
+        Self { more, all: rows.len() * first.all, ..first }
     }
 
     /// The same evenly over so many steps.
@@ -81,7 +82,7 @@ impl<'a> Ahead<'a> {
             if self.at >= self.bytes.len()
                 && let Some((&next, more)) = self.more.split_first()
             {
-                (self.bytes, self.more, self.at) = (next, more, 0);
+                (self.bytes, self.more, self.at, self.left) = (next, more, 0, self.piece);
             }
             if let Some(byte) = self.bytes.get(self.at) {
                 line(std::ptr::from_ref(byte));

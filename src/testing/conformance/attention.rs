@@ -242,6 +242,9 @@ fn chosen(stored: &Stored, backend: &dyn Backend, first: usize, all: &[Outputs])
     let want = attend(&stored.reference, &stored.ours)?;
     let got = attend(backend, &stored.theirs)?;
     let worst = stored.compare(&got, &want).map_err(of_chosen)?;
+    if !first.is_multiple_of(3) {
+        return Ok(worst);
+    }
     let everything: Vec<Vec<Spans>> = stored
         .case
         .lanes
