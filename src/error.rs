@@ -155,7 +155,7 @@ pub enum KernelError {
     },
     /// Numbers too large for a packed format.
     #[error(
-        "kernel {kernel}: the scale of row {row} does not fit a half, as {format} stores it; store these rows as f32"
+        "kernel {kernel}: row {row}, or its scale, does not fit a half, as {format} stores it; store these rows as f32"
     )]
     Range {
         /// The kernel.

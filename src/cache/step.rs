@@ -171,7 +171,8 @@ impl Step<'_> {
 
     /// One part of the attention of a single-lane step, on the calling thread and no other: part `ith` of
     /// `nth`, split over the stored entries. Call it from as many threads as you like, then
-    /// [`Step::merge_partials`] once. `out` is `[Hq, tokens, d_v]`, `lse` `[Hq, tokens]`.
+    /// [`Step::merge_partials`] once. `out` is `[Hq, tokens, d_v]`, `lse` `[Hq, tokens]`. It reads everything, also where
+    /// the recipe has an index: an index chooses once for all threads, in [`Step::attend`].
     ///
     /// # Errors
     /// As [`Step::attend_stored`]; [`CacheError::Unsupported`] in a step of several lanes.

@@ -4,7 +4,7 @@
 //! always read. An index grows when tokens are committed and shrinks when they are forgotten; a step that is rolled back
 //! never touches it. When entries between are removed it is built again.
 
-use super::{Entries, Retrieval, Role, Table, Units};
+use super::{Entries, Retrieval, Role, Table, UnitRows, Units};
 use crate::backend::Backend;
 use crate::codec::PACK_ENTRIES;
 use crate::device::page::{HeadRows, PageLayout};
@@ -358,6 +358,9 @@ impl LayerIndex {
         // Rows of a table count their units: a position is all a kernel knows of their order.
         let positions: Vec<i32> = (before as i32..(before + units.counts.len()) as i32).collect();
         let bias: Vec<f32> = units.counts.iter().map(|&n| (n as f32).ln()).collect();
+        for (rows, storage) in units.rows.iter().zip(storage) {
+            check_range(rows, &storage.storage.exact)?;
+        }
         let mut tables = self.tables.iter_mut().zip(&units.rows).zip(storage);
         let added = tables.try_for_each(|((table, rows), storage)| {
             let (table, storage) = (&mut table[head], &storage.storage);
@@ -397,4 +400,21 @@ impl LayerIndex {
         (0..self.heads.len()).for_each(|head| self.truncate_head(head, 0));
         self.spread.fill(Spread::default());
     }
+}
+
+/// Refuses rows that their type would store as infinities: a bound would not be one, and a mean would swallow the rest.
+fn check_range(rows: &UnitRows, layout: &PageLayout) -> Result<(), KernelError> {
+    for (side, dim, rows) in [(layout.k, layout.d_k, &rows.keys), (layout.v, layout.d_v, &rows.values)] {
+        let limit = side.largest(dim);
+        if let Some(at) = rows.iter().position(|x| x.is_nan() || x.abs() > limit) {
+            let (kernel, row) = ("index", at / dim);
+            return Err(match side.exact() {
+                Some(dtype) if rows[at].is_finite() => {
+                    KernelError::Range { kernel, row, format: dtype.name() }
+                }
+                _ => KernelError::NotFinite { kernel, buffer: "summaries", row },
+            });
+        }
+    }
+    Ok(())
 }
