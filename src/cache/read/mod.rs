@@ -47,7 +47,7 @@ pub struct ReadReport {
 }
 
 /// Units that an earlier step, or another layer, chose.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub(super) struct Held {
     /// Per KV head, ascending.
     pub(super) units: Vec<Vec<u32>>,
@@ -55,6 +55,19 @@ pub(super) struct Held {
     pub(super) of: Vec<usize>,
     /// Steps since.
     pub(super) age: usize,
+}
+
+impl Clone for Held {
+    fn clone(&self) -> Self {
+        Self { units: self.units.clone(), of: self.of.clone(), age: self.age }
+    }
+
+    /// Into the memory that is there: every step does it.
+    fn clone_from(&mut self, from: &Self) {
+        self.units.clone_from(&from.units);
+        self.of.clone_from(&from.of);
+        self.age = from.age;
+    }
 }
 
 impl Held {
