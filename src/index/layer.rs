@@ -36,8 +36,7 @@ impl TableStorage {
     fn new(table: &Table, shape: &LayerShape, mirrored: bool) -> Self {
         let (d_k, d_v) = table.role.dims(shape);
         let layout = |capacity, k, v| PageLayout { capacity, d_k, d_v, k, v, mirrored, column_words: 0 };
-        // What waits to be packed is kept as it was made.
-        let waiting = table.encoding.exact().unwrap_or(DType::F32).into();
+        let waiting = table.waiting().into();
         let exact = Arc::new(layout(TABLE_ENTRIES, waiting, waiting));
         let packed = table.encoding.packed().map(|_| {
             let values = if table.role == Role::Bound { DType::F32.into() } else { table.encoding };

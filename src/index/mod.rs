@@ -37,6 +37,7 @@ use crate::device::encoding::Encoding;
 use crate::error::KernelError;
 use crate::geometry::LayerShape;
 use crate::policy::registry::Entry;
+use crate::view::DType;
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -86,6 +87,13 @@ pub struct Table {
     pub role: Role,
     /// How they are stored.
     pub encoding: Encoding,
+}
+
+impl Table {
+    /// How rows are stored until there are enough of them to be packed.
+    pub fn waiting(&self) -> DType {
+        self.encoding.exact().unwrap_or(DType::F16)
+    }
 }
 
 /// Consecutive entries of one KV head, exact as far as they are stored so.

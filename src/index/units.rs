@@ -5,7 +5,8 @@ use crate::backend::Backend;
 use crate::device::encoding::{Encoding, Format};
 use crate::error::KernelError;
 use crate::geometry::LayerShape;
-use half::f16;
+use crate::view::DType;
+use half::{bf16, f16};
 
 /// Entries summarised by one call, at most: bounds the memory of building an index over a long prompt.
 const BATCH: usize = 4096;
@@ -91,7 +92,7 @@ impl Summary for Pages {
                         mean(keys, key);
                         mean(values, value);
                     }
-                    Role::Bound => bound(keys, table.encoding, key),
+                    Role::Bound => bound(keys, table, key),
                 }
             }
             rows
@@ -110,20 +111,21 @@ pub(super) fn mean(rows: &[f32], out: &mut [f32]) {
     out.iter_mut().for_each(|o| *o /= count as f32);
 }
 
-/// `[c, r]` with `|k − c| <= r` for every row `k`, also after `out` is stored as `encoding`.
-pub(super) fn bound(rows: &[f32], encoding: Encoding, out: &mut [f32]) {
+/// `[c, r]` with `|k − c| <= r` for every row `k`, also after `out` is stored as the table is, and before.
+pub(super) fn bound(rows: &[f32], table: &Table, out: &mut [f32]) {
+    let dtype = table.waiting();
     let d = out.len() / 2;
     let (center, radius) = out.split_at_mut(d);
     for (i, (c, r)) in center.iter_mut().zip(radius.iter_mut()).enumerate() {
         let column = || rows.iter().skip(i).step_by(d).copied();
         let (low, high) = column().fold((f32::INFINITY, f32::NEG_INFINITY), |(a, b), x| (a.min(x), b.max(x)));
         // Halved before they are added: the sum of two large numbers would be infinite.
-        *c = stored(0.5 * low + 0.5 * high, encoding, false);
-        *r = stored(above((high - *c).max(*c - low)), encoding, true);
+        *c = stored(0.5 * low + 0.5 * high, dtype, false);
+        *r = stored(above((high - *c).max(*c - low)), dtype, true);
     }
-    let margin = margin(out, encoding);
+    let margin = margin(out, table.encoding);
     if margin > 0.0 {
-        out[d..].iter_mut().for_each(|r| *r = above(*r + margin));
+        out[d..].iter_mut().for_each(|r| *r = stored(above(*r + margin), dtype, true));
     }
 }
 
@@ -132,21 +134,17 @@ fn above(x: f32) -> f32 {
     if x == 0.0 { 0.0 } else { x.next_up() }
 }
 
-/// A number as an exact encoding holds it, rounded up if `outward`.
-fn stored(x: f32, encoding: Encoding, outward: bool) -> f32 {
-    use crate::view::DType;
-    let rounded = match encoding.exact() {
-        Some(DType::F16) => f16::from_f32(x).to_f32(),
-        Some(DType::Bf16) => half::bf16::from_f32(x).to_f32(),
-        _ => return x,
+/// A number as a type holds it, rounded up if `outward`.
+fn stored(x: f32, dtype: DType, outward: bool) -> f32 {
+    let (rounded, next) = match dtype {
+        DType::F32 => return x,
+        DType::F16 => (f16::from_f32(x).to_f32(), f16::from_bits(f16::from_f32(x).to_bits() + 1).to_f32()),
+        DType::Bf16 => {
+            (bf16::from_f32(x).to_f32(), bf16::from_bits(bf16::from_f32(x).to_bits() + 1).to_f32())
+        }
     };
-    if !outward || rounded >= x {
-        return rounded;
-    }
-    match encoding.exact() {
-        Some(DType::F16) => f16::from_bits(f16::from_f32(x).to_bits() + 1).to_f32(),
-        _ => half::bf16::from_bits(half::bf16::from_f32(x).to_bits() + 1).to_f32(),
-    }
+    // Only radii are rounded up, and they are not negative: the next bit pattern is the next number.
+    if outward && rounded < x { next } else { rounded }
 }
 
 /// How much packing a row may move center and radius of one dimension together: half a step each, and a twentieth of
