@@ -8,7 +8,7 @@
 //! *Helps* because entries a tile cannot see (the causal half, what has left a window) are cut off on the
 //! host, where positions are known. *Hurts* by a plan per call, a few microseconds per page.
 //!
-//! Units that name their entries are planned apart ([`chosen`]) and dispatched to the same shader.
+//! Units that name their entries are planned apart (`gpu/chosen.rs`) and dispatched to the same shader.
 //!
 //! The mass kernels use the same tiles, so they find queries and log-sum-exp where this one left them.
 
