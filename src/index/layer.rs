@@ -89,7 +89,7 @@ pub struct HeadUnits {
     units: usize,
 }
 
-/// See the [module](self).
+/// The tables of one layer, and the units of its KV heads.
 #[derive(Clone, Debug)]
 pub struct LayerIndex {
     /// Per table, per KV head.
