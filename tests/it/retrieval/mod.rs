@@ -1,17 +1,19 @@
 //! Indexes: what they read is what a naive implementation reads, what they say of the rest is true, and everything that
 //! happens to a sequence happens to its index.
 
-use crate::support::{Entry, Kind, backends, distance, entries, feed, placed, small_model};
+mod naive;
+
+use crate::support::{Kind, backends, distance, entries, feed, placed, small_model};
 use kvsieve::backend::{Backend, Cpu};
 use kvsieve::cache::RemoveMode;
 use kvsieve::geometry::{LayerShape, ModelShape, Position, Slot};
-use kvsieve::index::{Group, ReadRule, Role, Tail};
+use kvsieve::index::{ReadRule, Tail};
 use kvsieve::policy::registry::{Build, Registry};
 use kvsieve::recipe::Recipe;
 use kvsieve::testing::Random;
 use kvsieve::view::{DType, TensorView, TensorViewMut};
 use kvsieve::{Budget, KvCache, SequenceId};
-use std::ops::Range;
+use naive::{Naive, Row, dot, naive, units};
 use std::sync::Arc;
 
 /// Tokens of the prompts.
@@ -86,215 +88,6 @@ fn prompted_within(
     }
     cache.end_prefill(id).unwrap();
     (cache, id)
-}
-
-/// The naive implementation: everything in `f64`, every list in full.
-struct Naive<'a> {
-    shape: &'a LayerShape,
-    rule: ReadRule,
-    role: Role,
-    /// Of one KV head.
-    entries: &'a [Entry],
-    /// Slots of each unit.
-    units: &'a [Vec<usize>],
-}
-
-/// A row's logits: of entries, and of units.
-struct Row {
-    entries: Vec<f64>,
-    units: Vec<f64>,
-}
-
-fn wide(x: &[f32]) -> Vec<f64> {
-    x.iter().map(|&x| f64::from(x)).collect()
-}
-
-/// The mean of some rows.
-fn mean_of(rows: &[Vec<f64>]) -> Vec<f64> {
-    (0..rows[0].len()).map(|d| rows.iter().map(|r| r[d]).sum::<f64>() / rows.len() as f64).collect()
-}
-
-fn dot(a: &[f32], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(x, y)| f64::from(*x) * y).sum()
-}
-
-impl Naive<'_> {
-    fn unit_of(&self, slot: usize) -> Option<usize> {
-        self.units.iter().position(|unit| unit.contains(&slot))
-    }
-
-    fn covered(&self) -> usize {
-        self.units.iter().map(Vec::len).sum()
-    }
-
-    fn keys(&self, unit: &[usize]) -> Vec<Vec<f64>> {
-        unit.iter().map(|&slot| wide(&self.entries[slot].key)).collect()
-    }
-
-    /// What logits on means are raised by: from the variance of `q·k` within units.
-    fn correction(&self, query: &[f32]) -> f64 {
-        if !self.rule.correct {
-            return 0.0;
-        }
-        let variance: f64 = self
-            .units
-            .iter()
-            .map(|unit| {
-                let keys = self.keys(unit);
-                let mean = dot(query, &mean_of(&keys));
-                keys.iter().map(|k| (dot(query, k) - mean).powi(2)).sum::<f64>()
-            })
-            .sum();
-        let scale = f64::from(self.shape.scale);
-        (0.5 * scale * scale * variance / self.covered() as f64).ln_1p()
-    }
-
-    fn row(&self, query: &[f32], position: i32) -> Row {
-        let scale = f64::from(self.shape.scale);
-        let entries = self.entries.iter().map(|e| match e.position <= position {
-            true => scale * dot(query, &wide(&e.key)),
-            false => f64::NEG_INFINITY,
-        });
-        let correction = if self.role == Role::Mean { self.correction(query) } else { 0.0 };
-        let units = self.units.iter().map(|unit| {
-            let keys = self.keys(unit);
-            let logit: f64 = match self.role {
-                Role::Mean => scale * dot(query, &mean_of(&keys)) + correction,
-                Role::Bound => {
-                    let best = |d: usize| {
-                        let products = keys.iter().map(|k| f64::from(query[d]) * k[d]);
-                        products.fold(f64::NEG_INFINITY, f64::max)
-                    };
-                    scale * (0..self.shape.d_k).map(best).sum::<f64>()
-                }
-            };
-            logit + (unit.len() as f64).ln()
-        });
-        Row { entries: entries.collect(), units: units.collect() }
-    }
-
-    /// Scores of the groups of units, best first, with the group's units.
-    fn ranking(&self, rows: &[Row]) -> Vec<(f64, Range<usize>)> {
-        let units = self.units.len();
-        let size = |unit: usize| if self.rule.by_entry { (self.units[unit].len() as f64).ln() } else { 0.0 };
-        let ranks: Vec<Vec<usize>> = rows
-            .iter()
-            .map(|row| {
-                let mut order: Vec<usize> = (0..units).collect();
-                let one = |unit: usize| row.units[unit] - size(unit);
-                order.sort_by(|&a, &b| one(b).total_cmp(&one(a)));
-                (0..units).map(|unit| order.iter().position(|&u| u == unit).unwrap()).collect()
-            })
-            .collect();
-        let score = |unit: usize| {
-            let each = rows.iter().enumerate().map(|(r, row)| {
-                let zone = row.entries.iter().enumerate().filter(|(slot, _)| self.unit_of(*slot).is_none());
-                match self.rule.group {
-                    Group::Max | Group::Sum => {
-                        let all: f64 =
-                            zone.map(|(_, x)| x.exp()).chain(row.units.iter().map(|x| x.exp())).sum();
-                        row.units[unit].exp() / all
-                    }
-                    Group::Logit | Group::Mean => row.units[unit],
-                    Group::Union => -((ranks[r][unit] * rows.len() + r) as f64),
-                }
-            });
-            match self.rule.group {
-                Group::Sum => each.sum::<f64>().ln() - size(unit),
-                Group::Mean => each.sum::<f64>() / rows.len() as f64 - size(unit),
-                Group::Max => each.fold(f64::NEG_INFINITY, f64::max).ln() - size(unit),
-                Group::Logit => each.fold(f64::NEG_INFINITY, f64::max) - size(unit),
-                Group::Union => each.fold(f64::NEG_INFINITY, f64::max),
-            }
-        };
-        let groups =
-            (0..units).step_by(self.rule.fold).map(|start| start..(start + self.rule.fold).min(units));
-        let mut ranking: Vec<_> =
-            groups.map(|g| (g.clone().map(score).fold(f64::NEG_INFINITY, f64::max), g)).collect();
-        ranking.sort_by(|a, b| b.0.total_cmp(&a.0));
-        ranking
-    }
-
-    /// Units chosen within the budget, best first, and the others likewise.
-    fn choose(&self, rows: &[Row]) -> (Vec<usize>, Vec<usize>) {
-        let mut left = BUDGET.saturating_sub(self.entries.len() - self.covered());
-        let (mut chosen, mut others) = (Vec::new(), Vec::new());
-        for (_, group) in self.ranking(rows) {
-            let entries: usize = group.clone().map(|unit| self.units[unit].len()).sum();
-            if !others.is_empty() || entries > left {
-                others.extend(group);
-            } else {
-                left -= entries;
-                chosen.extend(group);
-            }
-        }
-        (chosen, others)
-    }
-
-    /// Attention over what is always read, the chosen units and, as means, the others; and the share of the latter.
-    fn output(
-        &self,
-        query: &[f32],
-        position: i32,
-        (chosen, others): &(Vec<usize>, Vec<usize>),
-    ) -> (Vec<f64>, f64) {
-        let row = self.row(query, position);
-        let mut parts: Vec<(f64, Vec<f64>)> = Vec::new();
-        for (slot, entry) in self.entries.iter().enumerate() {
-            if self.unit_of(slot).is_none_or(|unit| chosen.contains(&unit)) {
-                parts.push((row.entries[slot].exp(), wide(&entry.value)));
-            }
-        }
-        let read: f64 = parts.iter().map(|(w, _)| w).sum();
-        if self.rule.tail == Tail::Estimate {
-            let means = Naive { role: Role::Mean, ..*self }.row(query, position);
-            let covers = match self.rule.estimate < 1.0 {
-                true => (self.rule.estimate * self.units.len() as f64) as usize,
-                false => others.len(),
-            };
-            for &unit in others.iter().take(covers) {
-                let values: Vec<_> =
-                    self.units[unit].iter().map(|&slot| wide(&self.entries[slot].value)).collect();
-                parts.push((means.units[unit].exp(), mean_of(&values)));
-            }
-        }
-        let all: f64 = parts.iter().map(|(w, _)| w).sum();
-        let out = (0..self.shape.d_v).map(|d| parts.iter().map(|(w, v)| w * v[d]).sum::<f64>() / all);
-        (out.collect(), 1.0 - read / all)
-    }
-}
-
-/// The units of a KV head as the cache has them; those of pages are checked.
-fn units(cache: &KvCache, id: SequenceId, layer: usize, head: usize) -> Vec<Vec<usize>> {
-    let index = cache.recipe().index.clone().unwrap();
-    let units = cache.units(id, layer, head).unwrap();
-    let units: Vec<Vec<usize>> = units.iter().map(|u| u.iter().map(|s| s.0 as usize).collect()).collect();
-    let rows = cache.stored(id, layer).unwrap()[head].0;
-    if let Some(page) = index.summary.unit()
-        && layer >= index.rule.dense
-    {
-        let (first, step) = (index.rule.sinks, index.summary.waiting() + 1);
-        let end = first + rows.saturating_sub(index.rule.recent + first) / step * step;
-        let want: Vec<Vec<usize>> = (first..end).step_by(page).map(|at| (at..at + page).collect()).collect();
-        assert_eq!(units, want, "{}", cache.recipe());
-    }
-    // Every entry between the first and the last member is in one unit, and nothing is in two.
-    let mut members = units.concat();
-    members.sort_unstable();
-    assert!(members.windows(2).all(|pair| pair[1] == pair[0] + 1), "{}", cache.recipe());
-    assert!(units.iter().all(|unit| unit.is_sorted() && !unit.is_empty()), "{}", cache.recipe());
-    units
-}
-
-/// A recipe's rules on the units of a KV head.
-fn naive<'a>(
-    recipe: &str,
-    shape: &'a LayerShape,
-    entries: &'a [Entry],
-    units: &'a [Vec<usize>],
-) -> Naive<'a> {
-    let index = Recipe::parse(recipe).unwrap().index.unwrap();
-    Naive { shape, rule: index.rule, role: index.summary.tables()[0].role, entries, units }
 }
 
 /// The query rows that share a KV head, of tokens at consecutive positions.
