@@ -4,7 +4,7 @@
 //! *Helps* any long context: at equal bytes its error is a fraction of that of pages (`docs/policies/auto.md`). *Hurts*
 //! the end of a prompt by k-means over all of it, and the newest entries by waiting to be clustered: they are read.
 
-use super::options::{COMMON, Defaults, arguments, encoding};
+use super::options::{COMMON, Defaults, arguments};
 use super::{Clusters, ReadRule, Retrieval};
 use crate::error::RecipeError;
 use crate::policy::registry::{Arg, Args, Build, Entry};
@@ -44,20 +44,6 @@ pub const ENTRY: Entry = Entry {
 
 fn build(args: &Args) -> Result<Arc<Retrieval>, RecipeError> {
     let rule = ReadRule::from_args(args)?;
-    let clusters = Clusters::new(args.count("size")?, encoding(args, "store")?);
-    let clusters = Clusters {
-        segment: args.count("segment")?,
-        update: args.count("update")?,
-        rounds: args.count("rounds")?,
-        values: args.real("values")?,
-        ..clusters
-    };
-    if args.count("update")? > clusters.segment {
-        return Err(args.error(
-            "update",
-            args.count("update")?,
-            format!("at most segment={}", clusters.segment),
-        ));
-    }
+    let clusters = Clusters { values: args.real("values")?, ..Clusters::from_args(args)? };
     Ok(Arc::new(Retrieval { name: ENTRY.name, summary: Arc::new(clusters), rule }))
 }

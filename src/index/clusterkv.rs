@@ -3,7 +3,7 @@
 //! *Helps* with very small summaries: one row for eighty entries. *Hurts* where a cluster is larger than what is left of
 //! the budget, and by saying nothing of what is not read.
 
-use super::options::{COMMON, Defaults, arguments, encoding};
+use super::options::{COMMON, Defaults, arguments};
 use super::{Clusters, ReadRule, Retrieval};
 use crate::error::RecipeError;
 use crate::policy::registry::{Arg, Args, Build, Entry};
@@ -42,21 +42,6 @@ pub const ENTRY: Entry = Entry {
 
 fn build(args: &Args) -> Result<Arc<Retrieval>, RecipeError> {
     let rule = ReadRule::from_args(args)?;
-    let clusters = Clusters::new(args.count("size")?, encoding(args, "store")?);
-    let clusters = Clusters {
-        segment: args.count("segment")?,
-        update: args.count("update")?,
-        rounds: args.count("rounds")?,
-        values: 0.0,
-        cosine: true,
-        ..clusters
-    };
-    if args.count("update")? > clusters.segment {
-        return Err(args.error(
-            "update",
-            args.count("update")?,
-            format!("at most segment={}", clusters.segment),
-        ));
-    }
+    let clusters = Clusters { values: 0.0, cosine: true, ..Clusters::from_args(args)? };
     Ok(Arc::new(Retrieval { name: ENTRY.name, summary: Arc::new(clusters), rule }))
 }

@@ -4,16 +4,18 @@
 //! the length of the text, not its square. Points are centred keys beside values of a chosen weight: members of a unit
 //! then share a value as well as a logit, and what is said of those that are not read is nearer the truth.
 
+use super::options::encoding;
 use super::units::mean;
 use super::{Entries, Role, Summary, Table, UnitRows, Units};
 use crate::backend::Backend;
 use crate::device::encoding::Encoding;
 use crate::device::page::{HeadRows, PageLayout};
-use crate::error::KernelError;
+use crate::error::{KernelError, RecipeError};
 use crate::geometry::LayerShape;
 use crate::kernel::AttentionParams;
 use crate::kernel::attend::Workspace;
 use crate::kernel::dot_scores::DotArgs;
+use crate::policy::registry::Args;
 use crate::store::{self, NewRows};
 use crate::view::DType;
 use std::sync::Arc;
@@ -41,6 +43,19 @@ impl Clusters {
     pub fn new(size: usize, encoding: Encoding) -> Self {
         let tables = [Table { role: Role::Mean, encoding }];
         Self { size, segment: 2048, update: 128, rounds: 4, values: 0.5, cosine: false, tables }
+    }
+
+    /// Reads the arguments that every index of clusters declares: `size`, `store`, `segment`, `update`, `rounds`.
+    ///
+    /// # Errors
+    /// [`RecipeError::Argument`]; an `update` larger than a segment would never come.
+    pub fn from_args(args: &Args) -> Result<Self, RecipeError> {
+        let (segment, update) = (args.count("segment")?, args.count("update")?);
+        if update > segment {
+            return Err(args.error("update", update, format!("at most segment={segment}")));
+        }
+        let clusters = Self::new(args.count("size")?, encoding(args, "store")?);
+        Ok(Self { segment, update, rounds: args.count("rounds")?, ..clusters })
     }
 }
 
