@@ -76,6 +76,10 @@ impl Backend for Cpu {
         self.memory.reset_peak();
     }
 
+    fn workers(&self) -> Option<&Pool> {
+        Some(self.exec.pool())
+    }
+
     fn allocate(&self, layout: &PageLayout) -> Result<Page, DeviceError> {
         self.memory.allocate(layout)
     }

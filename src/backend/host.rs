@@ -16,7 +16,8 @@ pub(super) struct HostMemory {
 
 #[derive(Debug, Default)]
 struct State {
-    arenas: BTreeMap<usize, HostArena>,
+    /// By size of a block, and whether blocks stay.
+    arenas: BTreeMap<(usize, bool), HostArena>,
 }
 
 impl HostMemory {
@@ -40,7 +41,9 @@ impl HostMemory {
 
     pub(super) fn allocate(&self, layout: &PageLayout) -> Result<Page, DeviceError> {
         let bytes = layout.block_bytes().next_multiple_of(BLOCK_ALIGN);
-        let arena = self.lock().arenas.entry(bytes).or_insert_with(|| HostArena::new(bytes)).clone();
+        let kind = (bytes, layout.steady);
+        let arena =
+            self.lock().arenas.entry(kind).or_insert_with(|| HostArena::new(bytes, layout.steady)).clone();
         Ok(empty_page(layout, Block::Host(arena.allocate()?)))
     }
 

@@ -53,6 +53,11 @@ pub trait Backend: Debug + Send + Sync {
     /// Restarts the peak of [`Backend::memory`].
     fn reset_peak(&self);
 
+    /// The threads that host work between kernels may use; `None` leaves it to the calling one.
+    fn workers(&self) -> Option<&crate::device::Pool> {
+        None
+    }
+
     /// A fresh page: zeroed rows, no β.
     ///
     /// # Errors

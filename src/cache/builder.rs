@@ -138,7 +138,7 @@ impl CacheBuilder {
         let columns = ColumnLayout::new(recipe.policy.columns());
         let mut cache = KvCache {
             shape: Arc::new(self.shape),
-            needs: recipe.policy.needs(),
+            needs: needs(&recipe),
             recipe,
             budget: self.budget,
             backend,
@@ -208,6 +208,14 @@ impl KvCache {
     }
 }
 
+/// What policy and index want to be recorded.
+fn needs(recipe: &Recipe) -> crate::policy::Needs {
+    let needs = recipe.policy.needs();
+    let calibration = recipe.index.as_ref().and_then(|index| index.rule.calibration);
+    let queries = needs.queries.max(calibration.map_or(0, |c| c.queries));
+    crate::policy::Needs { queries, ..needs }
+}
+
 /// The storage of a KV head of a layer, from the recipe's rules. `layout` makes layouts of that layer, of so many
 /// entries or as many as pages of exact ones hold.
 pub(super) fn head_storage(
@@ -219,10 +227,13 @@ pub(super) fn head_storage(
     let shape = model.layer(layer);
     let precision = recipe.precision.head((layer, model.layers()), (head, shape.kv_heads), shape.group());
     let Exact { sinks, tail, .. } = recipe.precision.exact;
+    let stays = !recipe.policy.compresses() && shape.window.is_none();
     let exact = layout(None, (precision.exact.0.into(), precision.exact.1.into()));
+    let exact = PageLayout { steady: stays && !precision.packs(), ..exact };
+    let packed = || layout(Some(PACK_ENTRIES), (precision.k, precision.v));
     Storage {
         packed: precision.packs().then(|| Packed {
-            layout: Arc::new(layout(Some(PACK_ENTRIES), (precision.k, precision.v))),
+            layout: Arc::new(PageLayout { steady: stays, ..packed() }),
             sinks,
             sink_layout: Arc::new(PageLayout { capacity: sinks.clamp(1, exact.capacity), ..exact.clone() }),
             tail,

@@ -170,6 +170,7 @@ impl KvCache {
         }
         self.sequence_mut(id)?.prefill_open = false;
         self.extend_index(id)?;
+        self.calibrate(id)?;
         self.seal(id)?;
         if !self.records(self.sequence(id)?) {
             self.sequence_mut(id)?.queries.iter_mut().for_each(QueryLog::clear);

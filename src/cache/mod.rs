@@ -39,6 +39,7 @@ use crate::store::Storage;
 use scratch::{Pending, Scratch};
 use sequence::{LayerCounters, LayerReads, QueryLog, Sequence, Watched};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use step::Lane;
 
@@ -119,6 +120,7 @@ impl KvCache {
         let heads = |l: usize| if self.shape.owner(l) == l { self.shape.layer(l).kv_heads } else { 0 };
         self.insert(Sequence {
             layers: (0..layers).map(|l| vec![Default::default(); heads(l)]).collect(),
+            thresholds: None,
             reads: (0..layers).map(|l| self.new_reads(l)).collect(),
             queries: self.shape.iter().map(QueryLog::new).collect(),
             counters: vec![LayerCounters::default(); layers],
@@ -210,6 +212,24 @@ impl KvCache {
         Ok(index.as_ref().map_or_else(Vec::new, |index| {
             let head = &index.heads()[head];
             (0..head.units()).map(|unit| head.members(unit).map(|slot| Slot(slot as u32)).collect()).collect()
+        }))
+    }
+
+    /// The groups of one KV head's units, where an index has a level above them: runs of units.
+    ///
+    /// # Errors
+    /// As [`KvCache::units`].
+    pub fn unit_groups(
+        &self,
+        id: SequenceId,
+        layer: usize,
+        head: usize,
+    ) -> Result<Vec<Range<usize>>, CacheError> {
+        self.units(id, layer, head)?;
+        let index = &self.sequence(id)?.reads[self.shape.owner(layer)].index;
+        Ok(index.as_ref().map_or_else(Vec::new, |index| {
+            let head = &index.heads()[head];
+            (0..head.groups()).map(|group| head.group(group)).collect()
         }))
     }
 

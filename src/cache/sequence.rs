@@ -8,7 +8,7 @@ use super::guard::{GuardReport, Shadow};
 use super::read::{Held, ReadReport};
 use crate::device::HeadRows;
 use crate::geometry::LayerShape;
-use crate::index::LayerIndex;
+use crate::index::{LayerIndex, Thresholds};
 use std::collections::VecDeque;
 
 /// The handle of a sequence within its cache.
@@ -53,6 +53,11 @@ impl QueryLog {
         }
         self.rows = rows;
         self.positions.retain(|&p| keep(p));
+    }
+
+    /// The rows, token-major.
+    pub(super) fn token_major(&self) -> Vec<f32> {
+        self.rows.iter().copied().collect()
     }
 
     /// Positions and token-major rows, writable, for a re-rotation.
@@ -110,6 +115,8 @@ pub(super) struct Sequence {
     /// Recorded queries per layer.
     pub(super) queries: Vec<QueryLog>,
     pub(super) counters: Vec<LayerCounters>,
+    /// What the end of the prompt made of an index that calibrates.
+    pub(super) thresholds: Option<Thresholds>,
     /// Position of the next token.
     pub(super) next: i32,
     /// Tokens committed while the prompt was open: what a fractional budget is a fraction of.

@@ -7,6 +7,11 @@
 //! process would be as large as before. *Hurts* by a system call per freed block, so blocks are pages of
 //! many rows, never single rows.
 //!
+//! An arena whose blocks stay maps larger slabs in the system's huge pages once it holds some: a context of hundreds of
+//! megabytes is more small pages than a processor keeps addresses of, and reading it, above all here and there, would
+//! wait for them. A block of such a slab that is freed after all leaves the process at once, but the system may get its
+//! memory only when it looks for some, or with the last block around it.
+//!
 //! The two `unsafe` operations of the store live here: turning a block's address into a slice, and telling
 //! the kernel to drop its contents.
 
@@ -24,6 +29,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Bytes asked from the system at once, unless one block needs more.
 const SLAB_BYTES: usize = 1 << 20;
+
+/// The same in huge pages, and what an arena must hold before it uses them: a huge page is taken whole when its first
+/// byte is written.
+const HUGE_SLAB_BYTES: usize = 8 << 20;
+const HUGE_FROM: usize = 16 << 20;
+
+/// What a huge page is aligned to.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// Blocks are whole multiples of this: a cache line, and the widest vector.
 pub const BLOCK_ALIGN: usize = 64;
@@ -52,6 +65,10 @@ pub struct MemoryUsage {
 #[derive(Debug)]
 struct Slab {
     map: MmapMut,
+    /// Where the first block lies in it.
+    base: usize,
+    /// Whether it lies in huge pages.
+    huge: bool,
     /// Indices of blocks not in use.
     free: Vec<usize>,
     /// Of every block.
@@ -71,14 +88,20 @@ impl Slab {
         let page = |index: usize| index * SYSTEM_PAGE..(index + 1) * SYSTEM_PAGE;
         let first = if unused(page(first)) { first } else { first + 1 };
         let end = if first < end && !unused(page(end - 1)) { end - 1 } else { end };
-        let pages = first * SYSTEM_PAGE..(end * SYSTEM_PAGE).min(self.map.len()).max(first * SYSTEM_PAGE);
+        let len = self.map.len() - self.base;
+        let pages = first * SYSTEM_PAGE..(end * SYSTEM_PAGE).min(len).max(first * SYSTEM_PAGE);
+        #[cfg(target_os = "linux")]
+        if std::mem::take(&mut self.huge) {
+            // Else the system would fill the hole again when it tidies up.
+            let _ = self.map.advise(memmap2::Advice::NoHugePage);
+        }
         #[cfg(unix)]
         if !pages.is_empty() {
             // SAFETY: no block in use lies on these pages, so no reference into them is left; the next owner
             // of a block there gets it from `allocate`, which promises zeroes: what DONTNEED leaves behind.
             let given_back = unsafe {
                 let what = memmap2::UncheckedAdvice::DontNeed;
-                self.map.unchecked_advise_range(what, pages.start, pages.len())
+                self.map.unchecked_advise_range(what, self.base + pages.start, pages.len())
             };
             if given_back.is_ok() {
                 self.clear(block.start..pages.start.clamp(block.start, block.end));
@@ -92,9 +115,9 @@ impl Slab {
 
     /// Zeroes bytes of a block that is not in use.
     fn clear(&mut self, bytes: Range<usize>) {
-        let base = self.map.as_mut_ptr();
+        let map = self.map.as_mut_ptr();
         // SAFETY: `vacate` gives ranges within a block of this mapping.
-        let start = unsafe { base.add(bytes.start) };
+        let start = unsafe { map.add(self.base + bytes.start) };
         // SAFETY: the block is not in use, so nobody else holds a reference into the range.
         unsafe { start.write_bytes(0, bytes.len()) };
     }
@@ -114,12 +137,14 @@ struct Inner {
 pub struct HostArena {
     inner: Arc<Mutex<Inner>>,
     block_bytes: usize,
+    /// Whether blocks stay.
+    steady: bool,
 }
 
 impl HostArena {
-    /// An arena of blocks of `bytes`, rounded up to [`BLOCK_ALIGN`].
-    pub fn new(bytes: usize) -> Self {
-        Self { inner: Arc::default(), block_bytes: bytes.max(1).next_multiple_of(BLOCK_ALIGN) }
+    /// An arena of blocks of `bytes`, rounded up to [`BLOCK_ALIGN`]. `steady` says that they are seldom freed one by one.
+    pub fn new(bytes: usize, steady: bool) -> Self {
+        Self { inner: Arc::default(), block_bytes: bytes.max(1).next_multiple_of(BLOCK_ALIGN), steady }
     }
 
     /// Size of a block.
@@ -159,10 +184,10 @@ impl HostArena {
         let Some(block) = slab.free.pop() else { unreachable!("slab {index} has a free block") };
         slab.used[block] = true;
         let full = slab.free.is_empty();
-        let base = slab.map.as_mut_ptr();
+        let map = slab.map.as_mut_ptr();
         // SAFETY: `block` came from this slab's free list, whose entries are below the number of blocks that
-        // the mapping holds, so the result stays inside it.
-        let address = unsafe { base.add(block * block_bytes) };
+        // the mapping holds behind its base, so the result stays inside it.
+        let address = unsafe { map.add(slab.base + block * block_bytes) };
         if full {
             inner.open.remove(&index);
         }
@@ -173,17 +198,22 @@ impl HostArena {
     }
 
     fn map_slab(&self, inner: &mut Inner) -> Result<usize, DeviceError> {
-        let blocks = (SLAB_BYTES / self.block_bytes).max(1);
+        let huge = cfg!(target_os = "linux") && self.steady && inner.usage.reserved >= HUGE_FROM;
+        let blocks = (if huge { HUGE_SLAB_BYTES } else { SLAB_BYTES } / self.block_bytes).max(1);
         let bytes = blocks * self.block_bytes;
-        let map = MmapOptions::new().len(bytes).map_anon().map_err(|e| DeviceError::OutOfMemory {
+        // Addresses only: what lies before the base is never written.
+        let mapped = bytes + if huge { HUGE_PAGE } else { 0 };
+        let map = MmapOptions::new().len(mapped).map_anon().map_err(|e| DeviceError::OutOfMemory {
             bytes,
             memory: "host",
             reason: e.to_string(),
         })?;
-        // Huge pages would make the system keep 2 MiB for a block of 32 KiB that was freed around others.
+        let start = map.as_ptr().addr();
+        let base = if huge { start.next_multiple_of(HUGE_PAGE) - start } else { 0 };
+        // Elsewhere huge pages would make the system keep 2 MiB for a block of 32 KiB that was freed around others.
         #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::NoHugePage);
-        let slab = Slab { map, free: (0..blocks).rev().collect(), used: vec![false; blocks] };
+        let _ = map.advise(if huge { memmap2::Advice::HugePage } else { memmap2::Advice::NoHugePage });
+        let slab = Slab { map, base, huge, free: (0..blocks).rev().collect(), used: vec![false; blocks] };
         inner.usage.reserved += bytes;
         let index = match inner.slabs.iter().position(Option::is_none) {
             Some(index) => {
@@ -207,7 +237,7 @@ impl HostArena {
         slab.free.push(block);
         slab.used[block] = false;
         if slab.free.len() == slab.used.len() {
-            let bytes = slab.map.len();
+            let bytes = slab.used.len() * block_bytes;
             inner.slabs[slab_index] = None;
             inner.open.remove(&slab_index);
             inner.usage.reserved -= bytes;
@@ -258,31 +288,40 @@ impl Drop for HostBlock {
 mod tests {
     use super::*;
 
-    #[test]
-    fn blocks_are_disjoint_zeroed_and_counted() {
-        let arena = HostArena::new(5000);
-        assert_eq!(arena.block_bytes(), 5056);
-        let mut blocks: Vec<HostBlock> = (0..300).map(|_| arena.allocate().unwrap()).collect();
+    fn check(arena: &HostArena, count: usize) {
+        let bytes = arena.block_bytes();
+        let mut blocks: Vec<HostBlock> = (0..count).map(|_| arena.allocate().unwrap()).collect();
         for (i, b) in blocks.iter_mut().enumerate() {
             assert!(b.bytes().iter().all(|&x| x == 0));
             b.bytes_mut().fill(i as u8);
         }
         assert!(blocks.iter().enumerate().all(|(i, b)| b.bytes().iter().all(|&x| x == i as u8)));
-        assert_eq!(arena.usage().resident, 300 * 5056);
-        let reserved = arena.usage().reserved;
-        assert!(reserved >= 300 * 5056);
-        blocks.retain({
-            let mut i = 0;
-            move |_| {
-                i += 1;
-                i % 2 == 0
-            }
+        assert_eq!(arena.usage().resident, count * bytes);
+        assert!(arena.usage().reserved >= count * bytes);
+        let mut i = 0;
+        blocks.retain(|_| {
+            i += 1;
+            i % 2 == 0
         });
-        assert_eq!(arena.usage().resident, 150 * 5056);
-        let again = arena.allocate().unwrap();
-        assert!(again.bytes().iter().all(|&x| x == 0), "a reused block is zero again");
+        assert_eq!(arena.usage().resident, count / 2 * bytes);
+        assert!(blocks.iter().enumerate().all(|(i, b)| b.bytes().iter().all(|&x| x == (2 * i + 1) as u8)));
+        let again: Vec<HostBlock> = (0..count / 2).map(|_| arena.allocate().unwrap()).collect();
+        assert!(again.iter().all(|b| b.bytes().iter().all(|&x| x == 0)), "a reused block is zero again");
         drop((again, blocks));
         assert_eq!(arena.usage().resident, 0);
         assert_eq!(arena.usage().reserved, 0);
+    }
+
+    #[test]
+    fn blocks_are_disjoint_zeroed_and_counted() {
+        let arena = HostArena::new(5000, false);
+        assert_eq!(arena.block_bytes(), 5056);
+        check(&arena, 300);
+    }
+
+    #[test]
+    fn so_are_blocks_in_huge_pages() {
+        let arena = HostArena::new(50_000, true);
+        check(&arena, 2 * HUGE_FROM / arena.block_bytes());
     }
 }

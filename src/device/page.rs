@@ -75,6 +75,9 @@ pub struct PageLayout {
     pub mirrored: bool,
     /// `u32` words of column data per entry.
     pub column_words: usize,
+    /// Whether its pages stay as long as their sequence does: nothing is evicted, packed or dropped one by one. Host
+    /// memory then lies in the system's huge pages, once it is enough to fill some.
+    pub steady: bool,
 }
 
 impl PageLayout {
@@ -87,7 +90,8 @@ impl PageLayout {
         mirrored: bool,
         column_words: usize,
     ) -> Self {
-        Self { capacity, d_k: shape.d_k, d_v: shape.d_v, k: k.into(), v: v.into(), mirrored, column_words }
+        let (k, v) = (k.into(), v.into());
+        Self { capacity, d_k: shape.d_k, d_v: shape.d_v, k, v, mirrored, column_words, steady: false }
     }
 
     /// Whether both sides are exact.

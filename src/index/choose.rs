@@ -218,6 +218,21 @@ impl Ranking {
         units.sort_unstable();
     }
 
+    /// The score of the group that [`Ranking::take`] asks about.
+    pub fn next_score(&self) -> f32 {
+        self.order.get(self.taken).map_or(f32::NEG_INFINITY, |&group| self.scores[group as usize])
+    }
+
+    /// Scores of all groups.
+    pub fn scores(&self) -> &[f32] {
+        &self.scores
+    }
+
+    /// A row's weights.
+    pub fn weights(&self, row: usize) -> &[f32] {
+        &self.weights[row * self.units..(row + 1) * self.units]
+    }
+
     /// Query rows.
     pub fn rows(&self) -> usize {
         self.rows

@@ -35,14 +35,23 @@ pub struct Clusters {
     pub values: f64,
     /// Whether points are compared by angle.
     pub cosine: bool,
-    pub(super) tables: [Table; 1],
+    /// Clusters that are grouped around a mean of their own, on average; 0 groups none.
+    pub fan: usize,
+    pub(super) tables: Vec<Table>,
 }
 
 impl Clusters {
     /// Clusters whose means are stored as `encoding`.
     pub fn new(size: usize, encoding: Encoding) -> Self {
-        let tables = [Table { role: Role::Mean, encoding }];
-        Self { size, segment: 2048, update: 128, rounds: 4, values: 0.5, cosine: false, tables }
+        let tables = vec![Table { role: Role::Mean, encoding }];
+        Self { size, segment: 2048, update: 128, rounds: 4, values: 0.5, cosine: false, fan: 0, tables }
+    }
+
+    /// The same with `fan` clusters to a group.
+    #[must_use]
+    pub fn grouped(mut self, fan: usize) -> Self {
+        self.tables.push(Table { role: Role::Group, encoding: self.tables[0].encoding });
+        Self { fan, ..self }
     }
 
     /// Reads the arguments that every index of clusters declares: `size`, `store`, `segment`, `update`, `rounds`.
@@ -87,22 +96,68 @@ impl Summary for Clusters {
     ) -> Result<Units, KernelError> {
         let points = self.points(shape, entries);
         let count = entries.count.div_ceil(self.size);
-        let mut means = Means::start(&points, entries.count, count);
-        let mut owners = vec![0; entries.count];
-        for round in 0..self.rounds {
-            if round > 0 {
-                means.update(&points, &owners);
-            }
-            if self.cosine {
-                means.normalise();
-            }
-            means.assign(backend, &points, self.cosine, &mut owners)?;
+        let (mut owners, means) = self.cluster(backend, &points, count)?;
+        if self.fan == 0 {
+            return Ok(units(shape, entries, &owners, count));
         }
-        Ok(units(shape, entries, &owners, count))
+        let groups = count.div_ceil(self.fan);
+        let (group_of, _) = self.cluster(backend, &means, groups)?;
+        // Clusters of a group become neighbours.
+        let mut order: Vec<u32> = (0..count as u32).collect();
+        order.sort_by_key(|&cluster| group_of[cluster as usize]);
+        let mut place = vec![0; count];
+        order.iter().zip(0..).for_each(|(&cluster, at)| place[cluster as usize] = at);
+        let mut sizes = vec![0u32; count];
+        for owner in &mut owners {
+            *owner = place[*owner as usize];
+            sizes[*owner as usize] += 1;
+        }
+        let mut units = units(shape, entries, &owners, count);
+        // A cluster without members is no unit.
+        let mut held = vec![0; groups];
+        let there = order.iter().zip(&sizes).filter(|&(_, &n)| n > 0);
+        there.for_each(|(&cluster, _)| held[group_of[cluster as usize] as usize] += 1);
+        held.retain(|&n| n > 0);
+        units.groups = held;
+        let mut rows = UnitRows::default();
+        let mut rest = units.members.as_slice();
+        let mut key = vec![0.0; shape.d_k];
+        for n in units.group_counts() {
+            let (group, behind) = rest.split_at(n as usize);
+            rest = behind;
+            average(entries.keys, group, &mut key);
+            rows.keys.extend_from_slice(&key);
+            rows.values.push(0.0);
+        }
+        units.rows.push(rows);
+        Ok(units)
     }
 }
 
 impl Clusters {
+    /// The owner of every point among `count` clusters, and the clusters' means.
+    fn cluster(
+        &self,
+        backend: &dyn Backend,
+        points: &Points,
+        count: usize,
+    ) -> Result<(Vec<u32>, Points), KernelError> {
+        let entries = points.rows.len() / points.dim;
+        let mut means = Means::start(points, entries, count);
+        let mut owners = vec![0; entries];
+        for round in 0..self.rounds {
+            if round > 0 {
+                means.update(points, &owners);
+            }
+            if self.cosine {
+                means.normalise();
+            }
+            means.assign(backend, points, self.cosine, &mut owners)?;
+        }
+        means.update(points, &owners);
+        Ok((owners, Points { rows: means.rows, dim: means.dim }))
+    }
+
     /// `[n, d_k + d_v]`, or `[n, d_k]` if values do not count.
     fn points(&self, shape: &LayerShape, entries: &Entries<'_>) -> Points {
         let (d_k, d_v) = (shape.d_k, if self.values > 0.0 { shape.d_v } else { 0 });
@@ -194,6 +249,7 @@ impl Means {
             v: DType::F32.into(),
             mirrored: backend.mirrored(),
             column_words: 0,
+            steady: false,
         };
         let positions: Vec<i32> = (0..count as i32).collect();
         let mut table = HeadRows::default();
@@ -269,7 +325,7 @@ fn units(shape: &LayerShape, entries: &Entries<'_>, owners: &[u32], count: usize
         rows.keys.extend_from_slice(&key);
         rows.values.extend_from_slice(&value);
     }
-    Units { counts, members, rows: vec![rows] }
+    Units { counts, members, rows: vec![rows], ..Units::default() }
 }
 
 /// The mean of some rows.

@@ -20,6 +20,9 @@ use std::sync::Arc;
 /// Rows per page of a table.
 const TABLE_ENTRIES: usize = 64;
 
+/// Units of each batch that add to the covariance of keys, about: a few thousand entries say as much of it as all.
+const SAMPLED: usize = 64;
+
 /// How the tables of one layer are stored.
 #[derive(Clone, Debug)]
 pub struct TableStorage {
@@ -35,13 +38,16 @@ impl TableStorage {
 
     fn new(table: &Table, shape: &LayerShape, mirrored: bool) -> Self {
         let (d_k, d_v) = table.role.dims(shape);
-        let layout = |capacity, k, v| PageLayout { capacity, d_k, d_v, k, v, mirrored, column_words: 0 };
-        let waiting = table.waiting().into();
-        let exact = Arc::new(layout(TABLE_ENTRIES, waiting, waiting));
+        let layout = |capacity, k, v, steady| {
+            let column_words = 0;
+            PageLayout { capacity, d_k, d_v, k, v, mirrored, column_words, steady }
+        };
+        let (waiting, packs) = (table.waiting().into(), table.encoding.packed().is_some());
+        let exact = Arc::new(layout(TABLE_ENTRIES, waiting, waiting, !packs));
         let packed = table.encoding.packed().map(|_| {
-            let values = if table.role == Role::Bound { DType::F32.into() } else { table.encoding };
+            let values = if table.role != Role::Mean { DType::F32.into() } else { table.encoding };
             Packed {
-                layout: Arc::new(layout(PACK_ENTRIES, table.encoding, values)),
+                layout: Arc::new(layout(PACK_ENTRIES, table.encoding, values, true)),
                 sinks: 0,
                 sink_layout: Arc::clone(&exact),
                 // With one entry left behind, only whole pages are packed: however the rows came.
@@ -87,11 +93,15 @@ pub struct HeadUnits {
     /// Members of units, from there on.
     covered: usize,
     units: usize,
+    /// Where each group's units end, where units are grouped.
+    groups: Vec<u32>,
 }
 
 /// The tables of one layer, and the units of its KV heads.
 #[derive(Clone, Debug)]
 pub struct LayerIndex {
+    /// Per table.
+    roles: Vec<Role>,
     /// Per table, per KV head.
     tables: Vec<Vec<HeadRows>>,
     /// Per table, per KV head: the largest norm that a key ever had.
@@ -116,11 +126,15 @@ impl Spread {
         let mut offset = vec![0.0; d_k];
         let mut center = vec![0.0; d_k];
         let mut start = 0;
-        for &count in &units.counts {
+        for (index, &count) in units.counts.iter().enumerate() {
             let member = |i: usize| units.members.get(i).map_or(i, |&m| m as usize);
             let key = |i: usize| &entries.keys[member(i) * d_k..(member(i) + 1) * d_k];
             let unit = start..start + count as usize;
             start = unit.end;
+            if index % (units.counts.len() / SAMPLED).max(1) != 0 {
+                continue;
+            }
+            self.entries += unit.len();
             center.fill(0.0);
             unit.clone()
                 .for_each(|i| center.iter_mut().zip(key(i)).for_each(|(c, k)| *c += k / count as f32));
@@ -131,16 +145,25 @@ impl Spread {
                 }
             }
         }
-        self.entries += entries.count;
     }
 
     /// `qᵀ Σ q`: the variance of `q·k` within a unit.
     pub fn variance(&self, query: &[f32]) -> f32 {
         let rows = self.sums.chunks_exact(query.len().max(1)).zip(query);
-        let total: f32 =
-            rows.map(|(row, a)| a * row.iter().zip(query).map(|(s, b)| s * b).sum::<f32>()).sum();
+        let total: f32 = rows.map(|(row, a)| a * dot(row, query)).sum();
         if self.entries == 0 { 0.0 } else { (total / self.entries as f32).max(0.0) }
     }
+}
+
+/// `a·b`, in lanes that a compiler turns into vectors.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    let (a, b) = (a.chunks_exact(16), b.chunks_exact(16));
+    let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b).sum();
+    for (a, b) in a.zip(b) {
+        lanes.iter_mut().zip(a.iter().zip(b)).for_each(|(l, (a, b))| *l += a * b);
+    }
+    lanes.iter().sum::<f32>() + rest
 }
 
 impl HeadUnits {
@@ -149,7 +172,31 @@ impl HeadUnits {
             Some(size) => Members::Runs { size, step: retrieval.summary.waiting() + 1 },
             None => Members::Lists { ends: Vec::new(), slots: Vec::new(), batches: Vec::new() },
         };
-        Self { members, first: retrieval.rule.sinks, covered: 0, units: 0 }
+        Self { members, first: retrieval.rule.sinks, covered: 0, units: 0, groups: Vec::new() }
+    }
+
+    /// Rows of a table of some role.
+    fn rows_of(&self, role: Role) -> usize {
+        if role == Role::Group { self.groups.len() } else { self.units }
+    }
+
+    /// Number of groups of units.
+    pub fn groups(&self) -> usize {
+        self.groups.len()
+    }
+
+    /// Units of a group.
+    pub fn group(&self, group: usize) -> Range<usize> {
+        let start = group.checked_sub(1).map_or(0, |before| self.groups[before] as usize);
+        start..self.groups[group] as usize
+    }
+
+    /// Entries of a group.
+    pub fn group_count(&self, group: usize) -> usize {
+        let Members::Lists { ends, .. } = &self.members else { return 0 };
+        let end = |unit: usize| unit.checked_sub(1).map_or(0, |last| ends[last] as usize);
+        let units = self.group(group);
+        end(units.end) - end(units.start)
     }
 
     /// Number of units.
@@ -188,7 +235,7 @@ impl HeadUnits {
 
     /// The entries of some units (ascending) and, with `zone`, everything before and behind the units, up to `rows`
     /// entries. `slots` is lent.
-    pub fn spans(&self, units: &[u32], zone: bool, rows: usize, out: &mut Spans, slots: &mut Vec<u32>) {
+    pub fn spans(&self, units: &[u32], zone: bool, rows: usize, out: &mut Spans, slots: &mut Vec<u64>) {
         out.clear();
         let covered = self.covered();
         if zone {
@@ -202,10 +249,24 @@ impl HeadUnits {
                 }
             }
             Members::Lists { .. } => {
+                // A bit per slot puts them in order faster than sorting would.
                 slots.clear();
-                units.iter().for_each(|&unit| slots.extend_from_slice(self.list(unit as usize)));
-                slots.sort_unstable();
-                slots.iter().for_each(|&slot| out.push(slot as usize..slot as usize + 1));
+                slots.resize(covered.end.div_ceil(64), 0);
+                for &unit in units {
+                    for &slot in self.list(unit as usize) {
+                        slots[slot as usize / 64] |= 1 << (slot % 64);
+                    }
+                }
+                for (word, &bits) in slots.iter().enumerate() {
+                    let mut left = bits;
+                    while left != 0 {
+                        let start = left.trailing_zeros() as usize;
+                        let len = (left >> start).trailing_ones() as usize;
+                        let slot = 64 * word + start;
+                        out.push(slot..slot + len);
+                        left &= u64::MAX.checked_shl((start + len) as u32).unwrap_or(0);
+                    }
+                }
             }
         }
         if zone {
@@ -223,7 +284,7 @@ impl HeadUnits {
         match &self.members {
             Members::Runs { .. } => 0,
             Members::Lists { ends, slots, batches } => {
-                (ends.capacity() + slots.capacity()) * size_of::<u32>()
+                (ends.capacity() + slots.capacity() + self.groups.capacity()) * size_of::<u32>()
                     + batches.capacity() * size_of::<(usize, usize)>()
             }
         }
@@ -232,6 +293,11 @@ impl HeadUnits {
     fn add(&mut self, units: &Units, entries: usize) {
         let from = self.covered().end as u32;
         self.covered += entries;
+        let mut end = self.units as u32;
+        self.groups.extend(units.groups.iter().map(|&n| {
+            end += n;
+            end
+        }));
         self.units += units.counts.len();
         if let Members::Lists { ends, slots, batches } = &mut self.members {
             slots.extend(units.members.iter().map(|&m| from + m));
@@ -263,14 +329,19 @@ impl HeadUnits {
                 slots.truncate(ends.last().map_or(0, |&end| end as usize));
             }
         }
+        // Groups are of units that were made together, and go with them.
+        let stay = self.groups.partition_point(|&end| end as usize <= self.units);
+        self.groups.truncate(stay);
     }
 }
 
 impl LayerIndex {
     /// An index without units.
     pub fn new(retrieval: &Retrieval, kv_heads: usize) -> Self {
-        let tables = retrieval.summary.tables().len();
+        let roles: Vec<Role> = retrieval.summary.tables().iter().map(|table| table.role).collect();
+        let tables = roles.len();
         Self {
+            roles,
             tables: vec![vec![HeadRows::default(); kv_heads]; tables],
             norms: vec![vec![0.0; kv_heads]; tables],
             heads: vec![HeadUnits::new(retrieval); kv_heads],
@@ -353,23 +424,25 @@ impl LayerIndex {
         units: &Units,
         head: usize,
     ) -> Result<(), KernelError> {
-        let before = self.heads[head].units;
-        // Rows of a table count their units: a position is all a kernel knows of their order.
-        let positions: Vec<i32> = (before as i32..(before + units.counts.len()) as i32).collect();
-        let bias: Vec<f32> = units.counts.iter().map(|&n| (n as f32).ln()).collect();
         for (rows, storage) in units.rows.iter().zip(storage) {
             check_range(rows, &storage.storage.exact)?;
         }
+        let group_counts = units.group_counts();
         let mut tables = self.tables.iter_mut().zip(&units.rows).zip(storage);
         let added = tables.try_for_each(|((table, rows), storage)| {
+            let counts = if storage.role == Role::Group { &group_counts } else { &units.counts };
             let (table, storage) = (&mut table[head], &storage.storage);
+            // Rows of a table count their units: a position is all a kernel knows of their order.
+            let before = table.rows();
+            let positions: Vec<i32> = (before as i32..(before + counts.len()) as i32).collect();
+            let bias: Vec<f32> = counts.iter().map(|&n| (n as f32).ln()).collect();
             let new = NewRows { positions: &positions, keys: &rows.keys, values: &rows.values };
             store::append(backend, &storage.exact, table, new)?;
             store::set_bias(backend, table, before, &bias)?;
             store::seal(backend, storage, table, &mut SharedPositions::default()).map(drop)
         });
         if added.is_err() {
-            self.tables.iter_mut().for_each(|table| store::truncate_rows(&mut table[head], before));
+            self.truncate_tables(head);
             return added;
         }
         for ((norms, rows), storage) in self.norms.iter_mut().zip(&units.rows).zip(storage) {
@@ -390,8 +463,14 @@ impl LayerIndex {
 
     fn truncate_head(&mut self, head: usize, rows: usize) {
         self.heads[head].truncate(rows);
-        let units = self.heads[head].units;
-        self.tables.iter_mut().for_each(|table| store::truncate_rows(&mut table[head], units));
+        self.truncate_tables(head);
+    }
+
+    /// Forgets rows whose units are not there.
+    fn truncate_tables(&mut self, head: usize) {
+        for (table, &role) in self.tables.iter_mut().zip(&self.roles) {
+            store::truncate_rows(&mut table[head], self.heads[head].rows_of(role));
+        }
     }
 
     /// Forgets all units: entries between were removed, or keys were turned.

@@ -25,11 +25,12 @@ pub mod options;
 pub mod pages;
 pub mod quest;
 pub mod retroinfer;
+pub mod squeezed;
 mod units;
 
 pub use clusters::Clusters;
 pub use layer::{HeadUnits, LayerIndex, TableStorage};
-pub use options::{Goal, Group, ReadRule, Tail};
+pub use options::{Calibration, Goal, Group, ReadRule, Tail, Thresholds};
 pub use units::Pages;
 
 use crate::backend::Backend;
@@ -42,8 +43,15 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 /// The built-in indexes.
-pub const ENTRIES: &[Entry] =
-    &[auto::ENTRY, pages::ENTRY, quest::ENTRY, lserve::ENTRY, clusterkv::ENTRY, retroinfer::ENTRY];
+pub const ENTRIES: &[Entry] = &[
+    auto::ENTRY,
+    pages::ENTRY,
+    quest::ENTRY,
+    lserve::ENTRY,
+    squeezed::ENTRY,
+    clusterkv::ENTRY,
+    retroinfer::ENTRY,
+];
 
 /// What the rows of a table say of their units, and so how a query is put to them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -55,6 +63,9 @@ pub enum Role {
     /// Key `[c, r]` (`2 d_k`) with `|k − c| <= r` in every dimension for every member, β `ln n`: for the query
     /// `[q, |q|]` a logit is never less than the logarithm of the weight of all members together. One value, unused.
     Bound,
+    /// Key `mean k` (`d_k`) of the entries of a group of neighbouring units, β `ln n`: a level above [`Role::Mean`]. One
+    /// value, unused.
+    Group,
 }
 
 impl Role {
@@ -63,13 +74,14 @@ impl Role {
         match self {
             Self::Mean => (shape.d_k, shape.d_v),
             Self::Bound => (2 * shape.d_k, 1),
+            Self::Group => (shape.d_k, 1),
         }
     }
 
     /// Appends queries (`[rows, d_k]`) as they are put to rows of this role.
     pub fn queries(self, d_k: usize, queries: &[f32], out: &mut Vec<f32>) {
         match self {
-            Self::Mean => out.extend_from_slice(queries),
+            Self::Mean | Self::Group => out.extend_from_slice(queries),
             Self::Bound => {
                 for query in queries.chunks_exact(d_k) {
                     out.extend_from_slice(query);
@@ -80,7 +92,7 @@ impl Role {
     }
 }
 
-/// A table of rows that an index keeps for every KV head: one row per unit.
+/// A table of rows that an index keeps for every KV head: one row per unit, or per group of units.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Table {
     /// What the rows say.
@@ -114,8 +126,23 @@ pub struct Units {
     pub counts: Vec<u32>,
     /// Members unit after unit, as indices into the entries; empty if units are runs of consecutive entries.
     pub members: Vec<u32>,
+    /// Units of each group, neighbours; empty if units are in no groups.
+    pub groups: Vec<u32>,
     /// Rows of each table: keys and values.
     pub rows: Vec<UnitRows>,
+}
+
+impl Units {
+    /// Members of each group.
+    fn group_counts(&self) -> Vec<u32> {
+        let mut rest = self.counts.as_slice();
+        let groups = self.groups.iter().map(|&units| {
+            let (group, behind) = rest.split_at(units as usize);
+            rest = behind;
+            group.iter().sum()
+        });
+        groups.collect()
+    }
 }
 
 /// Rows of a table.

@@ -48,6 +48,27 @@ pub struct Goal {
     pub floor: usize,
 }
 
+/// What decides by a threshold on weights instead of by rank: heads and layers then share one budget, and read more where
+/// their attention is spread.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Calibration {
+    /// Last queries of a prompt that the thresholds are made from.
+    pub queries: usize,
+    /// What one KV head may read in one step, in budgets.
+    pub cap: f64,
+    /// Share of the entries whose groups are looked into, in shares of those that are read.
+    pub widen: f64,
+}
+
+/// What a calibration found: units and groups are read, or looked into, from this share of a row's mass per entry on.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Thresholds {
+    /// Of units.
+    pub unit: f32,
+    /// Of groups.
+    pub group: f32,
+}
+
 /// Everything about reading that does not depend on what the units are.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ReadRule {
@@ -70,6 +91,8 @@ pub struct ReadRule {
     pub correct: bool,
     /// When enough is read.
     pub goal: Option<Goal>,
+    /// Whether a threshold decides.
+    pub calibration: Option<Calibration>,
     /// A choice is kept for so many steps.
     pub every: usize,
     /// So many neighbouring layers use the choice of the first of them.
@@ -168,6 +191,7 @@ impl ReadRule {
             estimate: args.real("estimate")?,
             correct: args.word("correct")? == "yes",
             tail: if args.word("tail")? == "estimate" { Tail::Estimate } else { Tail::Ignore },
+            calibration: None,
             goal: (mass > 0.0).then_some(Goal { mass, certified, floor }),
             every: args.count("every")?,
             share: args.count("share")?,

@@ -93,11 +93,13 @@ impl Summary for Pages {
                         mean(values, value);
                     }
                     Role::Bound => bound(keys, table, key),
+                    Role::Group => unreachable!("pages are in no groups"),
                 }
             }
             rows
         });
-        Ok(Units { counts: vec![self.page as u32; units], members: Vec::new(), rows: rows.collect() })
+        let rows = rows.collect();
+        Ok(Units { counts: vec![self.page as u32; units], rows, ..Units::default() })
     }
 }
 

@@ -135,12 +135,17 @@ pub fn truncate_rows(head: &mut HeadRows, rows: usize) {
 
 /// Entries with a position below `position`: they are the first ones, because positions ascend.
 pub fn rows_below(head: &HeadRows, position: i32) -> usize {
-    let mut rows = 0;
-    for page in head.pages() {
-        let below = page.positions().partition_point(|&p| p < position);
-        rows += below;
-        if below < page.rows {
-            break;
+    // From the end: what is asked for is a step that is forgotten, or the last tokens.
+    let mut rows = head.rows();
+    for segment in head.segments.iter().rev() {
+        let capacity = segment.layout.capacity;
+        for (index, page) in segment.pages.iter().enumerate().rev() {
+            let used = (segment.rows - index * capacity).min(capacity);
+            let below = page.positions[..used].partition_point(|&p| p < position);
+            rows -= used - below;
+            if below > 0 {
+                return rows;
+            }
         }
     }
     rows

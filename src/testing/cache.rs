@@ -141,6 +141,7 @@ impl CacheSpec {
             v: spec.v,
             mirrored: backend.mirrored(),
             column_words: self.column_words,
+            steady: false,
         });
         let mut segment = Segment::new(layout.clone());
         while segment.rows < spec.rows {

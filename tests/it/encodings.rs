@@ -49,6 +49,7 @@ fn round_trip(packing: Packing, rows: &[f32]) -> Vec<f32> {
         v: DType::F32.into(),
         mirrored: false,
         column_words: 0,
+        steady: false,
     });
     let mut page = backend.allocate(&layout).unwrap();
     backend.pack(&mut PackArgs { layout: &layout, page: &mut page, keys: rows, values: rows }).unwrap();

@@ -5,6 +5,7 @@
 //! `merge_partials`. *Hurts* by three or four kernel calls a layer where reading everything is one; so a short context
 //! is read whole.
 
+mod calibrate;
 mod reader;
 mod tail;
 
@@ -86,7 +87,8 @@ pub(super) struct ReadScratch {
     queries: Vec<f32>,
     logits: Vec<f32>,
     spans: Vec<Spans>,
-    slots: Vec<u32>,
+    /// By KV head.
+    slots: Vec<Vec<u64>>,
     /// Units taken now, by KV head.
     fresh: Vec<Vec<u32>>,
     /// What is chosen, by KV head.
@@ -132,8 +134,18 @@ impl KvCache {
                 (Way::Chosen { budget, held }, Some(index)) => {
                     let retrieval = &*retrieval;
                     let held = held.map(|layer| &sequence.reads[layer].held);
-                    let reader =
-                        Reader { backend, shape, retrieval, heads, index, queries, positions, budget };
+                    let thresholds = sequence.thresholds;
+                    let reader = Reader {
+                        backend,
+                        shape,
+                        retrieval,
+                        heads,
+                        index,
+                        queries,
+                        positions,
+                        budget,
+                        thresholds,
+                    };
                     reader.run(held, (read, workspace), (out, lse))?
                 }
                 _ => {
@@ -242,12 +254,13 @@ impl KvCache {
                 queries: &queries,
                 positions: &positions,
                 budget,
+                thresholds: sequence.thresholds,
             };
             let (mut out, mut lse) = (vec![0.0; hq * dims.tokens * d_v], vec![0.0; hq * dims.tokens]);
             let mut scratch = ReadScratch::default();
             reader.run(None, (&mut scratch, &mut Workspace::default()), (&mut out, &mut lse))?;
             for (h, (spans, units)) in spans.iter_mut().zip(&scratch.chosen.units).enumerate() {
-                index.heads()[h].spans(units, true, heads[h].rows(), spans, &mut scratch.slots);
+                index.heads()[h].spans(units, true, heads[h].rows(), spans, &mut Vec::new());
             }
         }
         Ok(Selection::of(heads, spans.iter().map(|spans| spans.slots())))

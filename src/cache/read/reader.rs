@@ -9,12 +9,15 @@ use crate::device::page::Side;
 use crate::error::KernelError;
 use crate::geometry::LayerShape;
 use crate::index::choose::Ranking;
-use crate::index::{Group, LayerIndex, Retrieval, Role, Tail};
+use crate::index::{Group, LayerIndex, Retrieval, Role, Tail, Thresholds};
 use crate::kernel::attend::{AttendLane, Share, Workspace};
 use crate::kernel::dot_scores::DotArgs;
 use crate::kernel::merge_partials::MergeArgs;
 use crate::kernel::{AttentionParams, Spans, total_rows};
 use crate::store;
+
+/// Logits of units below which what is made of them is left to one thread: waking another takes as long.
+const SPREAD_MIN: usize = 1 << 13;
 
 /// One layer of one sequence and its queries.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +32,8 @@ pub(super) struct Reader<'a> {
     pub(super) positions: &'a [i32],
     /// Entries of each KV head to read.
     pub(super) budget: usize,
+    /// Where a threshold decides, what it is.
+    pub(super) thresholds: Option<Thresholds>,
 }
 
 impl Reader<'_> {
@@ -45,6 +50,8 @@ impl Reader<'_> {
     ) -> Result<ReadReport, KernelError> {
         let mut report = ReadReport { stored: total_rows(self.heads), ..ReadReport::default() };
         scratch.spans.resize_with(self.heads.len(), Spans::default);
+        scratch.slots.resize_with(self.heads.len(), Vec::new);
+        scratch.fresh.resize_with(self.heads.len(), Vec::new);
         scratch.means.there = false;
         self.correct(&mut scratch.corrections);
         if let Some(held) = held {
@@ -82,7 +89,9 @@ impl Reader<'_> {
         scratch.chosen.of.clear();
         scratch.chosen.of.extend(self.index.heads().iter().map(|head| head.units()));
         // A weight is a share of what a row sees, so what it sees anyway comes first; logits need no such measure.
-        let zone_first = rule.goal.is_some() || matches!(rule.group, Group::Max | Group::Sum);
+        // Nor do weights that a threshold was made for: those among units.
+        let shares = matches!(rule.group, Group::Max | Group::Sum) && rule.calibration.is_none();
+        let zone_first = rule.goal.is_some() || shares;
         scratch.zone.clear();
         if zone_first {
             self.attend(scratch, true, workspace, (&mut *out, &mut *lse), report)?;
@@ -91,25 +100,30 @@ impl Reader<'_> {
             scratch.zone.resize(lse.len(), f32::NEG_INFINITY);
         }
         let mut rankings = std::mem::take(&mut scratch.rankings);
-        let scored = match self.at_once() {
-            true => self.weigh_all(scratch, &mut rankings, workspace, report),
-            false => self.score(0, scratch, &mut rankings, workspace, report),
+        let scored = match (self.at_once(), self.retrieval.table(Role::Group), self.thresholds) {
+            (true, ..) => self.weigh_all(scratch, &mut rankings, workspace, report),
+            (false, Some(table), Some(thresholds)) => {
+                self.look_up(table, thresholds.group, scratch, &mut rankings, workspace, report)
+            }
+            _ => self.score(0, false, scratch, &mut rankings, workspace, report),
         };
         scratch.rankings = rankings;
         scored?;
         if let Some(table) = self.bounds_beside() {
             let mut bounds = std::mem::take(&mut scratch.bounds);
-            let scored = self.score(table, scratch, &mut bounds, workspace, report);
+            let scored = self.score(table, false, scratch, &mut bounds, workspace, report);
             scratch.bounds = bounds;
             scored?;
         }
         let mut first = true;
         loop {
-            let mut any = false;
-            for h in 0..self.heads.len() {
+            let ReadScratch { rankings, bounds, fresh, chosen, .. } = &mut *scratch;
+            let taking = rankings.iter_mut().zip(fresh).zip(&mut chosen.units).zip(0..);
+            self.each(taking, |(((ranking, fresh), chosen), h): (((&mut Ranking, _), _), usize)| {
                 let known = zone_first.then(|| &lse[h * rows..(h + 1) * rows]);
-                any |= self.take(h, first, known, scratch);
-            }
+                self.take(h, first, known, (ranking, bounds.get(h)), fresh, chosen);
+            });
+            let any = scratch.fresh.iter().any(|fresh| !fresh.is_empty());
             if !zone_first {
                 return self.attend(scratch, true, workspace, (out, lse), report);
             }
@@ -128,10 +142,37 @@ impl Reader<'_> {
         self.retrieval.table(Role::Bound).filter(|&table| table != 0)
     }
 
-    /// Logits of a table's rows, into rankings.
+    /// Logits of units in groups whose own weight is enough, into rankings; what the others weigh, into `scratch.zone`.
+    fn look_up(
+        &self,
+        table: usize,
+        threshold: f32,
+        scratch: &mut ReadScratch,
+        rankings: &mut Vec<Ranking>,
+        workspace: &mut Workspace,
+        report: &mut ReadReport,
+    ) -> Result<(), KernelError> {
+        self.score(table, false, scratch, rankings, workspace, report)?;
+        let rows = self.rows();
+        for (h, (ranking, spans)) in rankings.iter().zip(&mut scratch.spans).enumerate() {
+            let units = &self.index.heads()[h];
+            let passes = |group: usize| ranking.scores()[group] >= threshold * rows as f32;
+            spans.clear();
+            (0..ranking.scores().len()).filter(|&g| passes(g)).for_each(|g| spans.push(units.group(g)));
+            for row in 0..rows {
+                let weights = ranking.weights(row).iter().enumerate();
+                let left: f32 = weights.filter(|&(g, _)| !passes(g)).map(|(_, w)| w).sum();
+                scratch.zone[h * rows + row] = left.ln() + ranking.reference(row);
+            }
+        }
+        self.score(0, true, scratch, rankings, workspace, report)
+    }
+
+    /// Logits of a table's rows, or of those of `scratch.spans`, into rankings.
     fn score(
         &self,
         table: usize,
+        within: bool,
         scratch: &mut ReadScratch,
         rankings: &mut Vec<Ranking>,
         workspace: &mut Workspace,
@@ -149,26 +190,37 @@ impl Reader<'_> {
                 heads: tables,
                 queries: &scratch.queries,
                 tokens: self.positions.len(),
-                spans: None,
+                spans: within.then_some(&scratch.spans[..]),
                 out: &mut *logits,
             },
             workspace,
         )?;
-        report.bytes += tables.iter().map(|t| store::side_bytes_read(t, Side::Key, None)).sum::<usize>();
-        let mut start = 0;
-        for (h, (ranking, table)) in rankings.iter_mut().zip(tables).enumerate() {
-            let logits = &mut logits[start..start + rows * table.rows()];
-            start += logits.len();
-            if role == Role::Mean && table.rows() > 0 {
-                let corrections = scratch.corrections.get(h * rows..(h + 1) * rows).unwrap_or(&[]);
-                for (logits, correction) in logits.chunks_exact_mut(table.rows()).zip(corrections) {
-                    logits.iter_mut().for_each(|x| *x += correction);
-                }
-            }
-            let size = |unit| self.index.heads()[h].count(unit);
-            let sizes: Option<&dyn Fn(usize) -> usize> = if rule.by_entry { Some(&size) } else { None };
-            ranking.set(logits, &scratch.zone[h * rows..(h + 1) * rows], (rule.group, rule.fold), sizes);
+        for (table, spans) in tables.iter().zip(&scratch.spans) {
+            report.bytes += store::side_bytes_read(table, Side::Key, within.then_some(spans));
         }
+        let mut left = &mut *logits;
+        let parts = tables.iter().map(|table| {
+            let (part, behind) = std::mem::take(&mut left).split_at_mut(rows * table.rows());
+            left = behind;
+            part
+        });
+        let (corrections, zone) = (&scratch.corrections, &scratch.zone);
+        self.each(
+            rankings.iter_mut().zip(parts).zip(0..),
+            |((ranking, logits), h): ((&mut Ranking, &mut [f32]), _)| {
+                let units = tables[h].rows();
+                if role == Role::Mean && units > 0 {
+                    let corrections = corrections.get(h * rows..(h + 1) * rows).unwrap_or(&[]);
+                    for (logits, correction) in logits.chunks_exact_mut(units).zip(corrections) {
+                        logits.iter_mut().for_each(|x| *x += correction);
+                    }
+                }
+                let head = &self.index.heads()[h];
+                let size = |row| if role == Role::Group { head.group_count(row) } else { head.count(row) };
+                let sizes: Option<&dyn Fn(usize) -> usize> = if rule.by_entry { Some(&size) } else { None };
+                ranking.set(logits, &zone[h * rows..(h + 1) * rows], (rule.group, rule.fold), sizes);
+            },
+        );
         Ok(())
     }
 
@@ -209,16 +261,23 @@ impl Reader<'_> {
         report.bytes += tables.iter().map(store::bytes_read).sum::<usize>();
         lse.iter_mut().zip(&scratch.corrections).for_each(|(lse, correction)| *lse += correction);
         rankings.resize_with(self.heads.len(), Ranking::default);
-        let mut start = 0;
-        for (h, (ranking, table)) in rankings.iter_mut().zip(tables).enumerate() {
-            let shares = &shares[start..start + rows * table.rows()];
-            start += shares.len();
-            let size = |unit| self.index.heads()[h].count(unit);
-            let sizes: Option<&dyn Fn(usize) -> usize> = if rule.by_entry { Some(&size) } else { None };
-            let span = h * rows..(h + 1) * rows;
-            let of = (&lse[span.clone()], &scratch.zone[span]);
-            ranking.set_shares(shares, of, (rule.group, rule.fold), sizes);
-        }
+        let mut left = &*shares;
+        let parts = tables.iter().map(|table| {
+            let (part, behind) = left.split_at(rows * table.rows());
+            left = behind;
+            part
+        });
+        let (lse, zone) = (&*lse, &scratch.zone);
+        self.each(
+            rankings.iter_mut().zip(parts).zip(0..),
+            |((ranking, shares), h): ((&mut Ranking, &[f32]), usize)| {
+                let size = |unit| self.index.heads()[h].count(unit);
+                let sizes: Option<&dyn Fn(usize) -> usize> = if rule.by_entry { Some(&size) } else { None };
+                let span = h * rows..(h + 1) * rows;
+                let of = (&lse[span.clone()], &zone[span]);
+                ranking.set_shares(shares, of, (rule.group, rule.fold), sizes);
+            },
+        );
         Ok(())
     }
 
@@ -228,20 +287,44 @@ impl Reader<'_> {
         AttentionParams { d_k, d_v, window: None, sink_logits: None, ..AttentionParams::of(self.shape) }
     }
 
-    /// Takes units of a KV head into `scratch.fresh[h]` and `scratch.chosen`; gives whether there were any. `known` is
-    /// the log-sum-exp of what its rows have read so far.
-    fn take(&self, h: usize, first: bool, known: Option<&[f32]>, scratch: &mut ReadScratch) -> bool {
+    /// Does something for every KV head, on as many threads as the backend lends.
+    fn each<T: Send>(&self, heads: impl Iterator<Item = T> + Send, work: impl Fn(T) + Sync + Send) {
+        let units: usize = self.index.heads().iter().map(|head| head.units()).sum();
+        match self.backend.workers().filter(|pool| pool.threads() > 1) {
+            Some(pool) if self.rows() * units >= SPREAD_MIN => pool.run(|| spread(heads, &work)),
+            _ => heads.for_each(work),
+        }
+    }
+
+    /// Takes units of a KV head into `fresh`, and into `chosen` with those before. `known` is the log-sum-exp of what its
+    /// rows have read so far.
+    fn take(
+        &self,
+        h: usize,
+        first: bool,
+        known: Option<&[f32]>,
+        (ranking, bounds): (&mut Ranking, Option<&Ranking>),
+        fresh: &mut Vec<u32>,
+        chosen: &mut Vec<u32>,
+    ) {
         let (rule, units) = (&self.retrieval.rule, &self.index.heads()[h]);
-        scratch.fresh.resize_with(self.heads.len(), Vec::new);
-        let (fresh, chosen) = (&mut scratch.fresh[h], &mut scratch.chosen.units[h]);
         fresh.clear();
-        let ranking = &mut scratch.rankings[h];
         let already: usize = chosen.iter().map(|&unit| units.count(unit as usize)).sum();
         let budget = self.budget.saturating_sub(units.zone(self.heads[h].rows()) + already);
         let count = |unit| units.count(unit);
         let mut taken = 0;
-        match (rule.goal, known) {
-            (Some(goal), Some(known)) if first => {
+        match (rule.goal, known, self.thresholds.zip(rule.calibration)) {
+            (_, _, Some((thresholds, calibration))) => {
+                let most = (self.budget as f64 * calibration.cap) as usize;
+                let budget = most.saturating_sub(units.zone(self.heads[h].rows()));
+                let threshold = thresholds.unit * self.rows() as f32;
+                let wanted = |n, ranking: &Ranking| {
+                    taken += n;
+                    taken <= budget && ranking.next_score() >= threshold
+                };
+                ranking.take(count, wanted, fresh);
+            }
+            (Some(goal), Some(known), None) if first => {
                 // As far as the estimates want it.
                 let enough = |ranking: &Ranking| {
                     (0..known.len()).all(|row| {
@@ -256,15 +339,15 @@ impl Reader<'_> {
                 };
                 ranking.take(count, wanted, fresh);
             }
-            (Some(goal), Some(known)) => {
+            (Some(goal), Some(known), None) => {
                 // What is left, against what was really read; if it is too much, as much again.
-                let judge = scratch.bounds.get(h).filter(|_| goal.certified).unwrap_or(ranking);
+                let judge = bounds.filter(|_| goal.certified).unwrap_or(ranking);
                 let met = |row: usize| {
                     let slack = if goal.certified { self.slack(h, row) } else { 0.0 };
-                    left_share(judge, row, chosen, known[row], slack) <= 1.0 - goal.mass
+                    left_share(judge, row, chosen, (known[row], f32::NEG_INFINITY), slack) <= 1.0 - goal.mass
                 };
                 if (0..known.len()).all(met) {
-                    return false;
+                    return;
                 }
                 let step = already.max(1).min(budget);
                 let wanted = |n, _: &Ranking| {
@@ -284,7 +367,6 @@ impl Reader<'_> {
         }
         chosen.extend_from_slice(fresh);
         chosen.sort_unstable();
-        !fresh.is_empty()
     }
 
     /// Reads the chosen units and, with `zone`, what is always read.
@@ -298,9 +380,9 @@ impl Reader<'_> {
     ) -> Result<(), KernelError> {
         let ReadScratch { spans, slots, chosen, fresh, .. } = scratch;
         let units = if zone { &chosen.units } else { &*fresh };
-        for (h, (spans, index)) in spans.iter_mut().zip(self.index.heads()).enumerate() {
-            index.spans(&units[h], zone, self.heads[h].rows(), spans, slots);
-        }
+        self.each(spans.iter_mut().zip(slots).zip(0..), |((spans, slots), h): ((_, _), usize)| {
+            self.index.heads()[h].spans(&units[h], zone, self.heads[h].rows(), spans, slots);
+        });
         self.over_spans(spans, workspace, zone, (out, lse), report)
     }
 
@@ -367,5 +449,12 @@ impl Reader<'_> {
         lses[..lse.len()].copy_from_slice(lse);
         let (outs, lses) = (&outs[..2 * out.len()], &lses[..2 * lse.len()]);
         self.backend.merge_partials(&mut MergeArgs { parts: 2, d_v: self.shape.d_v, outs, lses, out, lse })
+    }
+}
+
+/// Does something with every item: this thread with the first, whichever is free with the others.
+fn spread<T: Send>(mut items: impl Iterator<Item = T> + Send, work: &(impl Fn(T) + Sync)) {
+    if let Some(item) = items.next() {
+        rayon::join(|| work(item), || spread(items, work));
     }
 }

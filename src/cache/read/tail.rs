@@ -117,11 +117,14 @@ impl Reader<'_> {
     pub(super) fn account(&self, scratch: &ReadScratch, lse: &[f32], report: &mut ReadReport) {
         let (rule, rows) = (&self.retrieval.rule, self.rows());
         let roles = self.retrieval.summary.tables();
+        // Groups that were not looked into weigh what they weigh.
+        let groups = self.thresholds.is_some() && self.retrieval.table(Role::Group).is_some();
         let each = |rankings: &[Ranking], slack: &dyn Fn(usize, usize) -> f64, add: &mut dyn FnMut(f64)| {
             for (h, ranking) in rankings.iter().enumerate() {
                 for row in 0..rows {
                     let chosen = &scratch.chosen.units[h];
-                    add(left_share(ranking, row, chosen, lse[h * rows + row], slack(h, row)));
+                    let beside = if groups { scratch.zone[h * rows + row] } else { f32::NEG_INFINITY };
+                    add(left_share(ranking, row, chosen, (lse[h * rows + row], beside), slack(h, row)));
                 }
             }
         };
@@ -132,8 +135,8 @@ impl Reader<'_> {
         }
         let bounds = match roles[0].role {
             Role::Bound => &scratch.rankings,
-            Role::Mean if self.bounds_beside().is_some() => &scratch.bounds,
-            Role::Mean => return,
+            _ if self.bounds_beside().is_some() => &scratch.bounds,
+            Role::Mean | Role::Group => return,
         };
         let mut most = 0.0f64;
         each(bounds, &|h, row| self.slack(h, row), &mut |share| most = most.max(share));
@@ -183,10 +186,17 @@ fn share(a: f32, b: f32) -> f64 {
     1.0 / (1.0 + (f64::from(b) - f64::from(a)).exp())
 }
 
-/// The share of a row's mass on the units that are not `chosen` (ascending), given the log-sum-exp of what was read and
-/// by how much their logits may be too low.
-pub(super) fn left_share(ranking: &Ranking, row: usize, chosen: &[u32], lse: f32, slack: f64) -> f64 {
-    let left = ranking.left_exactly(row, chosen);
+/// The share of a row's mass on the units that are not `chosen` (ascending), given the log-sum-exp of what was read, that
+/// of what else was not, and by how much their logits may be too low.
+pub(super) fn left_share(
+    ranking: &Ranking,
+    row: usize,
+    chosen: &[u32],
+    (lse, beside): (f32, f32),
+    slack: f64,
+) -> f64 {
+    let beside = (f64::from(beside) - f64::from(ranking.reference(row))).exp();
+    let left = ranking.left_exactly(row, chosen) + beside;
     if left <= 0.0 {
         return 0.0;
     }

@@ -176,6 +176,7 @@ fn layout_of(backend: &dyn Backend, d: usize, dtype: DType) -> PageLayout {
         v: dtype.into(),
         mirrored: backend.mirrored(),
         column_words: 1,
+        steady: false,
     }
 }
 

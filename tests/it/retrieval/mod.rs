@@ -13,7 +13,7 @@ use kvsieve::recipe::Recipe;
 use kvsieve::testing::Random;
 use kvsieve::view::{DType, TensorView, TensorViewMut};
 use kvsieve::{Budget, KvCache, SequenceId};
-use naive::{Naive, Row, dot, naive, units};
+use naive::{Row, dot, naive, units};
 use std::sync::Arc;
 
 /// Tokens of the prompts.
@@ -47,6 +47,8 @@ fn recipes() -> Vec<String> {
             ("auto", "size=8,segment=128,update=16,recent=20,rank=unit,group=logit,tail=ignore,correct=no"),
             ("clusterkv", "size=10,segment=300,update=16,rounds=5,recent=20,dense=0"),
             ("retroinfer", "size=8,segment=64,update=16,recent=20"),
+            ("squeezed", "size=6,segment=64,update=16,recent=20,window=30,cap=1.5"),
+            ("squeezed", "size=4,segment=128,update=16,recent=20,levels=2,fan=4,widen=2,cap=2"),
         ] {
             recipes.push(format!("{name}({own},store={store},min_context=0)"));
         }
@@ -106,6 +108,11 @@ fn argument<'a>(recipe: &'a str, name: &str) -> Option<&'a str> {
     recipe[at..].split([',', ')']).next()
 }
 
+/// Entries of a KV head that a step may read.
+fn most(recipe: &str) -> usize {
+    (BUDGET as f64 * argument(recipe, "cap").map_or(1.0, |cap| cap.parse().unwrap())) as usize
+}
+
 #[test]
 fn what_is_chosen_is_what_a_naive_implementation_chooses() {
     for backend in backends() {
@@ -136,7 +143,7 @@ fn what_is_chosen_is_what_a_naive_implementation_chooses() {
                 for head in 0..2 {
                     let all = entries(&cache, id, layer, head);
                     let units = units(&cache, id, layer, head);
-                    let naive = naive(&recipe, &shape, &all, &units);
+                    let naive = naive((&cache, id), (layer, head), &all, &units);
                     let rows: Vec<Row> = queries(&shape, layer, head, &asked)
                         .iter()
                         .map(|(query, at)| naive.row(query, *at))
@@ -147,7 +154,8 @@ fn what_is_chosen_is_what_a_naive_implementation_chooses() {
                         (0..all.len()).all(|s| naive.unit_of(s).is_some() || read(s)),
                         "{recipe}: always"
                     );
-                    let fits = slots.len() <= BUDGET && slots.len() + 80 > BUDGET;
+                    let fits = slots.len() <= most(&recipe)
+                        && (slots.len() + 80 > BUDGET || naive.thresholds.is_some());
                     assert!(fits, "{recipe}: {} entries", slots.len());
                     let (mut least, mut most) = (f64::INFINITY, f64::NEG_INFINITY);
                     for (score, group) in naive.ranking(&rows) {
@@ -188,7 +196,7 @@ fn what_is_read_is_attention_over_it_and_the_means_of_the_rest() {
                 for ((layer, head), units) in [(0, 0), (1, 0), (1, 1)].into_iter().zip(&before) {
                     let shape = cache.shape().layer(layer).clone();
                     let all = entries(&cache, id, layer, head);
-                    let naive = naive(recipe, &shape, &all, units);
+                    let naive = naive((&cache, id), (layer, head), &all, units);
                     assert!(layer >= dense || units.is_empty());
                     let asked = queries(&shape, layer, head, &[(token, token as i32)]);
                     let rows: Vec<Row> = asked.iter().map(|(query, at)| naive.row(query, *at)).collect();
@@ -220,13 +228,13 @@ fn what_is_missing_is_reported_and_never_more_than_the_bound() {
                 feed(&mut cache, id, &[token], 1);
                 let report = cache.last_read(id, 1).unwrap().unwrap();
                 let read = cache.last_choice(id, 1).unwrap().unwrap();
-                assert!(report.units > 0 && report.entries <= 2 * BUDGET, "{recipe}: {report:?}");
+                assert!(report.units > 0 && report.entries <= 2 * most(&recipe), "{recipe}: {report:?}");
                 assert_eq!(report.entries, read.slots.len(), "{recipe}");
                 let shape = cache.shape().layer(1).clone();
                 let (mut missing, mut estimate) = (Vec::new(), Vec::new());
                 for (head, units) in before.iter().enumerate() {
                     let all = entries(&cache, id, 1, head);
-                    let naive = naive(&recipe, &shape, &all, units);
+                    let naive = naive((&cache, id), (1, head), &all, units);
                     let asked = queries(&shape, 1, head, &[(token, token as i32)]);
                     let rows: Vec<Row> = asked.iter().map(|(query, at)| naive.row(query, *at)).collect();
                     let chosen = naive.choose(&rows);
@@ -238,7 +246,7 @@ fn what_is_missing_is_reported_and_never_more_than_the_bound() {
                         let gone: f64 =
                             (0..row.entries.len()).filter(|&s| left(s)).map(|s| row.entries[s].exp()).sum();
                         missing.push(gone / all);
-                        let means = Naive { rule: ReadRule { tail: Tail::Estimate, ..naive.rule }, ..naive };
+                        let means = naive.with(naive.role, ReadRule { tail: Tail::Estimate, ..naive.rule });
                         estimate.push(means.output(query, *at, &chosen).1);
                     }
                 }
@@ -247,7 +255,9 @@ fn what_is_missing_is_reported_and_never_more_than_the_bound() {
                     let most = missing.iter().copied().fold(0.0, f64::max);
                     assert!(f64::from(bound) >= most, "{recipe}: {bound} said, {most} missing");
                 }
+                // What is in groups that were not looked into is said from the groups' means.
                 if argument(&recipe, "store") == Some("f32")
+                    && argument(&recipe, "levels") != Some("2")
                     && let Some(said) = report.missing
                 {
                     let want = mean(&estimate);
@@ -312,7 +322,7 @@ fn what_happens_to_a_sequence_happens_to_its_index() {
             );
             feed(&mut cache, fork, &[1001], 1);
             let report = cache.last_read(fork, 1).unwrap().unwrap();
-            assert!(report.units > 0 && report.entries <= 2 * BUDGET, "{recipe}: {report:?}");
+            assert!(report.units > 0 && report.entries <= 2 * most(recipe), "{recipe}: {report:?}");
         }
     }
 }
@@ -517,5 +527,53 @@ fn a_million_rows_never_miss_more_than_was_certified() {
             }
         }
         println!("{recipe}: never nearer to the certificate than {least:.1e}");
+    }
+}
+
+#[test]
+fn thresholds_make_all_heads_together_read_the_budget() {
+    for backend in backends() {
+        let recipe = "squeezed(size=6,segment=128,update=16,recent=20,window=30,levels=2,fan=4,widen=2,store=f32,min_context=0)";
+        let (cache, id) = prompted(recipe, &backend, &[200, PROMPT - 200]);
+        let window: Vec<(u64, i32)> = (PROMPT - 30..PROMPT).map(|t| (t, t as i32)).collect();
+        // Weight per entry, and entries, of every unit and group of both layers.
+        let (mut units_of, mut groups_of, mut wanted, mut covered) = (Vec::new(), Vec::new(), 0, 0);
+        for (layer, head) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            let (all, units) = (entries(&cache, id, layer, head), units(&cache, id, layer, head));
+            let naive = naive((&cache, id), (layer, head), &all, &units);
+            let rows = queries(&naive.shape, layer, head, &window);
+            let rows: Vec<Row> = rows.iter().map(|(query, at)| naive.row(query, *at)).collect();
+            let weight = |logits: &dyn Fn(&Row) -> Vec<f64>, at: usize| {
+                let share =
+                    |row: &Row| logits(row)[at].exp() / logits(row).iter().map(|x| x.exp()).sum::<f64>();
+                rows.iter().map(share).sum::<f64>() / rows.len() as f64
+            };
+            for (u, unit) in units.iter().enumerate() {
+                units_of.push((weight(&|row| row.units.clone(), u) / unit.len() as f64, unit.len()));
+            }
+            assert_eq!(naive.groups.iter().map(ExactSizeIterator::len).sum::<usize>(), units.len());
+            for (g, group) in naive.groups.iter().enumerate() {
+                let members = units[group.clone()].concat().len();
+                groups_of.push((weight(&|row| row.groups.clone(), g) / members as f64, members));
+            }
+            wanted += BUDGET - (all.len() - naive.covered());
+            covered += naive.covered();
+        }
+        let cut = |mut rows: Vec<(f64, usize)>, mut left: usize| {
+            rows.sort_by(|a, b| b.0.total_cmp(&a.0));
+            let mut least = f64::INFINITY;
+            for (weight, entries) in rows {
+                if entries > left {
+                    break;
+                }
+                left -= entries;
+                least = weight;
+            }
+            least
+        };
+        let got = cache.thresholds(id).unwrap().unwrap();
+        let want = (cut(units_of, wanted), cut(groups_of, (2 * wanted).min(covered)));
+        assert!((f64::from(got.unit) / want.0 - 1.0).abs() < 1e-3, "{got:?}, should be {want:?}");
+        assert!((f64::from(got.group) / want.1 - 1.0).abs() < 1e-3, "{got:?}, should be {want:?}");
     }
 }

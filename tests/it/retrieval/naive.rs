@@ -3,26 +3,29 @@
 use super::BUDGET;
 use crate::support::Entry;
 use kvsieve::geometry::LayerShape;
-use kvsieve::index::{Group, ReadRule, Role, Tail};
-use kvsieve::recipe::Recipe;
+use kvsieve::index::{Group, ReadRule, Role, Tail, Thresholds};
 use kvsieve::{KvCache, SequenceId};
 use std::ops::Range;
 
 /// The rules of an index on the units of one KV head.
 pub struct Naive<'a> {
-    pub shape: &'a LayerShape,
+    pub shape: LayerShape,
     pub rule: ReadRule,
     pub role: Role,
     /// Of one KV head.
     pub entries: &'a [Entry],
     /// Slots of each unit.
     pub units: &'a [Vec<usize>],
+    /// Where units are in groups: which.
+    pub groups: Vec<Range<usize>>,
+    pub thresholds: Option<Thresholds>,
 }
 
-/// A row's logits: of entries, and of units.
+/// A row's logits: of entries, of units, and of groups of them.
 pub struct Row {
     pub entries: Vec<f64>,
     pub units: Vec<f64>,
+    pub groups: Vec<f64>,
 }
 
 pub fn wide(x: &[f32]) -> Vec<f64> {
@@ -39,6 +42,13 @@ pub fn dot(a: &[f32], b: &[f64]) -> f64 {
 }
 
 impl Naive<'_> {
+    /// The same with another role and rule.
+    pub fn with(&self, role: Role, rule: ReadRule) -> Self {
+        let (shape, groups) = (self.shape.clone(), self.groups.clone());
+        let Self { entries, units, thresholds, .. } = *self;
+        Self { shape, rule, role, entries, units, groups, thresholds }
+    }
+
     pub fn unit_of(&self, slot: usize) -> Option<usize> {
         self.units.iter().position(|unit| unit.contains(&slot))
     }
@@ -79,7 +89,7 @@ impl Naive<'_> {
         let units = self.units.iter().map(|unit| {
             let keys = self.keys(unit);
             let logit: f64 = match self.role {
-                Role::Mean => scale * dot(query, &mean_of(&keys)) + correction,
+                Role::Mean | Role::Group => scale * dot(query, &mean_of(&keys)) + correction,
                 Role::Bound => {
                     let best = |d: usize| {
                         let products = keys.iter().map(|k| f64::from(query[d]) * k[d]);
@@ -90,7 +100,26 @@ impl Naive<'_> {
             };
             logit + (unit.len() as f64).ln()
         });
-        Row { entries: entries.collect(), units: units.collect() }
+        let groups = self.groups.iter().map(|group| {
+            let members = self.units[group.clone()].concat();
+            scale * dot(query, &mean_of(&self.keys(&members))) + (members.len() as f64).ln()
+        });
+        Row { entries: entries.collect(), units: units.collect(), groups: groups.collect() }
+    }
+
+    /// Of every unit, whether its group is looked into.
+    pub fn looked_into(&self, rows: &[Row]) -> Vec<bool> {
+        let Some(thresholds) = self.thresholds else { return vec![true; self.units.len()] };
+        let mut passes = vec![true; self.units.len()];
+        for (g, group) in self.groups.iter().enumerate() {
+            let members = self.units[group.clone()].concat().len() as f64;
+            let weight: f64 = rows
+                .iter()
+                .map(|row| row.groups[g].exp() / row.groups.iter().map(|x| x.exp()).sum::<f64>() / members)
+                .sum();
+            passes[group.clone()].fill(weight >= f64::from(thresholds.group) * rows.len() as f64);
+        }
+        passes
     }
 
     /// Scores of the groups of units, best first, with the group's units.
@@ -106,10 +135,17 @@ impl Naive<'_> {
                 (0..units).map(|unit| order.iter().position(|&u| u == unit).unwrap()).collect()
             })
             .collect();
+        let looked = self.looked_into(rows);
         let score = |unit: usize| {
             let each = rows.iter().enumerate().map(|(r, row)| {
                 let zone = row.entries.iter().enumerate().filter(|(slot, _)| self.unit_of(*slot).is_none());
                 match self.rule.group {
+                    Group::Max | Group::Sum if self.thresholds.is_some() => {
+                        let units = row.units.iter().zip(&looked).filter(|(_, looked)| **looked);
+                        let groups = row.groups.iter().zip(&self.groups).filter(|(_, g)| !looked[g.start]);
+                        let all: f64 = units.map(|(x, _)| x.exp()).chain(groups.map(|(x, _)| x.exp())).sum();
+                        row.units[unit].exp() / all
+                    }
                     Group::Max | Group::Sum => {
                         let all: f64 =
                             zone.map(|(_, x)| x.exp()).chain(row.units.iter().map(|x| x.exp())).sum();
@@ -129,6 +165,7 @@ impl Naive<'_> {
         };
         let groups =
             (0..units).step_by(self.rule.fold).map(|start| start..(start + self.rule.fold).min(units));
+        let groups = groups.filter(|group| looked[group.start]);
         let mut ranking: Vec<_> =
             groups.map(|g| (g.clone().map(score).fold(f64::NEG_INFINITY, f64::max), g)).collect();
         ranking.sort_by(|a, b| b.0.total_cmp(&a.0));
@@ -137,17 +174,24 @@ impl Naive<'_> {
 
     /// Units chosen within the budget, best first, and the others likewise.
     pub fn choose(&self, rows: &[Row]) -> (Vec<usize>, Vec<usize>) {
-        let mut left = BUDGET.saturating_sub(self.entries.len() - self.covered());
-        let (mut chosen, mut others) = (Vec::new(), Vec::new());
-        for (_, group) in self.ranking(rows) {
+        let cap = self.rule.calibration.filter(|_| self.thresholds.is_some()).map_or(1.0, |c| c.cap);
+        let budget = (BUDGET as f64 * cap) as usize;
+        let mut left = budget.saturating_sub(self.entries.len() - self.covered());
+        let least = self.thresholds.map(|t| (f64::from(t.unit) * rows.len() as f64).ln());
+        let looked = self.looked_into(rows);
+        let mut chosen = Vec::new();
+        let mut others: Vec<usize> = Vec::new();
+        let pruned = (0..self.units.len()).filter(|&unit| !looked[unit]);
+        for (score, group) in self.ranking(rows) {
             let entries: usize = group.clone().map(|unit| self.units[unit].len()).sum();
-            if !others.is_empty() || entries > left {
+            if !others.is_empty() || entries > left || least.is_some_and(|least| score < least) {
                 others.extend(group);
             } else {
                 left -= entries;
                 chosen.extend(group);
             }
         }
+        others.extend(pruned);
         (chosen, others)
     }
 
@@ -167,7 +211,7 @@ impl Naive<'_> {
         }
         let read: f64 = parts.iter().map(|(w, _)| w).sum();
         if self.rule.tail == Tail::Estimate {
-            let means = Naive { role: Role::Mean, ..*self }.row(query, position);
+            let means = self.with(Role::Mean, self.rule).row(query, position);
             let covers = match self.rule.estimate < 1.0 {
                 true => (self.rule.estimate * self.units.len() as f64) as usize,
                 false => others.len(),
@@ -208,11 +252,24 @@ pub fn units(cache: &KvCache, id: SequenceId, layer: usize, head: usize) -> Vec<
 
 /// A recipe's rules on the units of a KV head.
 pub fn naive<'a>(
-    recipe: &str,
-    shape: &'a LayerShape,
+    (cache, id): (&KvCache, SequenceId),
+    (layer, head): (usize, usize),
     entries: &'a [Entry],
     units: &'a [Vec<usize>],
 ) -> Naive<'a> {
-    let index = Recipe::parse(recipe).unwrap().index.unwrap();
-    Naive { shape, rule: index.rule, role: index.summary.tables()[0].role, entries, units }
+    let index = cache.recipe().index.clone().unwrap();
+    let shape = cache.shape().layer(layer).clone();
+    // Units that were made since the step stand behind.
+    let mut groups = cache.unit_groups(id, layer, head).unwrap();
+    groups.retain(|group| group.end <= units.len());
+    let thresholds = cache.thresholds(id).unwrap();
+    Naive {
+        shape,
+        rule: index.rule,
+        role: index.summary.tables()[0].role,
+        entries,
+        units,
+        groups,
+        thresholds,
+    }
 }
