@@ -7,6 +7,7 @@ mod compare;
 mod figure;
 mod guard;
 mod needle;
+mod report;
 mod running;
 mod span;
 mod windows;
@@ -14,11 +15,10 @@ mod windows;
 use crate::args::{self, BackendName, Variant};
 use crate::error::{Error, Result};
 use crate::host::{self, Host, ModelArgs};
-use crate::table::{Table, bytes, number, percent};
 use kvsieve::backend::Backend;
 use kvsieve::policy::schedule::Schedule;
 use kvsieve::{Budget, KvCache, SequenceId};
-use serde::Serialize;
+use report::{Measured, Row, print, print_json};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -144,81 +144,14 @@ impl Args {
     }
 }
 
-/// What a prefilled, compressed cache costs, summed over samples.
-#[derive(Clone, Copy, Debug, Default)]
-struct Measured {
-    entries_per_head: f64,
-    bytes_resident: usize,
-    bytes_read: usize,
-    reads: usize,
-    samples: usize,
-}
-
-impl Measured {
-    /// What one sequence costs now.
-    fn of(cache: &KvCache, sequence: SequenceId) -> Result<Self> {
-        let stored = cache.stats(sequence)?.total();
-        let heads: usize = cache.shape().iter().map(|layer| layer.kv_heads).sum();
-        Ok(Self {
-            entries_per_head: stored.entries as f64 / heads as f64,
-            bytes_resident: stored.bytes_resident,
-            bytes_read: 0,
-            reads: 0,
-            samples: 1,
-        })
-    }
-
-    /// Notes what the last decode step read.
-    fn read(&mut self, cache: &KvCache, sequence: SequenceId) -> Result<()> {
-        self.bytes_read += cache.stats(sequence)?.total().bytes_read_per_step;
-        self.reads += 1;
-        Ok(())
-    }
-
-    fn add(&mut self, other: Self) {
-        self.entries_per_head += other.entries_per_head;
-        self.bytes_resident += other.bytes_resident;
-        self.bytes_read += other.bytes_read;
-        self.reads += other.reads;
-        self.samples += other.samples;
-    }
-}
-
-/// One line of the result; `None` where the task does not measure it.
-#[derive(Clone, Debug, Default, Serialize)]
-struct Row {
-    task: &'static str,
-    recipe: String,
-    budget: String,
-    prompt_tokens: usize,
-    offset: Option<usize>,
-    depth: Option<f64>,
-    entries_per_head: f64,
-    kv_bytes_resident: usize,
-    kv_bytes_read_per_step: Option<usize>,
-    bits_per_element: Option<f64>,
-    kl: Option<f64>,
-    same_top1: Option<f64>,
-    nll: Option<f64>,
-    nll_over_full: Option<f64>,
-    accuracy: Option<f64>,
-    seconds: Option<f64>,
-}
-
-impl Row {
-    fn new(task: &'static str, variant: &Variant, prompt_tokens: usize, cost: Measured) -> Self {
-        let samples = cost.samples.max(1);
-        Self {
-            task,
-            recipe: variant.recipe.clone(),
-            budget: variant.budget_text(),
-            prompt_tokens,
-            entries_per_head: cost.entries_per_head / samples as f64,
-            kv_bytes_resident: cost.bytes_resident / samples,
-            kv_bytes_read_per_step: cost.bytes_read.checked_div(cost.reads),
-            ..Self::default()
-        }
-    }
+/// One of some windows of the text at equal strides.
+fn place(text: &[u32], window: usize, (sample, samples): (usize, usize)) -> Result<&[u32]> {
+    let Some(beyond) = text.len().checked_sub(window) else {
+        let what = format!("the text has {} tokens, one sample needs {window}", text.len());
+        return Err(Error::usage(what, "give a longer --text, or lower --prompt-tokens or --score-tokens"));
+    };
+    let start = beyond * sample / samples.max(2).saturating_sub(1);
+    Ok(&text[start..start + window])
 }
 
 /// What every task needs.
@@ -345,72 +278,8 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     }
     if let Some(path) = &args.figure {
         let title = format!("{}: {}", host.model.config().name, args.protocol());
-        figure::draw(path, &rows, &title)?;
+        let (x, y) = ("KV cache, MiB resident", "mean KL to the full cache, nats");
+        figure::draw(path, report::points(&rows), &figure::Labels { title, x, y })?;
     }
     Ok(())
-}
-
-fn print_json(rows: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_string(rows).map_err(|e| Error::usage(e.to_string(), "report this"))?;
-    println!("{text}");
-    Ok(())
-}
-
-fn print(task: Task, rows: &[Row]) {
-    if task.measures_kl() {
-        let mut heading = vec![
-            "recipe",
-            "budget",
-            "kept",
-            "KV memory",
-            "read a step",
-            "KL",
-            "same top-1",
-            "NLL",
-            "over full",
-        ];
-        if task == Task::Windows {
-            heading.extend(["bits/element", "time"]);
-        }
-        let mut table = Table::new(2, &heading);
-        for row in rows {
-            let mut cells = vec![
-                row.recipe.clone(),
-                row.budget.clone(),
-                format!("{:.0}", row.entries_per_head),
-                bytes(row.kv_bytes_resident),
-                row.kv_bytes_read_per_step.map_or_else(|| "-".to_owned(), bytes),
-                number(row.kl, if task == Task::Windows { 6 } else { 4 }),
-                percent(row.same_top1),
-                number(row.nll, 4),
-                number(row.nll_over_full, 4),
-            ];
-            if task == Task::Windows {
-                cells.extend([
-                    number(row.bits_per_element, 2),
-                    format!("{:.0} s", row.seconds.unwrap_or(0.0)),
-                ]);
-            }
-            table.row(cells);
-        }
-        return table.print();
-    }
-    let heading =
-        ["recipe", "budget", "prompt", "offset", "depth", "kept", "KV memory", "read a step", "NLL", "right"];
-    let mut table = Table::new(2, &heading);
-    for row in rows {
-        table.row(vec![
-            row.recipe.clone(),
-            row.budget.clone(),
-            row.prompt_tokens.to_string(),
-            row.offset.map_or_else(|| "-".to_owned(), |offset| offset.to_string()),
-            row.depth.map_or_else(|| row.task.to_owned(), |depth| format!("{depth}")),
-            format!("{:.0}", row.entries_per_head),
-            bytes(row.kv_bytes_resident),
-            row.kv_bytes_read_per_step.map_or_else(|| "-".to_owned(), bytes),
-            number(row.nll, 3),
-            percent(row.accuracy),
-        ]);
-    }
-    table.print();
 }
