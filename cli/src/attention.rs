@@ -88,6 +88,27 @@ impl Exact {
         (difference / norm).sqrt()
     }
 
+    /// Attention of a query head in a step over some entries alone, with the values (`[H, n, d_v]`) it was recorded with.
+    pub(crate) fn over(
+        &self,
+        head: usize,
+        step: usize,
+        entries: impl Iterator<Item = usize>,
+        values: &[f32],
+    ) -> Vec<f32> {
+        let row = self.row(head, step);
+        let values = &values[head / self.group * self.tokens * self.d_v..][..self.tokens * self.d_v];
+        let (mut sum, mut total) = (vec![0.0f64; self.d_v], 0.0);
+        for token in entries {
+            let weight = f64::from(row[token]);
+            let value = &values[token * self.d_v..(token + 1) * self.d_v];
+            sum.iter_mut().zip(value).for_each(|(s, v)| *s += weight * f64::from(*v));
+            total += weight;
+        }
+        // Weights that all underflow are an output of nothing, not of NaN.
+        sum.iter().map(|s| (s / total.max(f64::MIN_POSITIVE)) as f32).collect()
+    }
+
     fn row(&self, head: usize, step: usize) -> &[f32] {
         &self.weights[(head * self.steps + step) * self.tokens..][..self.tokens]
     }
@@ -158,6 +179,9 @@ mod tests {
                 (once.mass(head, 0, [0].into_iter()) - twice.mass(head, 0, [1].into_iter())).abs() < 1e-7
             );
             assert!(once.error(head, 0, &twice.out[head * 2..][..2]) < 1e-6);
+            let whole = once.over(head, 0, [0, 0, 1, 2].into_iter(), &v);
+            assert!(once.error(head, 0, &whole) < 1e-6);
+            assert_eq!(once.over(head, 0, [1].into_iter(), &v), [0.0, 1.0]);
         }
         assert_eq!(tokens_of(&v, (3, 2), [2, 0].into_iter()), [3.0, -1.0, 1.0, 0.0]);
     }
