@@ -95,7 +95,7 @@ fn what_is_read_is_held_against_everything() {
     assert_eq!(quest["certificates"], 2 * 6, "layer 0 is dense");
     assert_eq!(get(&quest["layers"][0], "mass_recall"), get(&rows[0]["layers"][0], "mass_recall"));
     assert!(get(&quest["layers"][1], "mass_recall") < 1.0);
-    assert!(quest["output_error_without_tail"].is_null() && quest["missing_ratio"].is_null());
+    assert!(quest["output_error_without_tail"].is_null() && quest["missing_estimated"].is_null());
     assert_eq!(get(&shared["layers"][0], "mass_recall"), get(&pages["layers"][0], "mass_recall"));
     assert_ne!(get(&shared["layers"][1], "mass_recall"), get(&pages["layers"][1], "mass_recall"));
     assert_eq!(get(snapkv, "bytes_index"), 0.0);

@@ -43,8 +43,10 @@ pub(super) struct Outcome {
     pub(super) bytes: usize,
     /// As the index estimates it.
     pub(super) missing: Option<f64>,
-    /// As the index vouches for it; only where something was left out.
+    /// As the index vouches for it.
     pub(super) at_most: Option<f64>,
+    /// Whether nothing was left out, so that what the index says of it is no achievement.
+    pub(super) whole: bool,
 }
 
 impl<'a> Scene<'a> {
@@ -179,14 +181,15 @@ impl<'a> Scene<'a> {
             let layer = layers[place].layer;
             let read = attention::chosen(cache, sequence, layer)?.unwrap_or(stored);
             let outcome = match cache.last_read(sequence, layer)? {
-                Some(report) => {
-                    let at_most = report.missing_at_most.filter(|_| report.entries < report.stored);
-                    let missing = report.missing.map(f64::from);
-                    Outcome { bytes: report.bytes, missing, at_most: at_most.map(f64::from) }
-                }
+                Some(report) => Outcome {
+                    bytes: report.bytes,
+                    missing: report.missing.map(f64::from),
+                    at_most: report.missing_at_most.map(f64::from),
+                    whole: report.entries == report.stored,
+                },
                 None => {
                     let bytes = cache.stats(sequence)?.layers[layer].bytes_read_per_step;
-                    Outcome { bytes, missing: None, at_most: None }
+                    Outcome { bytes, missing: None, at_most: None, whole: false }
                 }
             };
             self.score((scored, index), &read, (&outs[place], outcome), tally, estimates(cache.recipe()));

@@ -25,6 +25,8 @@ pub(super) struct Tally {
     pub(super) index: Mean,
     missing: Mean,
     estimated: Mean,
+    /// Whether any of these is of a step that left something out.
+    estimates: bool,
     ratio: Mean,
     certified: usize,
     violations: usize,
@@ -88,6 +90,7 @@ impl Tally {
             index: Mean::default(),
             missing: Mean::default(),
             estimated: Mean::default(),
+            estimates: false,
             ratio: Mean::default(),
             certified: 0,
             violations: 0,
@@ -104,11 +107,12 @@ impl Tally {
         self.missing.add(mean);
         if let Some(estimate) = outcome.missing {
             self.estimated.add(estimate);
+            self.estimates |= !outcome.whole;
             if mean >= LEAST_RATIO {
                 self.ratio.add(estimate / mean);
             }
         }
-        if let Some(at_most) = outcome.at_most {
+        if let Some(at_most) = outcome.at_most.filter(|_| !outcome.whole) {
             self.certified += 1;
             self.violations += usize::from(most > at_most);
         }
@@ -146,7 +150,7 @@ impl Tally {
             output_error_without_tail: all(|h| h.without_tail),
             output_error_without_tail_p95: at(0.95, |h| h.without_tail),
             missing: self.missing.get(),
-            missing_estimated: self.estimated.get(),
+            missing_estimated: self.estimated.get().filter(|_| self.estimates),
             missing_ratio: self.ratio.get(),
             certificates: self.certified,
             violations: self.violations,
