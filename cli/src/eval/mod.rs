@@ -49,10 +49,11 @@ Tasks:
              mass on what was read, mean and 5th percentile over query heads; relative error of the output, mean and
              95th percentile, and the same without the estimate of what was not read; the mass not read, and what the
              index says of it over the truth; steps in which more was missing than it vouched for, which must be none.
-             Recipes that evict read what they kept. Indexes that read some layers whole (dense=2) do so here in two of five
-             layers by default, not in two of all: give dense=0, or --layers. Misleads where heads matter little to the model, and about errors
-             that add up from layer to layer: see text. Certificates are of keys as stored: with k= in fewer bits, more
-             can be missing of the exact ones. Allocators over layers divide over the recorded ones.
+             Recipes that evict read what they kept. Indexes that read some layers whole (dense=2) do so here in two of
+             five layers by default, not in two of all: give dense=0, or --layers. Misleads where heads matter little to
+             the model, and about errors that add up from layer to layer: see text. Certificates are of keys as stored:
+             with k= in fewer bits, more can be missing of the exact ones. Allocators over layers divide over the
+             recorded ones.
              --tile N repeats the prompt to N tokens: the first 4 once, those between in turn, the last 64 at the end.
              For bytes and the shape of the distribution only: keys are copied as they are, with the rotary angles of
              their first places, and it is not what a model would make of so long a text.
