@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout, reason = "printing results is what the program is for")]
 
 mod args;
+mod attention;
 mod error;
 mod eval;
 mod host;

@@ -1,4 +1,4 @@
-//! Numbers that compare two distributions over the vocabulary.
+//! Numbers that compare two distributions over the vocabulary, and what is said of many numbers at once.
 
 /// Turns logits into log-probabilities in place. Summed in `f64`: 49,152 small terms lose digits in `f32`.
 pub(crate) fn log_softmax(row: &mut [f32]) {
@@ -40,6 +40,15 @@ impl Mean {
     }
 }
 
+/// The value below which a share of the values lies, between neighbours on a straight line; `None` of nothing.
+pub(crate) fn percentile(values: impl Iterator<Item = f64>, share: f64) -> Option<f64> {
+    let mut sorted: Vec<f64> = values.collect();
+    sorted.sort_by(f64::total_cmp);
+    let at = share * sorted.len().checked_sub(1)? as f64;
+    let (low, high) = (sorted[at.floor() as usize], sorted[at.ceil() as usize]);
+    Some(low + (high - low) * at.fract())
+}
+
 /// Bytes of this process in physical memory, where the system says so.
 pub(crate) fn process_resident() -> Option<usize> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
@@ -67,13 +76,16 @@ mod tests {
     }
 
     #[test]
-    fn means_and_maxima() {
+    fn means_maxima_and_percentiles() {
         let mut mean = Mean::default();
         assert_eq!(mean.get(), None);
         mean.add(1.0);
         mean.add(4.0);
         assert_eq!(mean.get(), Some(2.5));
         assert_eq!(argmax(&[1.0, 3.0, 3.0]), 1);
+        assert_eq!(percentile([3.0, 1.0, 2.0].into_iter(), 0.75), Some(2.5));
+        assert_eq!(percentile([3.0, 1.0].into_iter(), 1.0), Some(3.0));
+        assert_eq!(percentile(std::iter::empty(), 0.5), None);
     }
 
     #[test]

@@ -1,6 +1,5 @@
-//! The figure: KL to the full cache against bytes of the cache, one line per recipe.
+//! The figure: what a recipe costs in quality against what it costs in bytes, one line per recipe.
 
-use super::Row;
 use crate::error::{Error, Result};
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -20,8 +19,19 @@ const COLOURS: &[RGBColor] = &[
     RGBColor(90, 90, 90),
 ];
 
-/// One line: name, points `(MiB, KL)`.
+/// A recipe at a budget: name of its line, bytes, and how far off it is.
+pub(super) type Point = (String, f64, f64);
+
+/// One line: name, points.
 type Line = (String, Vec<(f64, f64)>);
+
+/// What a figure says beside its lines.
+#[derive(Clone, Debug)]
+pub(super) struct Labels {
+    pub(super) title: String,
+    pub(super) x: &'static str,
+    pub(super) y: &'static str,
+}
 
 /// Checks before anything is measured that the figure can be drawn.
 pub(super) fn check(path: &Path) -> Result<()> {
@@ -38,8 +48,9 @@ pub(super) fn check(path: &Path) -> Result<()> {
     })
 }
 
-pub(super) fn draw(path: &Path, rows: &[Row], title: &str) -> Result<()> {
-    let lines = lines(rows);
+/// Draws points as a line for each name. Points that are not off at all have no place on a logarithmic axis.
+pub(super) fn draw(path: &Path, points: impl Iterator<Item = Point>, labels: &Labels) -> Result<()> {
+    let lines = lines(points);
     if lines.is_empty() {
         return Err(Error::usage(
             "there is nothing to draw",
@@ -48,20 +59,18 @@ pub(super) fn draw(path: &Path, rows: &[Row], title: &str) -> Result<()> {
     }
     let problem = |problem: String| Error::Figure { path: path.to_owned(), problem };
     if path.extension().is_some_and(|e| e == "svg") {
-        chart(SVGBackend::new(path, SIZE).into_drawing_area(), &lines, title).map_err(problem)
+        chart(SVGBackend::new(path, SIZE).into_drawing_area(), &lines, labels).map_err(problem)
     } else {
-        chart(BitMapBackend::new(path, SIZE).into_drawing_area(), &lines, title).map_err(problem)
+        chart(BitMapBackend::new(path, SIZE).into_drawing_area(), &lines, labels).map_err(problem)
     }
 }
 
-fn lines(rows: &[Row]) -> Vec<Line> {
+fn lines(points: impl Iterator<Item = Point>) -> Vec<Line> {
     let mut lines: Vec<Line> = Vec::new();
-    for row in rows {
-        let Some(kl) = row.kl.filter(|kl| *kl > 0.0 && row.recipe != "full") else { continue };
-        let point = (row.kv_bytes_resident as f64 / f64::from(1 << 20), kl);
-        match lines.iter_mut().find(|(name, _)| *name == row.recipe) {
-            Some((_, points)) => points.push(point),
-            None => lines.push((row.recipe.clone(), vec![point])),
+    for (name, x, y) in points.filter(|point| point.2 > 0.0) {
+        match lines.iter_mut().find(|(line, _)| *line == name) {
+            Some((_, points)) => points.push((x, y)),
+            None => lines.push((name, vec![(x, y)])),
         }
     }
     for (_, points) in &mut lines {
@@ -73,7 +82,7 @@ fn lines(rows: &[Row]) -> Vec<Line> {
 fn chart<B: DrawingBackend>(
     root: DrawingArea<B, Shift>,
     lines: &[Line],
-    title: &str,
+    labels: &Labels,
 ) -> std::result::Result<(), String> {
     let all = || lines.iter().flat_map(|(_, points)| points);
     let most = all().map(|p| p.0).fold(0.0, f64::max) * 1.1;
@@ -81,7 +90,7 @@ fn chart<B: DrawingBackend>(
     let text = |e: DrawingAreaErrorKind<B::ErrorType>| e.to_string();
     root.fill(&WHITE).map_err(text)?;
     let mut chart = ChartBuilder::on(&root)
-        .caption(title, ("sans-serif", 20))
+        .caption(&labels.title, ("sans-serif", 20))
         .margin(16)
         .x_label_area_size(44)
         .y_label_area_size(64)
@@ -89,8 +98,8 @@ fn chart<B: DrawingBackend>(
         .map_err(text)?;
     chart
         .configure_mesh()
-        .x_desc("KV cache, MiB resident")
-        .y_desc("mean KL to the full cache, nats")
+        .x_desc(labels.x)
+        .y_desc(labels.y)
         .y_label_formatter(&|y| format!("{y:.3}"))
         .draw()
         .map_err(text)?;

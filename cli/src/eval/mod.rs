@@ -7,6 +7,8 @@ mod compare;
 mod figure;
 mod guard;
 mod needle;
+mod recall;
+mod report;
 mod running;
 mod span;
 mod windows;
@@ -14,11 +16,10 @@ mod windows;
 use crate::args::{self, BackendName, Variant};
 use crate::error::{Error, Result};
 use crate::host::{self, Host, ModelArgs};
-use crate::table::{Table, bytes, number, percent};
 use kvsieve::backend::Backend;
 use kvsieve::policy::schedule::Schedule;
 use kvsieve::{Budget, KvCache, SequenceId};
-use serde::Serialize;
+use report::{Measured, Row, print, print_json};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -27,6 +28,7 @@ const EXAMPLES: &str = "\
 Examples:
   kvsieve eval --recipe snapkv,tova,streaming --budget 50%,25%,10% --figure kl.svg
   kvsieve eval --task windows --recipe full+k=f16+v=f16,full+k=bf16+v=bf16
+  kvsieve eval --task recall --recipe auto,quest,pages --budget 256,1024 --prompt-tokens 4000 --figure error.svg
   kvsieve eval --task guard --recipe full+compact --threshold 0.1
   kvsieve eval --task span-copy --recipe snapkv --budget 25% --prompt-tokens 1024,2048 --depth 0.1,0.5,0.9
   kvsieve eval --task needle --model llama-3.1-8b.Q4_K_M.gguf --recipe snapkv --budget 25% --prompt-tokens 4096
@@ -40,6 +42,21 @@ Tasks:
   span-copy  64 tokens that stand at a depth of the prompt are fed again after it was compressed, and the last 48
              predictions scored. `fresh` is the same for tokens that the prompt does not contain: a cache that has lost
              the passage does no better than that.
+  recall     What a recipe's cache reads, held against exact attention over everything. After a prompt of P tokens C
+             further ones are fed as they are, at S places of the text, with the full cache; Q, K and V of some layers
+             (--layers) are recorded and given to every recipe and budget, each layer by itself. Columns: share of the
+             entries read in a step, of their bytes in f16, and of these again what the index holds; share of the softmax
+             mass on what was read, mean and 5th percentile over query heads; relative error of the output, mean and
+             95th percentile, and the same without the estimate of what was not read; the mass not read, and what the
+             index says of it over the truth; steps in which more was missing than it vouched for, which must be none.
+             Recipes that evict read what they kept. Indexes that read some layers whole (dense=2) do so here in two of
+             five layers by default, not in two of all: give dense=0, or --layers. Misleads where heads matter little to
+             the model, and about errors that add up from layer to layer: see text. Certificates are of keys as stored:
+             with k= in fewer bits, more can be missing of the exact ones. Allocators over layers divide over the
+             recorded ones.
+             --tile N repeats the prompt to N tokens: the first 4 once, those between in turn, the last 64 at the end.
+             For bytes and the shape of the distribution only: keys are copied as they are, with the rotary angles of
+             their first places, and it is not what a model would make of so long a text.
   guard      Exact and packed storage side by side over C tokens after a prompt of P: errors of packed keys and values and
              of attention outputs per layer; with --threshold, which heads would get more bits.
   needle     A number is hidden in the text and asked for after compression. For models of a billion parameters and
@@ -52,6 +69,8 @@ enum Task {
     Text,
     /// KL, same-top-1 and NLL over the second halves of windows, as llama.cpp measures.
     Windows,
+    /// Mass and errors of what is read, layer by layer.
+    Recall,
     /// Errors of packed storage, layer by layer.
     Guard,
     /// Continue a passage of the prompt.
@@ -63,6 +82,10 @@ enum Task {
 impl Task {
     fn measures_kl(self) -> bool {
         matches!(self, Self::Text | Self::Windows)
+    }
+
+    fn draws(self) -> bool {
+        self.measures_kl() || self == Self::Recall
     }
 }
 
@@ -85,18 +108,24 @@ pub(crate) struct Args {
     /// The text; Python's own language documentation by default.
     #[arg(long)]
     text: Option<PathBuf>,
-    /// P: tokens of the prompt. Several for span-copy and needle.
+    /// P: tokens of the prompt. Several for span-copy, needle and recall.
     #[arg(long, value_delimiter = ',', default_value = "1024")]
     prompt_tokens: Vec<usize>,
-    /// C: tokens scored after the prompt (text), or watched (guard).
+    /// C: tokens scored after the prompt (text, recall), or watched (guard).
     #[arg(long, default_value_t = 128)]
     score_tokens: usize,
     /// Relative error of attention outputs above which heads get more bits (guard).
     #[arg(long)]
     threshold: Option<f64>,
-    /// S: samples at equal strides through the text (text).
+    /// S: samples at equal strides through the text (text, recall).
     #[arg(long, default_value_t = 4)]
     samples: usize,
+    /// Layers scored (recall); 0, 1, 2, the middle and the last by default.
+    #[arg(long, value_delimiter = ',')]
+    layers: Option<Vec<usize>>,
+    /// Repeat the recorded prompt to N tokens (recall).
+    #[arg(long, value_name = "N")]
+    tile: Option<usize>,
     /// Windows from the start of the text (windows).
     #[arg(long, default_value_t = 6)]
     windows: usize,
@@ -117,7 +146,7 @@ pub(crate) struct Args {
     /// Where the cache runs; the model itself always runs on the CPU.
     #[arg(long, value_enum, default_value = "cpu")]
     backend: BackendName,
-    /// Draw KL against bytes (text, windows): *.svg or *.png.
+    /// Draw KL (text, windows) or the error of attention (recall) against bytes: *.svg or *.png.
     #[arg(long)]
     figure: Option<PathBuf>,
     /// Print JSON instead of a table.
@@ -130,7 +159,17 @@ impl Args {
         windows::Protocol { windows: self.windows, tokens: self.window_tokens, chunk: self.chunk_tokens }
     }
 
-    /// What a task that measures KL did, in a line.
+    fn recall(&self) -> recall::Protocol {
+        recall::Protocol {
+            prompts: self.prompt_tokens.clone(),
+            scored: self.score_tokens,
+            samples: self.samples,
+            layers: self.layers.clone(),
+            tile: self.tile,
+        }
+    }
+
+    /// What a task that draws did, in a line.
     fn protocol(&self) -> String {
         if self.task == Task::Windows {
             let predictions = self.windows().predictions();
@@ -139,86 +178,25 @@ impl Args {
                 self.windows, self.window_tokens
             );
         }
-        let prompt = self.prompt_tokens.first().copied().unwrap_or(0);
-        format!("{} samples of {} tokens after {prompt}", self.samples, self.score_tokens)
+        let prompts: Vec<String> = self.prompt_tokens.iter().map(usize::to_string).collect();
+        let tiled = self.tile.filter(|_| self.task == Task::Recall).map(|tile| format!(", tiled to {tile}"));
+        let (samples, scored) = (self.samples, self.score_tokens);
+        format!(
+            "{samples} samples of {scored} tokens after {}{}",
+            prompts.join(", "),
+            tiled.unwrap_or_default()
+        )
     }
 }
 
-/// What a prefilled, compressed cache costs, summed over samples.
-#[derive(Clone, Copy, Debug, Default)]
-struct Measured {
-    entries_per_head: f64,
-    bytes_resident: usize,
-    bytes_read: usize,
-    reads: usize,
-    samples: usize,
-}
-
-impl Measured {
-    /// What one sequence costs now.
-    fn of(cache: &KvCache, sequence: SequenceId) -> Result<Self> {
-        let stored = cache.stats(sequence)?.total();
-        let heads: usize = cache.shape().iter().map(|layer| layer.kv_heads).sum();
-        Ok(Self {
-            entries_per_head: stored.entries as f64 / heads as f64,
-            bytes_resident: stored.bytes_resident,
-            bytes_read: 0,
-            reads: 0,
-            samples: 1,
-        })
-    }
-
-    /// Notes what the last decode step read.
-    fn read(&mut self, cache: &KvCache, sequence: SequenceId) -> Result<()> {
-        self.bytes_read += cache.stats(sequence)?.total().bytes_read_per_step;
-        self.reads += 1;
-        Ok(())
-    }
-
-    fn add(&mut self, other: Self) {
-        self.entries_per_head += other.entries_per_head;
-        self.bytes_resident += other.bytes_resident;
-        self.bytes_read += other.bytes_read;
-        self.reads += other.reads;
-        self.samples += other.samples;
-    }
-}
-
-/// One line of the result; `None` where the task does not measure it.
-#[derive(Clone, Debug, Default, Serialize)]
-struct Row {
-    task: &'static str,
-    recipe: String,
-    budget: String,
-    prompt_tokens: usize,
-    offset: Option<usize>,
-    depth: Option<f64>,
-    entries_per_head: f64,
-    kv_bytes_resident: usize,
-    kv_bytes_read_per_step: Option<usize>,
-    bits_per_element: Option<f64>,
-    kl: Option<f64>,
-    same_top1: Option<f64>,
-    nll: Option<f64>,
-    nll_over_full: Option<f64>,
-    accuracy: Option<f64>,
-    seconds: Option<f64>,
-}
-
-impl Row {
-    fn new(task: &'static str, variant: &Variant, prompt_tokens: usize, cost: Measured) -> Self {
-        let samples = cost.samples.max(1);
-        Self {
-            task,
-            recipe: variant.recipe.clone(),
-            budget: variant.budget_text(),
-            prompt_tokens,
-            entries_per_head: cost.entries_per_head / samples as f64,
-            kv_bytes_resident: cost.bytes_resident / samples,
-            kv_bytes_read_per_step: cost.bytes_read.checked_div(cost.reads),
-            ..Self::default()
-        }
-    }
+/// One of some windows of the text at equal strides.
+fn place(text: &[u32], window: usize, (sample, samples): (usize, usize)) -> Result<&[u32]> {
+    let Some(beyond) = text.len().checked_sub(window) else {
+        let what = format!("the text has {} tokens, one sample needs {window}", text.len());
+        return Err(Error::usage(what, "give a longer --text, or lower --prompt-tokens or --score-tokens"));
+    };
+    let start = beyond * sample / samples.max(2).saturating_sub(1);
+    Ok(&text[start..start + window])
 }
 
 /// What every task needs.
@@ -270,10 +248,10 @@ impl Job<'_> {
 
 pub(crate) fn main(args: &Args) -> Result<()> {
     if let Some(path) = &args.figure {
-        if !args.task.measures_kl() {
+        if !args.task.draws() {
             return Err(Error::usage(
-                "--figure draws KL, which only the tasks text and windows measure",
-                "use --task text or --task windows",
+                "--figure draws KL or the error of attention, which only the tasks text, windows and recall measure",
+                "use --task text, --task windows or --task recall",
             ));
         }
         figure::check(path)?;
@@ -283,6 +261,9 @@ pub(crate) fn main(args: &Args) -> Result<()> {
             format!("--depth {depth}"),
             "depths go from 0 (start of the prompt) to 1 (its end)",
         ));
+    }
+    if args.task == Task::Recall {
+        args.recall().check()?;
     }
     let prompt = match (args.task, &args.prompt_tokens[..]) {
         (Task::Windows, _) => args.window_tokens,
@@ -321,6 +302,18 @@ pub(crate) fn main(args: &Args) -> Result<()> {
             guard::print(&rows);
             return Ok(());
         }
+        Task::Recall => {
+            let rows = recall::run(&job, &args.recall(), &text)?;
+            if args.json {
+                print_json(&rows)?;
+            } else {
+                recall::print(&rows);
+            }
+            let Some(path) = &args.figure else { return Ok(()) };
+            let title = format!("{}: {}", host.model.config().name, args.protocol());
+            let (x, y) = ("bytes read in a step, % of all in f16", "mean relative error of the output");
+            return figure::draw(path, recall::points(&rows), &figure::Labels { title, x, y });
+        }
         Task::SpanCopy => {
             let protocol = span::Protocol {
                 prompts: args.prompt_tokens.clone(),
@@ -345,72 +338,8 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     }
     if let Some(path) = &args.figure {
         let title = format!("{}: {}", host.model.config().name, args.protocol());
-        figure::draw(path, &rows, &title)?;
+        let (x, y) = ("KV cache, MiB resident", "mean KL to the full cache, nats");
+        figure::draw(path, report::points(&rows), &figure::Labels { title, x, y })?;
     }
     Ok(())
-}
-
-fn print_json(rows: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_string(rows).map_err(|e| Error::usage(e.to_string(), "report this"))?;
-    println!("{text}");
-    Ok(())
-}
-
-fn print(task: Task, rows: &[Row]) {
-    if task.measures_kl() {
-        let mut heading = vec![
-            "recipe",
-            "budget",
-            "kept",
-            "KV memory",
-            "read a step",
-            "KL",
-            "same top-1",
-            "NLL",
-            "over full",
-        ];
-        if task == Task::Windows {
-            heading.extend(["bits/element", "time"]);
-        }
-        let mut table = Table::new(2, &heading);
-        for row in rows {
-            let mut cells = vec![
-                row.recipe.clone(),
-                row.budget.clone(),
-                format!("{:.0}", row.entries_per_head),
-                bytes(row.kv_bytes_resident),
-                row.kv_bytes_read_per_step.map_or_else(|| "-".to_owned(), bytes),
-                number(row.kl, if task == Task::Windows { 6 } else { 4 }),
-                percent(row.same_top1),
-                number(row.nll, 4),
-                number(row.nll_over_full, 4),
-            ];
-            if task == Task::Windows {
-                cells.extend([
-                    number(row.bits_per_element, 2),
-                    format!("{:.0} s", row.seconds.unwrap_or(0.0)),
-                ]);
-            }
-            table.row(cells);
-        }
-        return table.print();
-    }
-    let heading =
-        ["recipe", "budget", "prompt", "offset", "depth", "kept", "KV memory", "read a step", "NLL", "right"];
-    let mut table = Table::new(2, &heading);
-    for row in rows {
-        table.row(vec![
-            row.recipe.clone(),
-            row.budget.clone(),
-            row.prompt_tokens.to_string(),
-            row.offset.map_or_else(|| "-".to_owned(), |offset| offset.to_string()),
-            row.depth.map_or_else(|| row.task.to_owned(), |depth| format!("{depth}")),
-            format!("{:.0}", row.entries_per_head),
-            bytes(row.kv_bytes_resident),
-            row.kv_bytes_read_per_step.map_or_else(|| "-".to_owned(), bytes),
-            number(row.nll, 3),
-            percent(row.accuracy),
-        ]);
-    }
-    table.print();
 }

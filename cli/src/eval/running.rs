@@ -5,7 +5,7 @@
 //! equal terms. *Hurts* as the only number: running text rarely needs what a policy dropped; see span copy.
 
 use super::compare::{Distance, Reference};
-use super::{Job, Measured, Row};
+use super::{Job, Measured, Row, place};
 use crate::args::Variant;
 use crate::error::{Error, Result};
 use crate::host;
@@ -29,15 +29,10 @@ pub(super) fn run(job: &Job<'_>, protocol: Protocol, text: &[u32]) -> Result<Vec
             "give --samples, --score-tokens and --prompt-tokens above 1",
         ));
     }
-    if text.len() < window {
-        let what = format!("the text has {} tokens, one sample needs {window}", text.len());
-        return Err(Error::usage(what, "give a longer --text, or lower --prompt-tokens or --score-tokens"));
-    }
     let bar = host::bar(samples * (job.variants.len() + 1), "running text");
     let mut sums = vec![(Distance::default(), Measured::default()); job.variants.len()];
     for sample in 0..samples {
-        let start = (text.len() - window) * sample / samples.max(2).saturating_sub(1);
-        let tokens: Vec<u32> = bos.iter().chain(&text[start..start + window]).copied().collect();
+        let tokens: Vec<u32> = bos.iter().chain(place(text, window, (sample, samples))?).copied().collect();
         let (fed, targets) = (&tokens[prompt..prompt + scored], &tokens[prompt + 1..]);
         let mut full = Reference::of(targets);
         let (mut cache, sequence, _) = job.prefilled(&Variant::full(), &tokens[..prompt])?;

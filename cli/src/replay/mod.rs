@@ -1,17 +1,16 @@
 //! `kvsieve replay`: recorded Q, K and V through a recipe; what stayed, and how wrong attention became.
 
-mod exact;
 mod report;
 mod trace;
 
 use crate::args::{self, BackendName};
+use crate::attention::{self, Exact, Recording};
 use crate::error::Result;
 use crate::metrics::Mean;
-use exact::Exact;
 use kvsieve::backend::Backend;
+use kvsieve::geometry::LayerShape;
 use kvsieve::policy::schedule::Schedule;
 use kvsieve::recipe::{PositionMode, Recipe};
-use kvsieve::view::{TensorView, TensorViewMut};
 use kvsieve::{Budget, KvCache, SequenceId};
 use report::{LayerReport, Numbers, Outcome, Report, Tensors};
 use std::path::PathBuf;
@@ -164,35 +163,28 @@ impl<'a> Replay<'a> {
     /// Feeds the prompt as one step.
     fn prefill(&mut self) -> Result<()> {
         let (trace, n) = (self.trace, self.trace.prompt);
+        let shape = trace.shape()?;
         let mut out = vec![0.0; trace.query_heads * n * trace.dim];
         let mut step = self.cache.begin(self.sequence, n)?;
         for (index, layer) in trace.layers.iter().enumerate() {
             let [q, k, v] = tensors(trace, layer, 0, n, 0);
-            step.attend(
-                index,
-                TensorView::head_major(&q[..], n, trace.query_heads, trace.dim)?,
-                TensorView::head_major(&k[..], n, trace.kv_heads, trace.dim)?,
-                TensorView::head_major(&v[..], n, trace.kv_heads, trace.dim)?,
-                TensorViewMut::head_major(&mut out[..], n, trace.query_heads, trace.dim)?,
-            )?;
+            attention::attend(&mut step, (index, shape.layer(index)), [&q, &k, &v], &mut out)?;
         }
         Ok(step.commit(n)?)
     }
 
     /// Positions stored: per layer, per KV head.
     fn stored(&self) -> Result<Vec<Vec<Vec<i32>>>> {
-        let head = |layer, head| -> Result<Vec<i32>> {
-            Ok(self.cache.positions(self.sequence, layer, head)?.iter().map(|p| p.0).collect())
-        };
-        (0..self.trace.layers.len())
-            .map(|layer| (0..self.trace.kv_heads).map(|h| head(layer, h)).collect())
-            .collect()
+        let layers = 0..self.trace.layers.len();
+        layers.map(|layer| attention::stored(self.cache, self.sequence, layer)).collect()
     }
 
     /// Feeds the remaining tokens one at a time.
     fn decode(&mut self, kept: &[Vec<Vec<i32>>], renumbered: bool) -> Result<Decoded> {
         let trace = self.trace;
-        let exact: Vec<Exact> = trace.layers.iter().map(|layer| Exact::of(trace, layer)).collect();
+        let shape = trace.shape()?;
+        let exact: Vec<Exact> =
+            trace.layers.iter().map(|layer| exact(trace, shape.layer(0), layer)).collect();
         let width = trace.query_heads * trace.decode * trace.dim;
         let mut decoded = Decoded::default();
         decoded
@@ -208,13 +200,7 @@ impl<'a> Replay<'a> {
             let mut step = self.cache.begin(self.sequence, 1)?;
             for (layer, ([q, k, v], row)) in inputs.iter().zip(&mut rows).enumerate() {
                 let layer_began = Instant::now();
-                step.attend(
-                    layer,
-                    TensorView::head_major(&q[..], 1, trace.query_heads, trace.dim)?,
-                    TensorView::head_major(&k[..], 1, trace.kv_heads, trace.dim)?,
-                    TensorView::head_major(&v[..], 1, trace.kv_heads, trace.dim)?,
-                    TensorViewMut::head_major(&mut row[..], 1, trace.query_heads, trace.dim)?,
-                )?;
+                attention::attend(&mut step, (layer, shape.layer(layer)), [q, k, v], row)?;
                 decoded.layers[layer].seconds.add(layer_began.elapsed().as_secs_f64());
             }
             step.commit(1)?;
@@ -224,12 +210,11 @@ impl<'a> Replay<'a> {
                 let Some(report) = self.cache.last_read(self.sequence, layer)? else { continue };
                 decoded.layers[layer].bytes.add(report.bytes as f64);
                 report.missing.iter().for_each(|&share| decoded.layers[layer].missing.add(f64::from(share)));
-                if let (Some(read), Some(choice)) = (&mut read, self.cache.last_choice(self.sequence, layer)?)
-                {
+                let chosen = attention::chosen(self.cache, self.sequence, layer)?;
+                if let (Some(read), Some(mut chosen)) = (&mut read, chosen) {
                     // The token itself is counted below.
-                    let heads = choice.offsets.windows(2).map(|o| &choice.positions[o[0]..o[1]]);
-                    read[layer] =
-                        heads.map(|p| p.iter().map(|p| p.0).filter(|&p| p != position).collect()).collect();
+                    chosen.iter_mut().for_each(|head| head.retain(|&p| p != position));
+                    read[layer] = chosen;
                 }
             }
             for (layer, row) in rows.iter().enumerate() {
@@ -244,7 +229,7 @@ impl<'a> Replay<'a> {
                         .iter()
                         .map(|p| p.iter().copied().chain([token as i32]).collect())
                         .collect();
-                    target.recall.add(exact[layer].recall(index, &with_self));
+                    target.recall.add(recall(&exact[layer], index, &with_self));
                 }
             }
         }
@@ -288,12 +273,26 @@ struct DecodedLayer {
     seconds: Mean,
 }
 
+/// Exact attention of the decode rows of a recorded layer.
+fn exact(trace: &Trace, shape: &LayerShape, layer: &Recorded) -> Exact {
+    let q = trace.rotated(&layer.q, trace.prompt, trace.decode, trace.prompt as i32);
+    let k = trace.rotated(&layer.k, 0, trace.tokens(), 0);
+    Exact::of(&Recording { shape, q: &q, k: &k, v: &layer.v, copies: &vec![1; trace.prompt] })
+}
+
+/// Mean share of the exact softmax mass that lies on the positions read (per KV head), over query heads.
+fn recall(exact: &Exact, step: usize, read: &[Vec<i32>]) -> f64 {
+    let heads = read.len() * exact.group();
+    let entries = |head: usize| read[head / exact.group()].iter().map(|&p| p as usize);
+    (0..heads).map(|head| exact.mass(head, step, entries(head))).sum::<f64>() / heads as f64
+}
+
 /// `count` tokens of a layer, q and k rotated to `position` and on.
 fn tensors(trace: &Trace, layer: &Recorded, from: usize, count: usize, position: i32) -> [Vec<f32>; 3] {
     [
         trace.rotated(&layer.q, from, count, position),
         trace.rotated(&layer.k, from, count, position),
-        trace.cut(&layer.v, from, count),
+        attention::tokens_of(&layer.v, (trace.tokens(), trace.dim), from..from + count),
     ]
 }
 

@@ -115,12 +115,6 @@ impl Trace {
         }
         out
     }
-
-    /// Tokens `from .. from + count` of a `[heads, n, dim]` tensor.
-    pub(super) fn cut(&self, rows: &[f32], from: usize, count: usize) -> Vec<f32> {
-        let (n, dim) = (self.tokens(), self.dim);
-        rows.chunks_exact(n * dim).flat_map(|head| &head[from * dim..(from + count) * dim]).copied().collect()
-    }
 }
 
 /// Turns one row by `[pairs, 2]` cosines and sines.

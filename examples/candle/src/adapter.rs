@@ -19,9 +19,18 @@ use crate::model::{Attend, Forward, Logits, Model};
 use crate::rope::Scaling;
 use crate::timings::Timings;
 
-/// Answers the model's attention hook from one step of a cache.
-struct Fused<'a, 'cache> {
+/// Answers the model's attention hook from one step of a cache. To look at Q, K and V on their way, wrap it in an
+/// [`Attend`] of your own.
+#[derive(Debug)]
+pub struct Fused<'a, 'cache> {
     step: &'a mut Step<'cache>,
+}
+
+impl<'a, 'cache> Fused<'a, 'cache> {
+    /// The hook of one forward pass; the step is still the caller's to commit.
+    pub fn new(step: &'a mut Step<'cache>) -> Self {
+        Self { step }
+    }
 }
 
 impl Attend for Fused<'_, '_> {
@@ -103,7 +112,7 @@ impl Model {
         // Asked, not counted: after an eviction fewer rows are stored than positions were used.
         let start = cache.next_position(sequence)?;
         let mut step = cache.begin(sequence, tokens.len())?;
-        let forward = self.forward_with(&mut Fused { step: &mut step }, tokens, start.0, logits)?;
+        let forward = self.forward_with(&mut Fused::new(&mut step), tokens, start.0, logits)?;
         step.commit(tokens.len())?;
         Ok(forward)
     }
@@ -125,7 +134,7 @@ impl Model {
         for (index, tokens) in tokens.chunks(chunk.max(1)).enumerate() {
             let start = cache.next_position(sequence)?;
             let mut step = cache.begin(sequence, tokens.len())?;
-            let mut pass = self.pass(&mut Fused { step: &mut step }, tokens, start.0)?;
+            let mut pass = self.pass(&mut Fused::new(&mut step), tokens, start.0)?;
             step.commit(tokens.len())?;
             pass.for_each_row(&mut |row, logits| visit(index * chunk.max(1) + row, logits))?;
             timings += pass.timings;

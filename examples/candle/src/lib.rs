@@ -49,6 +49,8 @@ mod timings;
 mod tokenizer;
 mod weights;
 
+/// What an [`Attend`] is handed, for implementations that name it.
+pub use candle_core::Tensor;
 pub use chat::{ChatMl, Role};
 pub use config::Config;
 pub use error::{Error, Result};
