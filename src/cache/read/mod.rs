@@ -100,6 +100,8 @@ pub(super) struct ReadScratch {
     corrections: Vec<f32>,
     /// Attention over the means of all units, where the rows are ranked by it: outputs, log-sum-exp and shares.
     means: Means,
+    /// Whether the rankings are this step's.
+    ranked: bool,
 }
 
 /// How a lane's attention of a layer goes.
@@ -185,14 +187,14 @@ impl KvCache {
     pub fn last_choice(&self, id: SequenceId, layer: usize) -> Result<Option<Selection>, Error> {
         let heads = self.heads(id, layer)?;
         let reads = &self.sequence(id)?.reads[layer];
-        let Some(index) = &self.sequence(id)?.reads[self.shape.owner(layer)].index else { return Ok(None) };
+        let index = &self.sequence(id)?.reads[self.shape.owner(layer)].index;
         if reads.report.is_none() {
             return Ok(None);
         }
         let mut spans = vec![Spans::default(); heads.len()];
         for (h, (spans, head)) in spans.iter_mut().zip(heads).enumerate() {
-            match (reads.held.of.get(h), reads.held.units.get(h)) {
-                (Some(&of), Some(units)) => {
+            match (index, reads.held.of.get(h), reads.held.units.get(h)) {
+                (Some(index), Some(&of), Some(units)) => {
                     // Units that were made since were entries of no unit then.
                     let units: Vec<u32> =
                         units.iter().copied().chain(of as u32..index.heads()[h].units() as u32).collect();

@@ -53,6 +53,7 @@ impl Reader<'_> {
         scratch.slots.resize_with(self.heads.len(), Vec::new);
         scratch.fresh.resize_with(self.heads.len(), Vec::new);
         scratch.means.there = false;
+        scratch.ranked = held.is_none();
         self.correct(&mut scratch.corrections);
         if let Some(held) = held {
             scratch.chosen.clone_from(held);
@@ -196,6 +197,9 @@ impl Reader<'_> {
             workspace,
         )?;
         for (table, spans) in tables.iter().zip(&scratch.spans) {
+            // A row's β is read with its key.
+            let scored = if within { spans.rows() } else { table.rows() };
+            report.bytes += scored * size_of::<f32>();
             report.bytes += store::side_bytes_read(table, Side::Key, within.then_some(spans));
         }
         let mut left = &mut *logits;
@@ -412,6 +416,7 @@ impl Reader<'_> {
         self.backend.attend(&params, &mut [lane], workspace)?;
         for (head, spans) in heads.iter().zip(spans) {
             report.entries += spans.rows();
+            report.bytes += spans.rows() * size_of::<i32>();
             for side in [Side::Key, Side::Value] {
                 report.bytes += store::side_bytes_read(head, side, Some(spans));
             }

@@ -64,6 +64,7 @@ impl Reader<'_> {
         };
         self.backend.attend(&self.table_params(Role::Mean), &mut [lane], workspace)?;
         for (rows, spans) in rows.iter().zip(&*spans) {
+            report.bytes += spans.rows() * (size_of::<i32>() + size_of::<f32>());
             for side in [Side::Key, Side::Value] {
                 report.bytes += store::side_bytes_read(rows, side, Some(spans));
             }
@@ -73,26 +74,25 @@ impl Reader<'_> {
         if means.there {
             subtract(means, self.shape.d_v, part);
         }
-        let total: f64 = lses[lse.len()..2 * lse.len()].iter().zip(&*lse).map(|(&e, &x)| share(e, x)).sum();
-        report.missing = Some((total / lse.len() as f64) as f32);
+        if report.missing.is_none() {
+            let parts = lses[lse.len()..2 * lse.len()].iter().zip(&*lse);
+            let total: f64 = parts.map(|(&estimated, &read)| share(estimated, read)).sum();
+            report.missing = Some((total / lse.len() as f64) as f32);
+        }
         self.join((outs, lses), (out, lse))
     }
 
     /// The rows of means to attend over, as spans: of the units that the tail covers; or of those that were read, where
     /// attention over all of them is there to take these from.
     fn estimated(&self, scratch: &mut ReadScratch, rows: &[HeadRows]) {
-        let ReadScratch { spans, chosen, rankings, fresh, means, .. } = scratch;
+        let ReadScratch { spans, chosen, rankings, fresh, means, ranked, .. } = scratch;
         let estimate = self.retrieval.rule.estimate;
         for (h, spans) in spans.iter_mut().enumerate() {
             let (chosen, units) = (&chosen.units[h], rows[h].rows());
             spans.clear();
             if means.there {
                 chosen.iter().for_each(|&unit| spans.push(unit as usize..unit as usize + 1));
-            } else if estimate < 1.0
-                && self.index.heads()[h].units() > 0
-                && chosen.len() < units
-                && rankings.len() > h
-            {
+            } else if estimate < 1.0 && self.index.heads()[h].units() > 0 && chosen.len() < units && *ranked {
                 let mut left = (estimate * units as f64) as usize;
                 let next = |_, _: &Ranking| {
                     let more = left > 0;
@@ -128,7 +128,8 @@ impl Reader<'_> {
                 }
             }
         };
-        if roles[0].role == Role::Mean && rule.tail == Tail::Ignore {
+        // A tail that covers a part of the units knows of that part only.
+        if roles[0].role == Role::Mean && (rule.tail == Tail::Ignore || rule.estimate < 1.0) {
             let mut total = 0.0;
             each(&scratch.rankings, &|_, _| 0.0, &mut |share| total += share);
             report.missing = Some((total / lse.len() as f64) as f32);

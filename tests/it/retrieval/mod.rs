@@ -198,6 +198,11 @@ fn what_is_read_is_attention_over_it_and_the_means_of_the_rest() {
                     let all = entries(&cache, id, layer, head);
                     let naive = naive((&cache, id), (layer, head), &all, units);
                     assert!(layer >= dense || units.is_empty());
+                    if layer < dense {
+                        let read = cache.last_choice(id, layer).unwrap().unwrap();
+                        let there = cache.stored(id, layer).unwrap().iter().map(|rows| rows.0).sum::<usize>();
+                        assert_eq!(read.slots.len(), there, "{recipe}: a layer that reads everything");
+                    }
                     let asked = queries(&shape, layer, head, &[(token, token as i32)]);
                     let rows: Vec<Row> = asked.iter().map(|(query, at)| naive.row(query, *at)).collect();
                     let chosen = naive.choose(&rows);
@@ -246,7 +251,8 @@ fn what_is_missing_is_reported_and_never_more_than_the_bound() {
                         let gone: f64 =
                             (0..row.entries.len()).filter(|&s| left(s)).map(|s| row.entries[s].exp()).sum();
                         missing.push(gone / all);
-                        let means = naive.with(naive.role, ReadRule { tail: Tail::Estimate, ..naive.rule });
+                        let rule = ReadRule { tail: Tail::Estimate, estimate: 1.0, ..naive.rule };
+                        let means = naive.with(naive.role, rule);
                         estimate.push(means.output(query, *at, &chosen).1);
                     }
                 }
