@@ -19,6 +19,9 @@ const DIM: usize = 128;
 /// Tokens of a chunk of the prompt.
 const CHUNK: usize = 2048;
 
+/// Tokens at the end of the prompt whose queries are there too.
+const ASKING: usize = 32;
+
 /// Rows that wander: each is near the last one.
 fn drift(random: &mut Random, state: &mut [f32], tokens: usize) -> Vec<f32> {
     let mut rows = Vec::with_capacity(tokens * state.len());
@@ -46,6 +49,15 @@ fn prompted(recipe: &str, budget: usize, tokens: usize) -> (KvCache, SequenceId)
         step.append(0, view(&k[..]), view(&v[..])).unwrap();
         step.commit(CHUNK).unwrap();
     }
+    // An index that calibrates wants queries.
+    let [k, v] = states.each_mut().map(|state| drift(&mut random, state, ASKING));
+    let q = random.rows(ASKING * HEADS * GROUP * DIM, 1.0, DType::F32);
+    let mut out = vec![0.0; q.len()];
+    let mut step = cache.begin(id, ASKING).unwrap();
+    let view = |x, heads| TensorView::token_major(x, ASKING, heads, DIM).unwrap();
+    let into = TensorViewMut::token_major(&mut out[..], ASKING, HEADS * GROUP, DIM).unwrap();
+    step.attend(0, view(&q[..], HEADS * GROUP), view(&k[..], HEADS), view(&v[..], HEADS), into).unwrap();
+    step.commit(ASKING).unwrap();
     cache.end_prefill(id).unwrap();
     (cache, id)
 }
@@ -96,6 +108,8 @@ fn decode(c: &mut Criterion) {
             "quest(dense=0)".to_owned(),
             "quest(dense=0,store=int8)".to_owned(),
             "lserve".to_owned(),
+            "squeezed(rounds=4,segment=2048)".to_owned(),
+            "squeezed(levels=2,rounds=4,segment=2048)".to_owned(),
             "clusterkv(dense=0,rounds=4,segment=2048)".to_owned(),
             "retroinfer(rounds=4,segment=2048)".to_owned(),
         ] {
@@ -113,9 +127,26 @@ fn decode(c: &mut Criterion) {
     }
 }
 
+/// The same budget whatever the length: what grows is the search.
+fn fixed(c: &mut Criterion) {
+    let mut group = c.benchmark_group("retrieval/fixed");
+    for tokens in [32 << 10, 128 << 10] {
+        for recipe in ["squeezed(rounds=4,segment=2048)", "squeezed(levels=2,rounds=4,segment=2048)"] {
+            let mut random = Random::new(2);
+            let rows = [HEADS * GROUP, HEADS, HEADS].map(|heads| random.rows(heads * DIM, 1.0, DType::F32));
+            let mut out = vec![0.0; HEADS * GROUP * DIM];
+            let mut built = None;
+            group.bench_function(format!("n{tokens}/{recipe}"), |b| {
+                let (cache, id) = built.get_or_insert_with(|| report(recipe, 1024, tokens, &rows, &mut out));
+                b.iter_custom(|times| (0..times).map(|_| step(cache, *id, &rows, &mut out)).sum());
+            });
+        }
+    }
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(20).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(2));
-    targets = decode
+    targets = decode, fixed
 }
 criterion_main!(benches);

@@ -19,7 +19,7 @@ const ARGS: [Arg; 10 + COMMON] = arguments(
         Arg::count("size", 20, 1, 4096, "entries of a cluster, on average"),
         Arg::word("store", &["f16", "f32", "int8", "int4"], "how means are stored"),
         Arg::count("segment", 8192, 16, 65536, "entries clustered together, at most"),
-        Arg::count("update", 1024, 1, 65536, "entries that come before those behind a prompt are clustered"),
+        Arg::count("update", 128, 1, 65536, "entries that come before those behind a prompt are clustered"),
         Arg::count("rounds", 10, 1, 64, "rounds of k-means"),
         Arg::count("levels", 1, 1, 2, "2 looks for clusters in clusters of clusters"),
         Arg::count("fan", 5, 2, 64, "clusters in one of the level above, on average"),

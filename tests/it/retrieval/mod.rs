@@ -2,6 +2,7 @@
 //! happens to a sequence happens to its index.
 
 mod naive;
+mod trace;
 
 use crate::support::{Kind, backends, distance, entries, feed, placed, small_model};
 use kvsieve::backend::{Backend, Cpu};
@@ -13,7 +14,7 @@ use kvsieve::recipe::Recipe;
 use kvsieve::testing::Random;
 use kvsieve::view::{DType, TensorView, TensorViewMut};
 use kvsieve::{Budget, KvCache, SequenceId};
-use naive::{Row, dot, naive, units};
+use naive::{Naive, Row, dot, naive, units};
 use std::sync::Arc;
 
 /// Tokens of the prompts.
@@ -113,6 +114,28 @@ fn most(recipe: &str) -> usize {
     (BUDGET as f64 * argument(recipe, "cap").map_or(1.0, |cap| cap.parse().unwrap())) as usize
 }
 
+/// What is read of a KV head is what is always read and, within the budget, the best units: no unit that was left has a
+/// score more than `tolerance` above one that was chosen.
+#[track_caller]
+fn check_choice(what: &str, naive: &Naive<'_>, rows: &[Row], slots: &[Slot], tolerance: f64) {
+    let read = |slot: usize| slots.binary_search(&Slot(slot as u32)).is_ok();
+    let all = 0..naive.entries.len();
+    assert!(all.clone().all(|s| naive.unit_of(s).is_some() || read(s)), "{what}: always");
+    let largest = naive.units.iter().map(Vec::len).max().unwrap_or(0) * naive.rule.fold;
+    let fits = slots.len() <= most(what) && (slots.len() + largest > BUDGET || naive.thresholds.is_some());
+    assert!(fits, "{what}: {} entries", slots.len());
+    let (mut least, mut most) = (f64::INFINITY, f64::NEG_INFINITY);
+    for (score, group) in naive.ranking(rows) {
+        let chosen = read(naive.units[group.start][0]);
+        for slot in group.flat_map(|unit| naive.units[unit].clone()) {
+            assert_eq!(read(slot), chosen, "{what}: slot {slot} of a group");
+        }
+        *(if chosen { &mut least } else { &mut most }) =
+            if chosen { least.min(score) } else { most.max(score) };
+    }
+    assert!(least > most - tolerance, "{what}: {least} chosen, {most} not");
+}
+
 #[test]
 fn what_is_chosen_is_what_a_naive_implementation_chooses() {
     for backend in backends() {
@@ -149,28 +172,8 @@ fn what_is_chosen_is_what_a_naive_implementation_chooses() {
                         .map(|(query, at)| naive.row(query, *at))
                         .collect();
                     let slots = &selection.slots[selection.offsets[head]..selection.offsets[head + 1]];
-                    let read = |slot: usize| slots.iter().any(|s| s.0 as usize == slot);
-                    assert!(
-                        (0..all.len()).all(|s| naive.unit_of(s).is_some() || read(s)),
-                        "{recipe}: always"
-                    );
-                    let fits = slots.len() <= most(&recipe)
-                        && (slots.len() + 80 > BUDGET || naive.thresholds.is_some());
-                    assert!(fits, "{recipe}: {} entries", slots.len());
-                    let (mut least, mut most) = (f64::INFINITY, f64::NEG_INFINITY);
-                    for (score, group) in naive.ranking(&rows) {
-                        let chosen = read(units[group.start][0]);
-                        for slot in group.flat_map(|unit| units[unit].clone()) {
-                            assert_eq!(read(slot), chosen, "{recipe}: slot {slot} of a group");
-                        }
-                        *(if chosen { &mut least } else { &mut most }) =
-                            if chosen { least.min(score) } else { most.max(score) };
-                    }
-                    assert!(
-                        least > most - tolerance,
-                        "{}: {recipe}: {least} chosen, {most} not",
-                        backend.name()
-                    );
+                    let what = format!("{}: {recipe}", backend.name());
+                    check_choice(&what, &naive, &rows, slots, tolerance);
                 }
             }
         }
