@@ -48,6 +48,10 @@ fn widened(side: u32, entry: Entry, row: u32, d: u32, kind: u32) -> u32 {
     if kind == PACKED {
         return bitcast<u32>(packed_element(side, entry.page, entry.row, column_of(side, entry.page, d)));
     }
+    if kind == F32 {
+        // As it lies: words that are no numbers (codes) pass no floating-point register.
+        return slab[row + d];
+    }
     return bitcast<u32>(load_element(row, d, kind));
 }
 

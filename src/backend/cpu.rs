@@ -142,6 +142,10 @@ impl Backend for Cpu {
         kernel::dot_scores::cpu::run(&self.exec, params, args, workspace)
     }
 
+    fn code_scores(&self, args: &mut CodeArgs<'_>, workspace: &mut Workspace) -> Result<(), KernelError> {
+        kernel::code_scores::cpu::run(&self.exec, args, workspace)
+    }
+
     fn row_norms(&self, args: &mut NormArgs<'_>) -> Result<(), KernelError> {
         kernel::row_norms::cpu::run(&self.exec, args)
     }

@@ -160,6 +160,10 @@ impl Backend for Gpu {
         kernel::dot_scores::gpu::run(&self.context, params, args)
     }
 
+    fn code_scores(&self, args: &mut CodeArgs<'_>, _: &mut Workspace) -> Result<(), KernelError> {
+        kernel::code_scores::gpu::run(&self.context, args)
+    }
+
     fn row_norms(&self, args: &mut NormArgs<'_>) -> Result<(), KernelError> {
         kernel::row_norms::gpu::run(&self.context, args)
     }

@@ -76,10 +76,9 @@ pub(super) fn copy_metadata(from: &Page, to: &mut Page) {
 pub(super) fn write_rows(layout: &PageLayout, page: &mut Page, first: usize, keys: &[f32], values: &[f32]) {
     use crate::device::page::Side;
     let bytes = page.block.host_mut();
-    for (i, row) in keys.chunks_exact(layout.d_k).enumerate() {
-        layout.write_row(bytes, Side::Key, first + i, row);
-    }
-    for (i, row) in values.chunks_exact(layout.d_v).enumerate() {
-        layout.write_row(bytes, Side::Value, first + i, row);
+    for (side, rows) in [(Side::Key, keys), (Side::Value, values)] {
+        for (i, row) in layout.dense(side, rows).enumerate() {
+            layout.write_row(bytes, side, first + i, row);
+        }
     }
 }

@@ -24,6 +24,7 @@ use crate::error::{DeviceError, KernelError};
 use crate::kernel::AttentionParams;
 use crate::kernel::attend::{AttendLane, Workspace};
 use crate::kernel::attention_mass::MassArgs;
+use crate::kernel::code_scores::CodeArgs;
 use crate::kernel::dot_scores::DotArgs;
 use crate::kernel::gather::GatherArgs;
 use crate::kernel::merge_partials::MergeArgs;
@@ -142,6 +143,12 @@ pub trait Backend: Debug + Send + Sync {
         args: &mut DotArgs<'_>,
         workspace: &mut Workspace,
     ) -> Result<(), KernelError>;
+
+    /// [`crate::kernel::code_scores`].
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    fn code_scores(&self, args: &mut CodeArgs<'_>, workspace: &mut Workspace) -> Result<(), KernelError>;
 
     /// [`crate::kernel::row_norms`].
     ///

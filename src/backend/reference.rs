@@ -93,6 +93,10 @@ impl Backend for Reference {
         kernel::dot_scores::reference::run(params, args)
     }
 
+    fn code_scores(&self, args: &mut CodeArgs<'_>, _: &mut Workspace) -> Result<(), KernelError> {
+        kernel::code_scores::reference::run(args)
+    }
+
     fn row_norms(&self, args: &mut NormArgs<'_>) -> Result<(), KernelError> {
         kernel::row_norms::reference::run(args)
     }

@@ -18,6 +18,7 @@ use crate::device::memory::HostBlock;
 use crate::geometry::{LayerShape, RowCount};
 use crate::view::DType;
 use half::{bf16, f16};
+use std::slice::ChunksExact;
 use std::sync::Arc;
 
 /// Memory of a backend.
@@ -65,7 +66,7 @@ pub struct PageLayout {
     pub capacity: usize,
     /// Key dimension.
     pub d_k: usize,
-    /// Value dimension.
+    /// Value dimension; 0 for entries that are keys only, such as codes.
     pub d_v: usize,
     /// How keys are stored.
     pub k: Encoding,
@@ -203,6 +204,11 @@ impl PageLayout {
             Side::Key => self.d_k,
             Side::Value => self.d_v,
         }
+    }
+
+    /// The rows of a side in a dense buffer: none if the side has no dimensions.
+    pub fn dense<'a>(&self, side: Side, rows: &'a [f32]) -> ChunksExact<'a, f32> {
+        rows.chunks_exact(self.dim(side).max(1))
     }
 
     /// Bytes from one row to the next of an exact side. Packed rows do not lie together: 0.

@@ -10,6 +10,7 @@
 
 pub mod attend;
 pub mod attention_mass;
+pub mod code_scores;
 pub mod dot_scores;
 pub mod gather;
 pub mod merge_partials;

@@ -8,6 +8,7 @@ use crate::backend::Backend;
 use crate::device::page::{HeadRows, PageLayout, Segment};
 use crate::device::{Encoding, Format, Packing};
 use crate::error::KernelError;
+use crate::kernel::code_scores::CodeLayout;
 use crate::kernel::pack::PackArgs;
 use crate::view::DType;
 use std::sync::Arc;
@@ -187,6 +188,34 @@ impl CacheSpec {
         }
         Ok(segment)
     }
+}
+
+/// Heads of random codes, of so many entries each, in pages of `capacity`. Every bit of a page is random, also those that
+/// belong to no index and to no entry.
+///
+/// # Errors
+/// What the backend's page operations fail with.
+pub fn codes(
+    backend: &dyn Backend,
+    seed: u64,
+    layout: CodeLayout,
+    rows: &[usize],
+    capacity: usize,
+) -> Result<Vec<HeadRows>, KernelError> {
+    let layout = Arc::new(layout.page(capacity, backend.mirrored(), 0));
+    let mut random = Random::new(seed);
+    let mut heads = Vec::with_capacity(rows.len());
+    for &rows in rows {
+        let mut segment = Segment { rows, ..Segment::new(Arc::clone(&layout)) };
+        for _ in 0..rows.div_ceil(capacity) {
+            let mut page = backend.allocate(&layout)?;
+            let words: Vec<u32> = (0..capacity * layout.d_k).map(|_| random.bits() as u32).collect();
+            backend.write_rows(&layout, &mut page, 0, bytemuck::cast_slice(&words), &[])?;
+            segment.pages.push(Arc::new(page));
+        }
+        heads.push(HeadRows::new(vec![segment]));
+    }
+    Ok(heads)
 }
 
 /// The first position after every stored one, over all heads.

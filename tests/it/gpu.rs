@@ -61,6 +61,11 @@ fn dot_scores() {
 }
 
 #[test]
+fn code_scores() {
+    conforms(conformance::code_scores);
+}
+
+#[test]
 fn row_norms() {
     conforms(conformance::row_norms);
 }

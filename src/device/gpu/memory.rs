@@ -303,6 +303,9 @@ impl Memory {
             panic!("a row was written into a packed side");
         };
         let (dim, words) = (layout.dim(side), layout.row_bytes(side) / 4);
+        if words == 0 {
+            return;
+        }
         let count = rows.len() / dim;
         let mut state = lock(&self.state);
         let start = state.staged.len();

@@ -9,6 +9,7 @@
 pub(crate) const SHADERS: &[(&str, &str)] = &[
     ("attend", include_str!("../../../shaders/attend.wgsl")),
     ("attention_mass", include_str!("../../../shaders/attention_mass.wgsl")),
+    ("code_scores", include_str!("../../../shaders/code_scores.wgsl")),
     ("dot_scores", include_str!("../../../shaders/dot_scores.wgsl")),
     ("gather", include_str!("../../../shaders/gather.wgsl")),
     ("merge_partials", include_str!("../../../shaders/merge_partials.wgsl")),
@@ -152,6 +153,8 @@ mod tests {
         matches::<kernel::attend::gpu::Stretch>("attend", "Stretch");
         matches::<kernel::attention_mass::gpu::Chunk>("attention_mass", "Chunk");
         matches::<kernel::attention_mass::gpu::Chunk>("window_scores", "Chunk");
+        matches::<kernel::code_scores::gpu::Params>("code_scores", "Params");
+        matches::<kernel::code_scores::gpu::Chunk>("code_scores", "Chunk");
         matches::<kernel::attend::gpu::Params>("dot_scores", "AttentionParams");
         matches::<kernel::attention_mass::gpu::Chunk>("dot_scores", "Chunk");
         matches::<kernel::merge_partials::gpu::Params>("merge_partials", "Params");

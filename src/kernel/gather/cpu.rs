@@ -118,9 +118,11 @@ impl Split for IntoDense<'_> {
 impl IntoDense<'_> {
     #[inline(always)]
     fn copy<S: Simd>(self, simd: S) {
-        let rows = self.keys.chunks_exact_mut(self.d_k).zip(self.values.chunks_exact_mut(self.d_v));
-        for (&slot, (key, value)) in self.slots.iter().zip(rows) {
-            let source = &self.sources[page_of(self.sources, slot)];
+        let Self { sources, slots, d_k, d_v, keys, values, .. } = self;
+        for (i, &slot) in slots.iter().enumerate() {
+            // Either may have no dimensions.
+            let (key, value) = (&mut keys[i * d_k..(i + 1) * d_k], &mut values[i * d_v..(i + 1) * d_v]);
+            let source = &sources[page_of(sources, slot)];
             let row = slot as usize - source.first;
             widen_row(simd, source.layout, source.page, Side::Key, row, key);
             widen_row(simd, source.layout, source.page, Side::Value, row, value);

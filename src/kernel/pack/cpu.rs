@@ -39,7 +39,7 @@ pub(super) fn side(
     bytes: &mut [u8],
 ) -> Result<(), KernelError> {
     let Some(packed) = layout.packed(side) else {
-        for (i, row) in rows.chunks_exact(layout.dim(side)).enumerate() {
+        for (i, row) in layout.dense(side, rows).enumerate() {
             layout.write_exact(bytes, side, i, row);
         }
         return Ok(());

@@ -26,7 +26,7 @@ fn side(layout: &PageLayout, side: Side, rows: &[f32], bytes: &mut [u8]) -> Resu
     match layout.packed(side) {
         Some(packed) => pack(&packed, rows, bytes),
         None => {
-            for (i, row) in rows.chunks_exact(layout.dim(side)).enumerate() {
+            for (i, row) in layout.dense(side, rows).enumerate() {
                 layout.write_exact(bytes, side, i, row);
             }
             Ok(())

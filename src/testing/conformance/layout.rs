@@ -13,6 +13,7 @@ use crate::kernel::pack::{self, PackArgs};
 use crate::kernel::rope::{self, RopeArgs, RopeTarget};
 use crate::kernel::row_norms::{self, NormArgs};
 use crate::kernel::total_rows;
+use crate::store::{self, NewRows, SharedPositions};
 use crate::testing::Random;
 use crate::testing::cache::{CacheSpec, SegmentSpec, packings, poisoned};
 use crate::testing::random::round_to;
@@ -149,6 +150,9 @@ pub fn storage(backend: &dyn Backend, _: Effort) -> KernelReport {
         expect_same_bits("values of the copy", &values, &ones)?;
         Ok(0.0)
     });
+    for dims in [1, 3, 4] {
+        report.case(format!("{dims} words of any bits per entry, and no values"), || words(backend, dims));
+    }
     report.case("memory is counted and given back", || {
         let layout = layout_of(backend, 64, DType::F32);
         let before = backend.memory().resident;
@@ -165,6 +169,61 @@ pub fn storage(backend: &dyn Backend, _: Effort) -> KernelReport {
         Ok(0.0)
     });
     report
+}
+
+/// Entries without values, whose keys are words and no numbers (codes): appended, forked, truncated, compacted.
+fn words(backend: &dyn Backend, dims: usize) -> Result<f64, Failure> {
+    let layout = Arc::new(PageLayout { d_k: dims, d_v: 0, ..layout_of(backend, 1, DType::F32) });
+    let mut random = Random::new(77);
+    let mut word = || match random.below(6) {
+        // A NaN that signals, one with a payload, a negative one, infinity, a subnormal number, anything.
+        0 => 0x7f80_0001,
+        1 => 0x7fc5_a5a5,
+        2 => 0xffff_ffff,
+        3 => 0xff80_0000,
+        4 => 0x0000_0001,
+        _ => random.bits() as u32,
+    };
+    let mut words: Vec<u32> = (0..80 * dims).map(|_| word()).collect();
+    let append = |head: &mut HeadRows, rows: &[u32]| {
+        let first = head.pages().last().map_or(0, |p| p.positions()[p.rows - 1] + 1);
+        let positions: Vec<i32> = (first..).take(rows.len() / dims).collect();
+        let new = NewRows { positions: &positions, keys: bytemuck::cast_slice(rows), values: &[] };
+        store::append(backend, &layout, head, new)
+    };
+    let expect = |what: &str, head: &HeadRows, words: &[u32]| {
+        let slots: Vec<u32> = (0..head.rows() as u32).collect();
+        let mut keys = poisoned(slots.len() * dims);
+        let target = GatherTarget::Dense { keys: &mut keys, values: &mut [] };
+        backend.gather(&mut GatherArgs { head, slots: &slots, target })?;
+        match keys.iter().map(|x| x.to_bits()).eq(words.iter().copied()) {
+            true => Ok(()),
+            false => Err(Failure::from(format!("{what}: other words than were stored"))),
+        }
+    };
+    let mut head = HeadRows::default();
+    let (all, other) = words.split_at_mut(70 * dims);
+    append(&mut head, &all[..5 * dims])?;
+    append(&mut head, &all[5 * dims..])?;
+    expect("appended", &head, all)?;
+    let mut fork = head.clone();
+    store::truncate_rows(&mut fork, 40);
+    expect("truncated", &fork, &all[..40 * dims])?;
+    append(&mut fork, other)?;
+    let mut forked = [&all[..40 * dims], other].concat();
+    expect("appended to a fork", &fork, &forked)?;
+    expect("what it was forked from", &head, all)?;
+    let keep: Vec<u32> = (0..50).filter(|slot| slot % 3 != 1).collect();
+    store::compact(backend, &mut fork, &keep, &mut SharedPositions::default())?;
+    forked = keep.iter().flat_map(|&slot| &forked[slot as usize * dims..][..dims]).copied().collect();
+    expect("compacted", &fork, &forked)?;
+    let mut norms = poisoned(fork.rows());
+    let heads = std::slice::from_ref(&fork);
+    backend.row_norms(&mut NormArgs { heads, side: Side::Value, out: &mut norms })?;
+    match norms.iter().all(|&norm| norm == 0.0) {
+        true => Ok(0.0),
+        false => Err(format!("norms of no values: {norms:?}").into()),
+    }
 }
 
 fn layout_of(backend: &dyn Backend, d: usize, dtype: DType) -> PageLayout {

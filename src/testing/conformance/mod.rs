@@ -6,10 +6,12 @@
 //! seconds for the full list, which [`Effort::Quick`] thins out.
 
 mod attention;
+mod codes;
 mod layout;
 mod selection;
 
 pub use attention::{attend, attention_mass, dot_scores, merge_partials, window_scores};
+pub use codes::code_scores;
 pub use layout::{gather, pack, rope, row_norms, storage};
 pub use selection::{pool, top_k};
 
@@ -158,7 +160,7 @@ impl fmt::Display for Report {
 
 /// Every kernel on `backend`.
 pub fn run(backend: &dyn Backend, effort: Effort) -> Report {
-    let kernels: [fn(&dyn Backend, Effort) -> KernelReport; 12] = [
+    let kernels: [fn(&dyn Backend, Effort) -> KernelReport; 13] = [
         storage,
         pack,
         attend,
@@ -166,6 +168,7 @@ pub fn run(backend: &dyn Backend, effort: Effort) -> Report {
         attention_mass,
         window_scores,
         dot_scores,
+        code_scores,
         row_norms,
         pool,
         top_k,
