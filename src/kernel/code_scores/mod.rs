@@ -57,7 +57,7 @@ impl CodeLayout {
     /// Pages of codes: keys are the words, carried as the bits of `f32`, and there are no values.
     pub fn page(self, capacity: usize, mirrored: bool, column_words: usize) -> PageLayout {
         let (k, v) = (DType::F32.into(), DType::F32.into());
-        PageLayout { capacity, d_k: self.words(), d_v: 0, k, v, mirrored, column_words }
+        PageLayout { capacity, d_k: self.words(), d_v: 0, k, v, mirrored, column_words, steady: true }
     }
 
     /// Index `m` of the code in `words`.
