@@ -140,7 +140,7 @@ impl KvCache {
     }
 
     fn record_queries(&mut self, layer: usize, lane_index: usize, accepted: usize) {
-        if self.needs.queries == 0 || !self.logs_queries(layer) {
+        if self.needs.queries == 0 || !self.logs_queries(layer) || !self.scratch.pending[layer].attended {
             return;
         }
         let lane = self.scratch.lanes[lane_index];

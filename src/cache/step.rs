@@ -474,8 +474,12 @@ impl Step<'_> {
     fn check_complete(&self) -> Result<(), CacheError> {
         let shape = &self.cache.shape;
         let pending: &[Pending] = &self.cache.scratch.pending;
+        // A policy scores what every query does; an index that calibrates takes the queries there are.
+        let needs = self.cache.recipe.policy.needs();
+        let scores = needs.queries > 0 || needs.feed != FeedKind::None;
         let missing = |layer: &usize| {
-            !pending[*layer].appended || (self.cache.logs_queries(*layer) && !pending[*layer].attended)
+            let unseen = scores && self.cache.logs_queries(*layer) && !pending[*layer].attended;
+            !pending[*layer].appended || unseen
         };
         match shape.owners().find(missing) {
             Some(missing_layer) => Err(CacheError::Incomplete {

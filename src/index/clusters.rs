@@ -6,7 +6,7 @@
 
 use super::options::encoding;
 use super::units::mean;
-use super::{Entries, Role, Summary, Table, UnitRows, Units};
+use super::{Codebook, Entries, Role, Summary, Table, UnitRows, Units};
 use crate::backend::Backend;
 use crate::device::encoding::Encoding;
 use crate::device::page::{HeadRows, PageLayout};
@@ -73,7 +73,7 @@ impl Summary for Clusters {
         &self.tables
     }
 
-    fn take(&self, pending: usize, open: bool) -> usize {
+    fn take(&self, pending: usize, open: bool, _: usize) -> usize {
         if pending >= self.segment {
             return self.segment;
         }
@@ -93,15 +93,16 @@ impl Summary for Clusters {
         backend: &dyn Backend,
         shape: &LayerShape,
         entries: &Entries<'_>,
+        _: Option<&Codebook>,
     ) -> Result<Units, KernelError> {
         let points = self.points(shape, entries);
         let count = entries.count.div_ceil(self.size);
-        let (mut owners, means) = self.cluster(backend, &points, count)?;
+        let (mut owners, means) = cluster(backend, &points, count, self.rounds, self.cosine)?;
         if self.fan == 0 {
             return Ok(units(shape, entries, &owners, count));
         }
         let groups = count.div_ceil(self.fan);
-        let (group_of, _) = self.cluster(backend, &means, groups)?;
+        let (group_of, _) = cluster(backend, &means, groups, self.rounds, self.cosine)?;
         // Clusters of a group become neighbours.
         let mut order: Vec<u32> = (0..count as u32).collect();
         order.sort_by_key(|&cluster| group_of[cluster as usize]);
@@ -135,29 +136,6 @@ impl Summary for Clusters {
 }
 
 impl Clusters {
-    /// The owner of every point among `count` clusters, and the clusters' means.
-    fn cluster(
-        &self,
-        backend: &dyn Backend,
-        points: &Points,
-        count: usize,
-    ) -> Result<(Vec<u32>, Points), KernelError> {
-        let entries = points.rows.len() / points.dim;
-        let mut means = Means::start(points, entries, count);
-        let mut owners = vec![0; entries];
-        for round in 0..self.rounds {
-            if round > 0 {
-                means.update(points, &owners);
-            }
-            if self.cosine {
-                means.normalise();
-            }
-            means.assign(backend, points, self.cosine, &mut owners)?;
-        }
-        means.update(points, &owners);
-        Ok((owners, Points { rows: means.rows, dim: means.dim }))
-    }
-
     /// `[n, d_k + d_v]`, or `[n, d_k]` if values do not count.
     fn points(&self, shape: &LayerShape, entries: &Entries<'_>) -> Points {
         let (d_k, d_v) = (shape.d_k, if self.values > 0.0 { shape.d_v } else { 0 });
@@ -178,10 +156,38 @@ impl Clusters {
     }
 }
 
+/// The owner of every point among `count` clusters, and the clusters' means: k-means from points at equal steps.
+///
+/// # Errors
+/// [`KernelError`].
+pub(super) fn cluster(
+    backend: &dyn Backend,
+    points: &Points,
+    count: usize,
+    rounds: usize,
+    cosine: bool,
+) -> Result<(Vec<u32>, Points), KernelError> {
+    let entries = points.rows.len() / points.dim;
+    let mut means = Means::start(points, entries, count);
+    let mut owners = vec![0; entries];
+    for round in 0..rounds {
+        if round > 0 {
+            means.update(points, &owners);
+        }
+        if cosine {
+            means.normalise();
+        }
+        means.assign(backend, points, cosine, &mut owners)?;
+    }
+    means.update(points, &owners);
+    Ok((owners, Points { rows: means.rows, dim: means.dim }))
+}
+
 /// What is clustered.
-struct Points {
-    rows: Vec<f32>,
-    dim: usize,
+pub(super) struct Points {
+    /// `[n, dim]`.
+    pub(super) rows: Vec<f32>,
+    pub(super) dim: usize,
 }
 
 impl Points {

@@ -4,7 +4,7 @@
 //! always read. An index grows when tokens are committed and shrinks when they are forgotten; a step that is rolled back
 //! never touches it. When entries between are removed it is built again.
 
-use super::{Entries, Retrieval, Role, Table, UnitRows, Units};
+use super::{Codebook, Entries, Retrieval, Role, Table, UnitRows, Units};
 use crate::backend::Backend;
 use crate::codec::PACK_ENTRIES;
 use crate::device::page::{HeadRows, PageLayout};
@@ -19,6 +19,9 @@ use std::sync::Arc;
 
 /// Rows per page of a table.
 const TABLE_ENTRIES: usize = 64;
+
+/// The same of codes, which are much smaller.
+const CODE_ENTRIES: usize = 512;
 
 /// Units of each batch that add to the covariance of keys, about: a few thousand entries say as much of it as all.
 const SAMPLED: usize = 64;
@@ -43,7 +46,8 @@ impl TableStorage {
             PageLayout { capacity, d_k, d_v, k, v, mirrored, column_words, steady }
         };
         let (waiting, packs) = (table.waiting().into(), table.encoding.packed().is_some());
-        let exact = Arc::new(layout(TABLE_ENTRIES, waiting, waiting, !packs));
+        let entries = if matches!(table.role, Role::Code(_)) { CODE_ENTRIES } else { TABLE_ENTRIES };
+        let exact = Arc::new(layout(entries, waiting, waiting, !packs));
         let packed = table.encoding.packed().map(|_| {
             let values = if table.role != Role::Mean { DType::F32.into() } else { table.encoding };
             Packed {
@@ -109,6 +113,8 @@ pub struct LayerIndex {
     heads: Vec<HeadUnits>,
     /// Per KV head.
     spread: Vec<Spread>,
+    /// Per KV head: what was learnt from its first entries.
+    books: Vec<Option<Arc<Codebook>>>,
 }
 
 /// How keys lie around the means of their units: the pooled covariance within units of a KV head. One matrix for all
@@ -346,6 +352,7 @@ impl LayerIndex {
             norms: vec![vec![0.0; kv_heads]; tables],
             heads: vec![HeadUnits::new(retrieval); kv_heads],
             spread: vec![Spread::default(); kv_heads],
+            books: vec![None; kv_heads],
         }
     }
 
@@ -369,6 +376,11 @@ impl LayerIndex {
         &self.spread[head]
     }
 
+    /// What was learnt from the first entries of a KV head.
+    pub fn book(&self, head: usize) -> Option<&Codebook> {
+        self.books[head].as_deref()
+    }
+
     /// The largest norm that a key of a table had: what a kernel's error in a logit is a share of.
     pub fn norm(&self, table: usize, head: usize) -> f32 {
         self.norms[table][head]
@@ -377,7 +389,8 @@ impl LayerIndex {
     /// Bytes kept on the host beside the pages of the tables.
     pub fn list_bytes(&self) -> usize {
         let spread = self.spread.iter().map(|s| s.sums.capacity() * size_of::<f32>()).sum::<usize>();
-        spread + self.heads.iter().map(HeadUnits::list_bytes).sum::<usize>()
+        let books = self.books.iter().flatten().map(|book| book.bytes()).sum::<usize>();
+        spread + books + self.heads.iter().map(HeadUnits::list_bytes).sum::<usize>()
     }
 
     /// Makes units of the entries that came since, as far as they are not recent.
@@ -397,7 +410,7 @@ impl LayerIndex {
             let end = head.rows().saturating_sub(retrieval.rule.recent);
             loop {
                 let from = self.heads[h].covered().end;
-                let take = retrieval.summary.take(end.saturating_sub(from), open);
+                let take = retrieval.summary.take(end.saturating_sub(from), open, self.heads[h].units());
                 if take == 0 {
                     break;
                 }
@@ -406,7 +419,11 @@ impl LayerIndex {
                 let target = GatherTarget::Dense { keys: &mut keys, values: &mut values };
                 backend.gather(&mut GatherArgs { head, slots: &slots, target })?;
                 let entries = Entries { keys: &keys, values: &values, count: take };
-                let units = retrieval.summary.summarise(backend, shape, &entries)?;
+                if self.books[h].is_none() {
+                    self.books[h] = retrieval.summary.learn(backend, shape, &entries)?.map(Arc::new);
+                }
+                let units =
+                    retrieval.summary.summarise(backend, shape, &entries, self.books[h].as_deref())?;
                 if retrieval.rule.correct {
                     self.spread[h].add(&entries, &units, shape.d_k);
                 }
@@ -425,7 +442,9 @@ impl LayerIndex {
         head: usize,
     ) -> Result<(), KernelError> {
         for (rows, storage) in units.rows.iter().zip(storage) {
-            check_range(rows, &storage.storage.exact)?;
+            if !matches!(storage.role, Role::Code(_)) {
+                check_range(rows, &storage.storage.exact)?;
+            }
         }
         let group_counts = units.group_counts();
         let mut tables = self.tables.iter_mut().zip(&units.rows).zip(storage);
@@ -438,7 +457,9 @@ impl LayerIndex {
             let bias: Vec<f32> = counts.iter().map(|&n| (n as f32).ln()).collect();
             let new = NewRows { positions: &positions, keys: &rows.keys, values: &rows.values };
             store::append(backend, &storage.exact, table, new)?;
-            store::set_bias(backend, table, before, &bias)?;
+            if bias.iter().any(|&b| b != 0.0) {
+                store::set_bias(backend, table, before, &bias)?;
+            }
             store::seal(backend, storage, table, &mut SharedPositions::default()).map(drop)
         });
         if added.is_err() {
@@ -446,6 +467,9 @@ impl LayerIndex {
             return added;
         }
         for ((norms, rows), storage) in self.norms.iter_mut().zip(&units.rows).zip(storage) {
+            if matches!(storage.role, Role::Code(_)) {
+                continue;
+            }
             let keys = rows.keys.chunks_exact(storage.storage.exact.d_k);
             let largest = keys.map(|k| k.iter().map(|x| x * x).sum::<f32>().sqrt());
             norms[head] = largest.fold(norms[head], f32::max);
@@ -477,6 +501,7 @@ impl LayerIndex {
     pub fn clear(&mut self) {
         (0..self.heads.len()).for_each(|head| self.truncate_head(head, 0));
         self.spread.fill(Spread::default());
+        self.books.fill(None);
     }
 }
 

@@ -19,16 +19,19 @@ pub mod auto;
 pub mod choose;
 pub mod clusterkv;
 mod clusters;
+pub mod codes;
 mod layer;
 pub mod lserve;
 pub mod options;
 pub mod pages;
+pub mod pq;
 pub mod quest;
 pub mod retroinfer;
 pub mod squeezed;
 mod units;
 
 pub use clusters::Clusters;
+pub use codes::Codebook;
 pub use layer::{HeadUnits, LayerIndex, TableStorage};
 pub use options::{Calibration, Goal, Group, ReadRule, Tail, Thresholds};
 pub use units::Pages;
@@ -37,6 +40,7 @@ use crate::backend::Backend;
 use crate::device::encoding::Encoding;
 use crate::error::KernelError;
 use crate::geometry::LayerShape;
+use crate::kernel::code_scores::CodeLayout;
 use crate::policy::registry::Entry;
 use crate::view::DType;
 use std::fmt::Debug;
@@ -51,6 +55,7 @@ pub const ENTRIES: &[Entry] = &[
     squeezed::ENTRY,
     clusterkv::ENTRY,
     retroinfer::ENTRY,
+    pq::ENTRY,
 ];
 
 /// What the rows of a table say of their units, and so how a query is put to them.
@@ -66,6 +71,9 @@ pub enum Role {
     /// Key `mean k` (`d_k`) of the entries of a group of neighbouring units, β `ln n`: a level above [`Role::Mean`]. One
     /// value, unused.
     Group,
+    /// Key: a product-quantisation code, its words as the bits of numbers that nothing computes with. No value; the
+    /// codebook of the KV head says what it means.
+    Code(CodeLayout),
 }
 
 impl Role {
@@ -75,13 +83,14 @@ impl Role {
             Self::Mean => (shape.d_k, shape.d_v),
             Self::Bound => (2 * shape.d_k, 1),
             Self::Group => (shape.d_k, 1),
+            Self::Code(layout) => (layout.words(), 0),
         }
     }
 
     /// Appends queries (`[rows, d_k]`) as they are put to rows of this role.
     pub fn queries(self, d_k: usize, queries: &[f32], out: &mut Vec<f32>) {
         match self {
-            Self::Mean | Self::Group => out.extend_from_slice(queries),
+            Self::Mean | Self::Group | Self::Code(_) => out.extend_from_slice(queries),
             Self::Bound => {
                 for query in queries.chunks_exact(d_k) {
                     out.extend_from_slice(query);
@@ -159,10 +168,10 @@ pub trait Summary: Debug + Send + Sync {
     /// The tables it keeps; the first one is scored.
     fn tables(&self) -> &[Table];
 
-    /// How many of `pending` entries behind the last unit the next call of [`Summary::summarise`] is to take; 0 while
-    /// there are too few. `open` says that more of the prompt may follow. A caller asks again until it gets 0, so that
+    /// How many of `pending` entries behind the last of `units` units the next call of [`Summary::summarise`] is to take;
+    /// 0 while there are too few. `open` says that more of the prompt may follow. A caller asks again until it gets 0, so that
     /// adding entries one by one or all at once gives the same units wherever the method allows it.
-    fn take(&self, pending: usize, open: bool) -> usize;
+    fn take(&self, pending: usize, open: bool, units: usize) -> usize;
 
     /// Members of every unit if all are runs of that many consecutive entries, in order.
     fn unit(&self) -> Option<usize>;
@@ -170,7 +179,20 @@ pub trait Summary: Debug + Send + Sync {
     /// Entries that wait to become units, at most.
     fn waiting(&self) -> usize;
 
-    /// Cuts entries into units. Every entry is a member of one.
+    /// What is learnt from the first entries of a KV head before any is summarised, and kept.
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    fn learn(
+        &self,
+        _backend: &dyn Backend,
+        _shape: &LayerShape,
+        _entries: &Entries<'_>,
+    ) -> Result<Option<Codebook>, KernelError> {
+        Ok(None)
+    }
+
+    /// Cuts entries into units. Every entry is a member of one. `book` is what was learnt.
     ///
     /// # Errors
     /// [`KernelError`].
@@ -179,6 +201,7 @@ pub trait Summary: Debug + Send + Sync {
         backend: &dyn Backend,
         shape: &LayerShape,
         entries: &Entries<'_>,
+        book: Option<&Codebook>,
     ) -> Result<Units, KernelError>;
 }
 

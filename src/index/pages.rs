@@ -2,7 +2,7 @@
 //!
 //! One index for the block methods of the literature, which differ in the size of a page and in who agrees on a score:
 //! InfLLM and LongMem, LongHeads, MoBA and NSA, ShadowKV's landmarks. *Helps* by the smallest summaries, half of bounds,
-//! that also say what the unread rest amounts to. *Hurts* where one key of a page matters and its neighbours do not: the
+//! that also say roughly what the unread rest amounts to. *Hurts* where one key of a page matters and its neighbours do not: the
 //! mean hides it.
 
 use super::options::{COMMON, Defaults, arguments, encoding};
@@ -22,7 +22,7 @@ const ARGS: [Arg; 3 + COMMON] = arguments(
         recent: 64,
         group: &["sum", "max", "logit", "mean", "union"],
         rank: &["unit", "entry"],
-        tail: &["estimate", "ignore"],
+        tail: &["ignore", "estimate"],
         estimate: 1.0,
         correct: &["no", "yes"],
         every: 1,
@@ -33,7 +33,7 @@ const ARGS: [Arg; 3 + COMMON] = arguments(
 /// Registry entry.
 pub const ENTRY: Entry = Entry {
     name: "pages",
-    summary: "reads the pages whose mean keys weigh most, and estimates the others from their means",
+    summary: "reads the pages whose mean keys weigh most",
     source: "InfLLM, arXiv:2402.04617; LongHeads, arXiv:2402.10685; NSA, arXiv:2502.11089; RetroInfer's tail, arXiv:2505.02922",
     needs: "nothing",
     args: &ARGS,

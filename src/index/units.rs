@@ -1,6 +1,6 @@
 //! Pages of consecutive entries: their means, their bounds, or both.
 
-use super::{Entries, Role, Summary, Table, UnitRows, Units};
+use super::{Codebook, Entries, Role, Summary, Table, UnitRows, Units};
 use crate::backend::Backend;
 use crate::device::encoding::{Encoding, Format};
 use crate::error::KernelError;
@@ -61,7 +61,7 @@ impl Summary for Pages {
         &self.tables
     }
 
-    fn take(&self, pending: usize, _: bool) -> usize {
+    fn take(&self, pending: usize, _: bool, _: usize) -> usize {
         pending.min(BATCH.max(self.step)) / self.step * self.step
     }
 
@@ -78,6 +78,7 @@ impl Summary for Pages {
         _: &dyn Backend,
         shape: &LayerShape,
         entries: &Entries<'_>,
+        _: Option<&Codebook>,
     ) -> Result<Units, KernelError> {
         let units = entries.count / self.page;
         let rows = self.tables.iter().map(|table| {
@@ -93,7 +94,7 @@ impl Summary for Pages {
                         mean(values, value);
                     }
                     Role::Bound => bound(keys, table, key),
-                    Role::Group => unreachable!("pages are in no groups"),
+                    Role::Group | Role::Code(_) => unreachable!("pages have means and bounds"),
                 }
             }
             rows

@@ -9,8 +9,9 @@ use crate::device::page::Side;
 use crate::error::KernelError;
 use crate::geometry::LayerShape;
 use crate::index::choose::Ranking;
-use crate::index::{Group, LayerIndex, Retrieval, Role, Tail, Thresholds};
+use crate::index::{Codebook, Group, LayerIndex, Retrieval, Role, Tail, Thresholds};
 use crate::kernel::attend::{AttendLane, Share, Workspace};
+use crate::kernel::code_scores::{CodeArgs, CodeLayout};
 use crate::kernel::dot_scores::DotArgs;
 use crate::kernel::merge_partials::MergeArgs;
 use crate::kernel::{AttentionParams, Spans, total_rows};
@@ -185,17 +186,21 @@ impl Reader<'_> {
         role.queries(self.shape.d_k, self.queries, &mut scratch.queries);
         rankings.resize_with(self.heads.len(), Ranking::default);
         let logits = resize(&mut scratch.logits, rows * total_rows(tables));
-        self.backend.dot_scores(
-            &self.table_params(role),
-            &mut DotArgs {
-                heads: tables,
-                queries: &scratch.queries,
-                tokens: self.positions.len(),
-                spans: within.then_some(&scratch.spans[..]),
-                out: &mut *logits,
-            },
-            workspace,
-        )?;
+        if let Role::Code(layout) = role {
+            self.score_codes(layout, tables, &mut scratch.queries, logits, workspace)?;
+        } else {
+            self.backend.dot_scores(
+                &self.table_params(role),
+                &mut DotArgs {
+                    heads: tables,
+                    queries: &scratch.queries,
+                    tokens: self.positions.len(),
+                    spans: within.then_some(&scratch.spans[..]),
+                    out: &mut *logits,
+                },
+                workspace,
+            )?;
+        }
         for (table, spans) in tables.iter().zip(&scratch.spans) {
             // A row's β is read with its key.
             let scored = if within { spans.rows() } else { table.rows() };
@@ -225,6 +230,38 @@ impl Reader<'_> {
                 ranking.set(logits, &zone[h * rows..(h + 1) * rows], (rule.group, rule.fold), sizes);
             },
         );
+        Ok(())
+    }
+
+    /// Logits of entries from their codes; `memory` is lent to the tables of codewords.
+    fn score_codes(
+        &self,
+        layout: CodeLayout,
+        codes: &[HeadRows],
+        memory: &mut Vec<f32>,
+        logits: &mut [f32],
+        workspace: &mut Workspace,
+    ) -> Result<(), KernelError> {
+        let (rows, d_k) = (self.rows(), self.shape.d_k);
+        // A head without entries has learnt nothing, and nothing of it is looked up.
+        let levels = (0..codes.len()).find_map(|h| self.index.book(h)).map_or(1, Codebook::levels);
+        let size = layout.codes * levels;
+        memory.clear();
+        memory.resize(codes.len() * rows * size, 0.0);
+        let parts = memory.chunks_exact_mut(rows * size).zip(self.queries.chunks_exact(rows * d_k)).zip(0..);
+        self.each(parts, |((tables, queries), h): ((&mut [f32], &[f32]), usize)| {
+            let Some(book) = self.index.book(h) else { return };
+            for (query, table) in queries.chunks_exact(d_k).zip(tables.chunks_exact_mut(size)) {
+                book.table(query, self.shape.scale, table);
+            }
+        });
+        let (group, tokens) = (self.shape.group(), self.positions.len());
+        let args =
+            &mut CodeArgs { heads: codes, layout, levels, tables: memory, group, tokens, out: &mut *logits };
+        self.backend.code_scores(args, workspace)?;
+        if let Some(cap) = self.shape.softcap {
+            logits.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+        }
         Ok(())
     }
 

@@ -129,7 +129,8 @@ impl Reader<'_> {
             }
         };
         // A tail that covers a part of the units knows of that part only.
-        if roles[0].role == Role::Mean && (rule.tail == Tail::Ignore || rule.estimate < 1.0) {
+        let estimates = matches!(roles[0].role, Role::Mean | Role::Code(_));
+        if estimates && (rule.tail == Tail::Ignore || rule.estimate < 1.0) {
             let mut total = 0.0;
             each(&scratch.rankings, &|_, _| 0.0, &mut |share| total += share);
             report.missing = Some((total / lse.len() as f64) as f32);
@@ -137,7 +138,7 @@ impl Reader<'_> {
         let bounds = match roles[0].role {
             Role::Bound => &scratch.rankings,
             _ if self.bounds_beside().is_some() => &scratch.bounds,
-            Role::Mean | Role::Group => return,
+            Role::Mean | Role::Group | Role::Code(_) => return,
         };
         let mut most = 0.0f64;
         each(bounds, &|h, row| self.slack(h, row), &mut |share| most = most.max(share));

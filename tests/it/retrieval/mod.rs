@@ -1,6 +1,7 @@
 //! Indexes: what they read is what a naive implementation reads, what they say of the rest is true, and everything that
 //! happens to a sequence happens to its index.
 
+mod codes;
 mod naive;
 mod trace;
 
@@ -39,7 +40,7 @@ fn recipes() -> Vec<String> {
     let mut recipes = Vec::new();
     for store in ["f32", "f16", "int8", "int4"] {
         for (name, own) in [
-            ("pages", "page=8,recent=20"),
+            ("pages", "page=8,recent=20,tail=estimate"),
             ("pages", "page=8,sinks=0,recent=20,tail=ignore,group=max,bounds=yes"),
             ("quest", "page=8,dense=0"),
             ("quest", "page=8,dense=1,sinks=3,group=sum,tail=estimate"),
@@ -56,6 +57,8 @@ fn recipes() -> Vec<String> {
     }
     for group in ["sum", "max", "logit", "mean", "union"] {
         recipes.push(format!("pages(page=8,recent=20,store=f32,group={group},min_context=0)"));
+        recipes
+            .push(format!("pq(pieces=8,train=128,rounds=5,sinks=4,recent=20,group={group},min_context=0)"));
     }
     assert!(
         names().iter().all(|name| recipes.iter().any(|r| r.starts_with(name))),
@@ -450,6 +453,12 @@ fn an_index_takes_the_bytes_that_its_page_states() {
         ("pages(store=int8)", (2 * d + 8 + 8) as f64 / 16.0, 0),
         ("quest(dense=0,store=int8)", (2 * d + 4 + 4 + 8) as f64 / 16.0, 0),
         ("clusterkv(dense=0,segment=1024,rounds=1,size=16)", (4 * d + 8) as f64 / 16.0 + 4.0, 0),
+        ("pq(train=2048,rounds=1)", 16.0 + 4.0, 4 * (16 + 1) * d),
+        (
+            "squeezed(levels=2,segment=1024,rounds=1)",
+            (4 * d + 8) as f64 / 20.0 + (2 * d + 4 + 8) as f64 / 100.0 + 4.0,
+            0,
+        ),
         ("auto(size=16,rounds=1,segment=1024)", (2.0 * int4(d) + 8.0) / 16.0 + 4.0, 4 * d * d),
     ] {
         let shape = ModelShape::uniform(1, LayerShape::new(1, 1, d)).unwrap();

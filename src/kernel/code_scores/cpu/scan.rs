@@ -216,8 +216,7 @@ fn scores<S: Simd, const C: usize>(simd: S, planes: &[u32], quad: &Quad<'_>, out
             }
         }
     }
-    let mut c = 0;
-    for out in out {
+    for (c, out) in out.into_iter().enumerate() {
         let (step, base) = (S::f32s::splat(simd, quad.steps[c]), S::f32s::splat(simd, quad.bases[c]));
         let (first, second) = (all[c] - (odd[c] << 8)).interleave(odd[c]);
         let ((a, b), (d, e)) = (first.widen(), second.widen());
@@ -237,7 +236,6 @@ fn scores<S: Simd, const C: usize>(simd: S, planes: &[u32], quad: &Quad<'_>, out
                 out.copy_from_slice(&score.as_slice()[..room]);
             }
         }
-        c += 1;
     }
 }
 
