@@ -68,7 +68,7 @@ fn what_is_read_is_held_against_everything() {
     let common = ["--model", model, "--text", text, "--prompt-tokens", "600", "--samples", "1"];
     // Layer 9 shares what layer 8 chooses, which is recorded for that alone.
     let recipes = "full,pages(min_context=0),auto(min_context=0,update=16),quest(min_context=0,dense=1),\
-                   pages(min_context=0,share=4),snapkv,pages(min_context=0,page=1,store=f32)";
+                   pages(min_context=0,share=4),snapkv,pages(min_context=0,page=1,store=f32,tail=estimate)";
     let args = ["--score-tokens", "6", "--recipe", recipes, "--budget", "150,100%", "--layers", "9,0,29"];
     let rows = rows(&[&common[..], &args, &["--figure", figure.to_str().unwrap()]].concat());
     assert_eq!(rows.len(), 1 + 6 * 2, "full once, the others at two budgets");
