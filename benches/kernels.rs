@@ -1,7 +1,7 @@
 //! The CPU kernels, against the speed at which the same pages can be read at all.
 //!
 //! `cargo bench --features testing --bench kernels`. Throughput of decode is bytes of keys and values per
-//! second (of `dot_scores` of keys), to be compared with `stream`, which only adds up the words of the same pages on as
+//! second (of `dot_scores` of keys, of `code_scores` of codes), to be compared with `stream`, which only adds up the words of the same pages on as
 //! many threads;
 //! throughput of prefill is multiply-adds ("elements") per second, on all pairs, seen or not.
 
@@ -12,6 +12,7 @@ use kvsieve::backend::{Backend, Cpu, Reference};
 use kvsieve::device::page::{PageRef, Side};
 use kvsieve::device::{Encoding, Format, HeadRows, Packing};
 use kvsieve::kernel::attend::{AttendLane, Share, Workspace};
+use kvsieve::kernel::code_scores::{CodeArgs, CodeLayout};
 use kvsieve::kernel::dot_scores::DotArgs;
 use kvsieve::kernel::gather::{GatherArgs, GatherTarget};
 use kvsieve::kernel::row_norms::NormArgs;
@@ -19,7 +20,7 @@ use kvsieve::kernel::top_k::TopKArgs;
 use kvsieve::kernel::window_scores::{WindowArgs, WindowReduce};
 use kvsieve::kernel::{AttentionParams, Spans};
 use kvsieve::testing::Random;
-use kvsieve::testing::cache::{CacheSpec, end_position};
+use kvsieve::testing::cache::{CacheSpec, codes, end_position};
 use kvsieve::view::DType;
 use rayon::prelude::*;
 use std::hint::black_box;
@@ -221,6 +222,29 @@ fn dot_scores(c: &mut Criterion) {
 /// Entries per head where an index pays.
 const LONG: usize = 131_072;
 
+/// Every entry of a long context by its code: 4 bits in registers, 8 bits as PQCache has them, 16 bits as A2ATS.
+fn code_scores(c: &mut Criterion) {
+    let cpu = Cpu::default();
+    for (m, bits, levels) in [(32, 4, 16), (16, 4, 16), (2, 8, 64), (1, 16, 4096)] {
+        let layout = CodeLayout { codes: m, bits };
+        let mut group = c.benchmark_group(format!("code_scores/m{m}/{bits} bits/n{LONG}"));
+        let heads = codes(&cpu, 1, layout, &[LONG; HEADS], 256).unwrap();
+        group.throughput(Throughput::Bytes(bytes(&heads)));
+        group.bench_function("stream", |b| b.iter(|| stream(&heads)));
+        for g in [1, 4, 8] {
+            let tables = Random::new(3).rows(HEADS * g * m * levels, 1.0, DType::F32);
+            let (mut out, mut w) = (vec![0.0; HEADS * g * LONG], Workspace::default());
+            group.bench_function(format!("g{g}"), |b| {
+                b.iter(|| {
+                    let (heads, tables, group, out) = (&heads, &tables, g, &mut out);
+                    let mut args = CodeArgs { heads, layout, levels, tables, group, tokens: 1, out };
+                    cpu.code_scores(&mut args, &mut w).unwrap();
+                });
+            });
+        }
+    }
+}
+
 /// A 25th of `n` entries in runs of `run` at multiples of it.
 fn chosen(n: usize, run: usize, seed: u64) -> Spans {
     let mut random = Random::new(seed);
@@ -343,6 +367,6 @@ fn others(c: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
-    targets = decode, packed, dot_scores, sparse, short_decode, prefill, others
+    targets = decode, packed, dot_scores, code_scores, sparse, short_decode, prefill, others
 }
 criterion_main!(benches);

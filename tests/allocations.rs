@@ -12,9 +12,10 @@ mod support;
 use kvsieve::device::{Encoding, Format, HeadRows, Packing, PageLayout, Pool, Segment};
 use kvsieve::geometry::{LayerShape, ModelShape};
 use kvsieve::kernel::attend::{AttendLane, Workspace};
+use kvsieve::kernel::code_scores::{CodeArgs, CodeLayout};
 use kvsieve::kernel::dot_scores::DotArgs;
 use kvsieve::kernel::{AttentionParams, Spans};
-use kvsieve::testing::cache::CacheSpec;
+use kvsieve::testing::cache::{CacheSpec, codes};
 use kvsieve::view::{DType, TensorView, TensorViewMut};
 use kvsieve::{Backend, Budget, Cpu, KvCache};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -174,6 +175,25 @@ fn dot_scores_allocate_nothing_when_warm() {
     assert_eq!(counts[1..], [0; 3], "{counts:?}");
 }
 
+fn code_scores_allocate_nothing_when_warm() {
+    let cpu = Cpu::with_pool(Pool::current());
+    for (m, bits, levels) in [(32, 4, 16), (300, 4, 16), (2, 8, 64)] {
+        let layout = CodeLayout { codes: m, bits };
+        let heads = codes(&cpu, 1, layout, &[4096, 1000], 128).unwrap();
+        let (tables, mut out) = (vec![0.3f32; 8 * m * levels], vec![0.0f32; 4 * 5096]);
+        let mut workspace = Workspace::default();
+        let mut counts = [0; 4];
+        for count in &mut counts {
+            let before = OWN.get();
+            let (heads, tables, out) = (&heads, &tables, &mut out);
+            let mut args = CodeArgs { heads, layout, levels, tables, group: 4, tokens: 1, out };
+            cpu.code_scores(&mut args, &mut workspace).unwrap();
+            *count = OWN.get() - before;
+        }
+        assert_eq!(counts[1..], [0; 3], "{layout:?}: {counts:?}");
+    }
+}
+
 /// Attention over chosen entries: lone ones, which are copied, runs, and packed ones.
 fn chosen_entries_allocate_nothing_when_warm() {
     let params = AttentionParams {
@@ -259,6 +279,7 @@ fn packed_entries_take_the_bits_that_are_claimed() {
 fn the_allocator_agrees() {
     the_attend_path_allocates_nothing_when_warm();
     dot_scores_allocate_nothing_when_warm();
+    code_scores_allocate_nothing_when_warm();
     chosen_entries_allocate_nothing_when_warm();
     packed_entries_take_the_bits_that_are_claimed();
 }

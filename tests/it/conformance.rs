@@ -4,11 +4,14 @@ use kvsieve::backend::{Backend, Cpu, Reference};
 use kvsieve::device::{HeadRows, Pool};
 use kvsieve::kernel::attend::cases::{Choice, LaneSpec, cases};
 use kvsieve::kernel::attend::{AttendLane, Share, Workspace};
+use kvsieve::kernel::code_scores::{CodeArgs, CodeLayout};
 use kvsieve::kernel::dot_scores::DotArgs;
 use kvsieve::kernel::simd::Level;
 use kvsieve::kernel::{Spans, total_rows};
-use kvsieve::testing::cache::poisoned;
+use kvsieve::testing::Random;
+use kvsieve::testing::cache::{codes, poisoned};
 use kvsieve::testing::conformance::{self, Effort};
+use kvsieve::view::DType;
 
 fn expect_pass(backend: &dyn Backend, effort: Effort) {
     let report = conformance::run(backend, effort);
@@ -118,6 +121,30 @@ fn same_bits(first: Option<usize>) {
         let one = run(1);
         for threads in [2, 5] {
             assert!(run(threads) == one, "{} on {threads} threads, {first:?}", case.name);
+        }
+    }
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit_of_scores_by_codes() {
+    let rows = [9000, 0, 20_000, 100];
+    for (layout, levels) in [(CodeLayout { codes: 32, bits: 4 }, 16), (CodeLayout { codes: 3, bits: 8 }, 200)]
+    {
+        // More query rows than are served at once.
+        let (group, tokens) = (7, 3);
+        let tables =
+            Random::new(9).rows(rows.len() * group * tokens * layout.codes * levels, 1.0, DType::F32);
+        let run = |cpu: Cpu| {
+            let heads = codes(&cpu, 8, layout, &rows, 64).unwrap();
+            let mut out = poisoned(group * tokens * total_rows(&heads));
+            let (heads, tables) = (&heads, &tables);
+            let mut args = CodeArgs { heads, layout, levels, tables, group, tokens, out: &mut out };
+            cpu.code_scores(&mut args, &mut Workspace::default()).unwrap();
+            out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        };
+        let one = run(Cpu::with_threads(1).unwrap());
+        for threads in [2, 5] {
+            assert!(run(Cpu::with_threads(threads).unwrap()) == one, "{layout:?} on {threads} threads");
         }
     }
 }

@@ -213,10 +213,10 @@ mod tests {
             let mask = ((1u32 << bits) - 1) as u16;
             prop_assert!(codes.iter().zip(&back).all(|(a, b)| a & mask == *b));
             // As one number of `M · bits` bits would lie.
-            for (m, &back) in back.iter().enumerate() {
+            for (m, &code) in back.iter().enumerate() {
                 let bit = m * bits;
                 let found = u64::from(words[bit / 32]) >> (bit % 32);
-                prop_assert_eq!(found as u16 & mask, back);
+                prop_assert_eq!(found as u16 & mask, code);
             }
             let used = codes.len() * bits;
             prop_assert!(used % 32 == 0 || words[used / 32] >> (used % 32) == 0, "padding is zero");

@@ -28,7 +28,7 @@ mod levels;
 mod ops;
 
 pub(crate) use levels::{Levels, Quads};
-pub(super) use ops::dot4;
+pub(crate) use ops::dot4;
 
 use super::digits::{DIGITS, Digits};
 use super::gemm::Matrix;

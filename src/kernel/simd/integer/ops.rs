@@ -7,7 +7,7 @@ use fearless_simd::{Simd, SimdBase};
 
 /// `sum + Σ a · b` of the four bytes of each lane, those of `a` unsigned, those of `b` signed.
 #[inline(always)]
-pub(in super::super) fn dot4<S: Simd>(simd: S, sum: S::i32s, a: S::i32s, b: S::i32s) -> S::i32s {
+pub(crate) fn dot4<S: Simd>(simd: S, sum: S::i32s, a: S::i32s, b: S::i32s) -> S::i32s {
     #[cfg(target_arch = "x86_64")]
     if let (16, Some(token)) = (S::i32s::LEN, simd.level().as_avx512()) {
         let sum = x86::dot4_avx512(token, sum.as_slice(), a.as_slice(), b.as_slice());
