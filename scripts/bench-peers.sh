@@ -27,7 +27,10 @@ have_compiler() { command -v c++ >/dev/null 2>&1 && command -v cc >/dev/null 2>&
 # bindgen reads ggml's headers with it, and takes the compiler's own headers from the program clang.
 have_libclang() {
     [ -n "${LIBCLANG_PATH:-}" ] && return 0
-    { ldconfig -p 2>/dev/null || /sbin/ldconfig -p 2>/dev/null || true; } | grep -q 'libclang[-.0-9]*\.so' && return 0
+    # Read to the end: a search that stops at the first hit breaks the pipe, which pipefail takes for a failure.
+    local libraries
+    libraries="$(ldconfig -p 2>/dev/null || /sbin/ldconfig -p 2>/dev/null || true)"
+    grep -q 'libclang[-.0-9]*\.so' <<<"$libraries" && return 0
     compgen -G '/usr/lib/llvm-*/lib/libclang.so*' >/dev/null && return 0
     compgen -G '/usr/lib/llvm-*/lib/libclang-[0-9]*.so*' >/dev/null && return 0
     [ -d /Library/Developer/CommandLineTools ]

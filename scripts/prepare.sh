@@ -26,7 +26,10 @@ install() {
 
 have_loader() {
     case "$(uname -s)" in Linux) ;; *) return 0 ;; esac
-    { ldconfig -p 2>/dev/null || /sbin/ldconfig -p 2>/dev/null; } | grep -q 'libvulkan\.so\.1'
+    # Read to the end: a search that stops at the first hit breaks the pipe, which pipefail takes for a failure.
+    local libraries
+    libraries="$(ldconfig -p 2>/dev/null || /sbin/ldconfig -p 2>/dev/null)" || return 1
+    [[ "$libraries" == *libvulkan.so.1* ]]
 }
 
 have_driver() {
