@@ -1,7 +1,7 @@
 //! Blocks of entries, for all query rows of their KV head, in vectors and threads.
 //!
-//! Codes of 4 bits are looked up in registers where there is an instruction for it ([`scan`]); others in memory
-//! ([`lookup`]). Either way tables are brought into shape once per call and KV head, and a code is read once for all query
+//! Codes of 4 bits are looked up in registers where there is an instruction for it (`scan`); others in memory
+//! (`lookup`). Either way tables are brought into shape once per call and KV head, and a code is read once for all query
 //! rows of its group. Heads and runs of pages go to other threads.
 //!
 //! No score depends on another, so the same call gives the same bits however it is cut. *Helps* decode: it runs near the
