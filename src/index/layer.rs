@@ -197,8 +197,13 @@ impl HeadUnits {
         start..self.groups[group] as usize
     }
 
+    /// Entries that a row of a table of some role stands for.
+    pub fn count_of(&self, role: Role, row: usize) -> usize {
+        if role == Role::Group { self.group_count(row) } else { self.count(row) }
+    }
+
     /// Entries of a group.
-    pub fn group_count(&self, group: usize) -> usize {
+    fn group_count(&self, group: usize) -> usize {
         let Members::Lists { ends, .. } = &self.members else { return 0 };
         let end = |unit: usize| unit.checked_sub(1).map_or(0, |last| ends[last] as usize);
         let units = self.group(group);

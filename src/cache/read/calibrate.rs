@@ -90,13 +90,13 @@ impl KvCache {
             for ((sums, head), table) in sums.iter_mut().zip(index.heads()).zip(tables) {
                 let (logits, behind) = left.split_at(group * table.rows());
                 left = behind;
-                let size = |row| if role == Role::Group { head.group_count(row) } else { head.count(row) };
+                let size = |row| head.count_of(role, row);
                 ranking.set(logits, &zone, (Group::Sum, 1), Some(&size));
                 sums.iter_mut().zip(ranking.scores()).for_each(|(sum, score)| *sum += score);
             }
         }
         for (sums, head) in sums.iter().zip(index.heads()) {
-            let size = |row| if role == Role::Group { head.group_count(row) } else { head.count(row) };
+            let size = |row| head.count_of(role, row);
             out.extend(
                 sums.iter().enumerate().filter(|_| rows > 0.0).map(|(row, sum)| (sum / rows, size(row))),
             );

@@ -225,7 +225,7 @@ impl Reader<'_> {
                     }
                 }
                 let head = &self.index.heads()[h];
-                let size = |row| if role == Role::Group { head.group_count(row) } else { head.count(row) };
+                let size = |row| head.count_of(role, row);
                 let sizes: Option<&dyn Fn(usize) -> usize> = if rule.by_entry { Some(&size) } else { None };
                 ranking.set(logits, &zone[h * rows..(h + 1) * rows], (rule.group, rule.fold), sizes);
             },
