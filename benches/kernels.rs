@@ -237,7 +237,8 @@ fn code_scores(c: &mut Criterion) {
             group.bench_function(format!("g{g}"), |b| {
                 b.iter(|| {
                     let (heads, tables, group, out) = (&heads, &tables, g, &mut out);
-                    let mut args = CodeArgs { heads, layout, levels, tables, group, tokens: 1, out };
+                    let mut args =
+                        CodeArgs { heads, layout, levels, tables, group, tokens: 1, spans: None, out };
                     cpu.code_scores(&mut args, &mut w).unwrap();
                 });
             });

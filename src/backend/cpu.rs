@@ -146,6 +146,10 @@ impl Backend for Cpu {
         kernel::code_scores::cpu::run(&self.exec, args, workspace)
     }
 
+    fn weigh_values(&self, args: &mut WeighArgs<'_>, workspace: &mut Workspace) -> Result<(), KernelError> {
+        kernel::weigh_values::cpu::run(&self.exec, args, workspace)
+    }
+
     fn row_norms(&self, args: &mut NormArgs<'_>) -> Result<(), KernelError> {
         kernel::row_norms::cpu::run(&self.exec, args)
     }

@@ -164,6 +164,10 @@ impl Backend for Gpu {
         kernel::code_scores::gpu::run(&self.context, args)
     }
 
+    fn weigh_values(&self, args: &mut WeighArgs<'_>, _: &mut Workspace) -> Result<(), KernelError> {
+        kernel::weigh_values::gpu::run(&self.context, args)
+    }
+
     fn row_norms(&self, args: &mut NormArgs<'_>) -> Result<(), KernelError> {
         kernel::row_norms::gpu::run(&self.context, args)
     }

@@ -33,6 +33,7 @@ use crate::kernel::pool::PoolArgs;
 use crate::kernel::rope::RopeArgs;
 use crate::kernel::row_norms::NormArgs;
 use crate::kernel::top_k::TopKArgs;
+use crate::kernel::weigh_values::WeighArgs;
 use crate::kernel::window_scores::WindowArgs;
 use std::fmt::Debug;
 use std::ops::Range;
@@ -149,6 +150,12 @@ pub trait Backend: Debug + Send + Sync {
     /// # Errors
     /// [`KernelError`].
     fn code_scores(&self, args: &mut CodeArgs<'_>, workspace: &mut Workspace) -> Result<(), KernelError>;
+
+    /// [`crate::kernel::weigh_values`].
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    fn weigh_values(&self, args: &mut WeighArgs<'_>, workspace: &mut Workspace) -> Result<(), KernelError>;
 
     /// [`crate::kernel::row_norms`].
     ///

@@ -97,6 +97,10 @@ impl Backend for Reference {
         kernel::code_scores::reference::run(args)
     }
 
+    fn weigh_values(&self, args: &mut WeighArgs<'_>, _: &mut Workspace) -> Result<(), KernelError> {
+        kernel::weigh_values::reference::run(args)
+    }
+
     fn row_norms(&self, args: &mut NormArgs<'_>) -> Result<(), KernelError> {
         kernel::row_norms::reference::run(args)
     }

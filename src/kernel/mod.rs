@@ -21,6 +21,7 @@ pub mod row_norms;
 pub mod simd;
 mod spans;
 pub mod top_k;
+pub mod weigh_values;
 pub mod window_scores;
 
 pub use spans::{Span, Spans};

@@ -138,7 +138,8 @@ fn the_number_of_threads_changes_no_bit_of_scores_by_codes() {
             let heads = codes(&cpu, 8, layout, &rows, 64).unwrap();
             let mut out = poisoned(group * tokens * total_rows(&heads));
             let (heads, tables) = (&heads, &tables);
-            let mut args = CodeArgs { heads, layout, levels, tables, group, tokens, out: &mut out };
+            let mut args =
+                CodeArgs { heads, layout, levels, tables, group, tokens, spans: None, out: &mut out };
             cpu.code_scores(&mut args, &mut Workspace::default()).unwrap();
             out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
         };

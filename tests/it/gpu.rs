@@ -66,6 +66,11 @@ fn code_scores() {
 }
 
 #[test]
+fn weigh_values() {
+    conforms(conformance::weigh_values);
+}
+
+#[test]
 fn row_norms() {
     conforms(conformance::row_norms);
 }

@@ -17,6 +17,7 @@ pub(crate) const SHADERS: &[(&str, &str)] = &[
     ("rope", include_str!("../../../shaders/rope.wgsl")),
     ("row_norms", include_str!("../../../shaders/row_norms.wgsl")),
     ("top_k", include_str!("../../../shaders/top_k.wgsl")),
+    ("weigh_values", include_str!("../../../shaders/weigh_values.wgsl")),
     ("window_scores", include_str!("../../../shaders/window_scores.wgsl")),
 ];
 
@@ -145,7 +146,16 @@ mod tests {
     fn structs_have_the_layout_of_their_rust_twins() {
         use crate::device::gpu::side::Pack;
         use crate::kernel;
-        for shader in ["attend", "attention_mass", "dot_scores", "gather", "row_norms", "window_scores"] {
+        let packed = [
+            "attend",
+            "attention_mass",
+            "dot_scores",
+            "gather",
+            "row_norms",
+            "weigh_values",
+            "window_scores",
+        ];
+        for shader in packed {
             matches::<Pack>(shader, "Pack");
         }
         matches::<kernel::attend::gpu::Params>("attend", "AttentionParams");
@@ -167,5 +177,7 @@ mod tests {
         matches::<kernel::gather::gpu::Params>("gather", "Params");
         matches::<kernel::gather::gpu::Entry>("gather", "Entry");
         matches::<kernel::rope::gpu::Params>("rope", "Params");
+        matches::<kernel::weigh_values::gpu::Params>("weigh_values", "Params");
+        matches::<kernel::weigh_values::gpu::Stretch>("weigh_values", "Stretch");
     }
 }

@@ -7,7 +7,7 @@ use super::{CodeArgs, NAME, QUAD, interleave};
 use crate::device::HeadRows;
 use crate::device::gpu::{Binding, Call, Context, DeviceBlock, Scratch};
 use crate::error::{DeviceError, KernelError};
-use crate::kernel::total_rows;
+use crate::kernel::Span;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -55,7 +55,7 @@ pub(crate) fn run(context: &Context, args: &mut CodeArgs<'_>) -> Result<(), Kern
         let scores = record(&mut call, args, batch.clone())?;
         call.read(&scores);
         let back = call.finish()?;
-        let len = rows * total_rows(&args.heads[batch]);
+        let len = rows * batch.map(|h| args.entries(h)).sum::<usize>();
         args.out[done..done + len].copy_from_slice(&back.floats(0)[..len]);
         done += len;
     }
@@ -70,8 +70,8 @@ fn batches(context: &Context, args: &CodeArgs<'_>) -> Result<Vec<Range<usize>>, 
     let rows = args.group * args.tokens;
     let tables = 4 * rows.next_multiple_of(QUAD) * args.layout.codes * args.levels;
     let (mut batches, mut first, mut held) = (Vec::new(), 0, 0);
-    for (i, head) in args.heads.iter().enumerate() {
-        let out = 4 * rows * head.rows();
+    for i in 0..args.heads.len() {
+        let out = 4 * rows * args.entries(i);
         if out.max(tables) as u64 > context.binding_limit() {
             return Err(DeviceError::Limit {
                 what: "scores or tables of one KV head",
@@ -99,21 +99,35 @@ fn record(call: &mut Call<'_>, args: &CodeArgs<'_>, batch: Range<usize>) -> Resu
     let mut groups: BTreeMap<u64, (&wgpu::Buffer, Vec<Chunk>)> = BTreeMap::new();
     let mut start = 0;
     for (h, head) in heads.iter().enumerate() {
+        let all = [Span { start: 0, end: head.rows() as u32 }];
+        let mut rest = args.spans.map_or(&all[..], |spans| spans[batch.start + h].spans());
+        let (entries, mut before) = (args.entries(batch.start + h), 0);
         for page in head.pages() {
+            let slots = page.first..page.first + page.rows;
+            let met = rest.partition_point(|s| s.slots().start < slots.end);
+            if met == 0 {
+                continue;
+            }
             let block = DeviceBlock::of(page.page, NAME)?;
             let chunks = &mut groups.entry(block.slab()).or_insert_with(|| (block.buffer(), Vec::new())).1;
-            for begin in (0..page.rows).step_by(CHUNK) {
-                chunks.push(Chunk {
-                    page: block.word(),
-                    begin: begin as u32,
-                    rows: CHUNK.min(page.rows - begin) as u32,
-                    target_at: (start + page.first + begin) as u32,
-                    stride: head.rows() as u32,
-                    table: (h * rows.div_ceil(QUAD) * table) as u32,
-                });
+            for run in rest[..met].iter().map(|s| s.within(&slots)) {
+                for first in run.clone().step_by(CHUNK) {
+                    let rows_of = CHUNK.min(run.end - first);
+                    chunks.push(Chunk {
+                        page: block.word(),
+                        begin: (first - page.first) as u32,
+                        rows: rows_of as u32,
+                        target_at: (start + before) as u32,
+                        stride: entries as u32,
+                        table: (h * rows.div_ceil(QUAD) * table) as u32,
+                    });
+                    before += rows_of;
+                }
             }
+            // A span that goes on is met again on the next page.
+            rest = &rest[met - usize::from(rest[met - 1].slots().end > slots.end)..];
         }
-        start += rows * head.rows();
+        start += rows * entries;
     }
     let tables = call.upload(&interleaved(heads, &args.tables[batch.start * rows * table..], rows, table));
     let scores = call.scratch(start);

@@ -7,7 +7,8 @@
 //!
 //! `x[h,i,j] = Σ_m tables[h,i,m,code[j,m]]`
 //!
-//! There is no mask, as in [`super::dot_scores`]. An index at or above `levels` counts as `levels − 1`, and bits of a row
+//! With [`CodeArgs::spans`] only the entries named there are scored, and the result holds no others: the second stage of
+//! a cascade asks for few of many. There is no mask, as in [`super::dot_scores`]. An index at or above `levels` counts as `levels − 1`, and bits of a row
 //! behind its last index count for nothing, so that no content of a page leads outside a table.
 //!
 //! *Helps* retrieval that ranks every entry: 32 indices of 4 bits are 16 bytes, a sixteenth of a key of 128 halves.
@@ -24,7 +25,7 @@ pub mod cpu;
 pub mod gpu;
 pub mod reference;
 
-use super::{expect_len, total_rows};
+use super::{Spans, expect_len};
 use crate::device::HeadRows;
 use crate::device::page::PageLayout;
 use crate::error::KernelError;
@@ -123,11 +124,18 @@ pub struct CodeArgs<'a> {
     pub group: usize,
     /// `T`.
     pub tokens: usize,
-    /// Overwritten: for each KV head in turn `[G, T, rows]`.
+    /// Of each KV head, the only entries to score; `None` scores all.
+    pub spans: Option<&'a [Spans]>,
+    /// Overwritten: for each KV head in turn `[G, T, entries]`, those of spans in their order.
     pub out: &'a mut [f32],
 }
 
 impl CodeArgs<'_> {
+    /// Entries of a KV head to score.
+    pub fn entries(&self, head: usize) -> usize {
+        self.spans.map_or_else(|| self.heads[head].rows(), |spans| spans[head].rows())
+    }
+
     /// Checks every argument against the contract.
     ///
     /// # Errors
@@ -146,9 +154,13 @@ impl CodeArgs<'_> {
         if !(1..=1 << bits).contains(&levels) {
             return Err(KernelError::Length { kernel: NAME, buffer: "levels", got: levels, want: 1 << bits });
         }
+        if let Some(spans) = self.spans {
+            Spans::validate(NAME, spans, self.heads)?;
+        }
         let rows = self.group * self.tokens;
         expect_len(NAME, "tables", self.tables.len(), self.heads.len() * rows * codes * levels)?;
-        expect_len(NAME, "out", self.out.len(), rows * total_rows(self.heads))?;
+        let entries: usize = (0..self.heads.len()).map(|h| self.entries(h)).sum();
+        expect_len(NAME, "out", self.out.len(), rows * entries)?;
         match self.tables.chunks_exact(codes * levels).position(|table| !finite(table)) {
             Some(row) => Err(KernelError::NotFinite { kernel: NAME, buffer: "tables", row }),
             None => Ok(()),

@@ -483,7 +483,7 @@ pub fn dot_scores(backend: &dyn Backend, effort: Effort) -> KernelReport {
             let (params, mut workspace) = (stored.case.params(), Workspace::default());
             let mut worst = 0.0f64;
             for (lane, heads) in stored.theirs.iter().enumerate() {
-                for spans in dot_spans(i as u64, heads) {
+                for spans in some_spans(i as u64, heads) {
                     let spans = spans.as_deref();
                     let mut run = |on: &dyn Backend, heads| {
                         let mut out = dot_output(&stored, lane);
@@ -522,7 +522,7 @@ pub fn dot_scores(backend: &dyn Backend, effort: Effort) -> KernelReport {
 }
 
 /// What is asked of the heads in turn: everything, some of it, and everything by spans, single entries or nothing.
-fn dot_spans(seed: u64, heads: &[HeadRows]) -> [Option<Vec<Spans>>; 3] {
+pub(super) fn some_spans(seed: u64, heads: &[HeadRows]) -> [Option<Vec<Spans>>; 3] {
     let mut random = Random::new(seed ^ 0xd075);
     let mut some = |longest: usize| {
         let mut spans = |rows| {

@@ -3,6 +3,7 @@
 //! *Helps* because the allowed error follows the tables of each query row, and no row is excused by another's. *Hurts*
 //! nothing.
 
+use super::attention::some_spans;
 use super::{Effort, Failure, KernelReport, compare, expect_length_error, expect_same_bits, expect_written};
 use crate::backend::{Backend, Reference};
 use crate::device::page::HeadRows;
@@ -135,29 +136,36 @@ impl Case {
 
     fn args<'a>(&self, heads: &'a [HeadRows], tables: &'a [f32], out: &'a mut [f32]) -> CodeArgs<'a> {
         let (layout, levels) = (self.layout, self.levels);
-        CodeArgs { heads, layout, levels, tables, group: self.group, tokens: self.tokens, out }
+        CodeArgs { heads, layout, levels, tables, group: self.group, tokens: self.tokens, spans: None, out }
     }
 
-    fn check(&self, backend: &dyn Backend) -> Result<f64, Failure> {
+    fn check(&self, backend: &dyn Backend, seed: u64) -> Result<f64, Failure> {
         let reference = Reference::default();
         let (ours, theirs, tables) = (self.build(&reference)?, self.build(backend)?, self.tables());
         let mut workspace = Workspace::default();
-        let mut run = |on: &dyn Backend, heads| {
-            let mut out = poisoned(self.group * self.tokens * total_rows(&ours));
-            on.code_scores(&mut self.args(heads, &tables, &mut out), &mut workspace).map(|()| out)
-        };
-        let (want, got) = (run(&reference, &ours)?, run(backend, &theirs)?);
-        expect_same_bits("scores", &got, &run(backend, &theirs)?)?;
-        expect_written("scores", &got)?;
-        let mut tables = tables.chunks_exact(self.layout.codes * self.levels);
-        let (mut worst, mut start) = (0.0f64, 0);
-        for (h, &rows) in self.rows.iter().enumerate() {
-            for (row, table) in tables.by_ref().take(self.group * self.tokens).enumerate() {
-                let line = start..start + rows;
-                start = line.end;
-                let allowed = code_scores::tolerance(self.layout, self.levels, table);
-                let what = format!("head {h}, query row {row}: score");
-                worst = worst.max(compare(&what, &got[line.clone()], &want[line], |_| allowed)?);
+        let mut worst = 0.0f64;
+        for spans in some_spans(seed, &ours) {
+            let spans = spans.as_deref();
+            let entries = |h: usize| spans.map_or(self.rows[h], |s| s[h].rows());
+            let all: usize = (0..self.rows.len()).map(entries).sum();
+            let mut run = |on: &dyn Backend, heads| {
+                let mut out = poisoned(self.group * self.tokens * all);
+                let mut args = CodeArgs { spans, ..self.args(heads, &tables, &mut out) };
+                on.code_scores(&mut args, &mut workspace).map(|()| out)
+            };
+            let (want, got) = (run(&reference, &ours)?, run(backend, &theirs)?);
+            expect_same_bits("scores", &got, &run(backend, &theirs)?)?;
+            expect_written("scores", &got)?;
+            let mut tables = tables.chunks_exact(self.layout.codes * self.levels);
+            let mut start = 0;
+            for h in 0..self.rows.len() {
+                for (row, table) in tables.by_ref().take(self.group * self.tokens).enumerate() {
+                    let line = start..start + entries(h);
+                    start = line.end;
+                    let allowed = code_scores::tolerance(self.layout, self.levels, table);
+                    let what = format!("head {h}, query row {row}: score");
+                    worst = worst.max(compare(&what, &got[line.clone()], &want[line], |_| allowed)?);
+                }
             }
         }
         Ok(worst)
@@ -167,17 +175,18 @@ impl Case {
 /// Cases of [`crate::kernel::code_scores`].
 pub fn code_scores(backend: &dyn Backend, effort: Effort) -> KernelReport {
     let mut report = KernelReport::new(code_scores::NAME);
-    for (_, case) in cases().iter().enumerate().filter(|(i, _)| effort.wants(*i)) {
-        report.case(case.name(), || case.check(backend));
+    for (i, case) in cases().iter().enumerate().filter(|(i, _)| effort.wants(*i)) {
+        report.case(case.name(), || case.check(backend, i as u64));
     }
     let case = &cases()[0];
-    for (i, what) in ["tables", "out", "levels", "levels below one"].into_iter().enumerate() {
+    for (i, what) in ["tables", "out", "levels", "levels below one", "spans"].into_iter().enumerate() {
         report.case(format!("wrong length of {what}"), || {
             let (heads, mut tables) = (case.build(backend)?, case.tables());
             let mut out = poisoned(case.group * case.tokens * total_rows(&heads) + usize::from(i == 1));
             tables.truncate(tables.len() - usize::from(i == 0));
             let args = &mut case.args(&heads, &tables, &mut out);
-            args.levels = [16, 16, 17, 0][i];
+            args.levels = [16, 16, 17, 0, 16][i];
+            args.spans = (i == 4).then_some(&[]);
             expect_length_error(what, backend.code_scores(args, &mut Workspace::default()))
         });
     }

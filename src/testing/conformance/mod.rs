@@ -9,11 +9,13 @@ mod attention;
 mod codes;
 mod layout;
 mod selection;
+mod weighing;
 
 pub use attention::{attend, attention_mass, dot_scores, merge_partials, window_scores};
 pub use codes::code_scores;
 pub use layout::{gather, pack, rope, row_norms, storage};
 pub use selection::{pool, top_k};
+pub use weighing::weigh_values;
 
 use super::cache::is_poison;
 use crate::backend::Backend;
@@ -160,7 +162,7 @@ impl fmt::Display for Report {
 
 /// Every kernel on `backend`.
 pub fn run(backend: &dyn Backend, effort: Effort) -> Report {
-    let kernels: [fn(&dyn Backend, Effort) -> KernelReport; 13] = [
+    let kernels: [fn(&dyn Backend, Effort) -> KernelReport; 14] = [
         storage,
         pack,
         attend,
@@ -169,6 +171,7 @@ pub fn run(backend: &dyn Backend, effort: Effort) -> Report {
         window_scores,
         dot_scores,
         code_scores,
+        weigh_values,
         row_norms,
         pool,
         top_k,

@@ -4,37 +4,32 @@
 //! are read as they came. *Helps* codes of many levels, whose tables fit the second cache level at least. *Hurts* by the
 //! latency of that level where they do not fit the first.
 
-use super::{QUAD, Strip};
+use super::{LANES, QUAD, Strip};
 use crate::kernel::code_scores::CodeLayout;
+use crate::kernel::simd::take;
 use fearless_simd::prelude::*;
 use fearless_simd::{Simd, f32x4};
 
-/// Entries of a block: their sums stay in the first cache level.
-const LANES: usize = 64;
-
-/// Floats of the sums of a block.
+/// Floats of the sums of a block: they stay in the first cache level.
 pub(super) const SCRATCH: usize = QUAD * LANES;
 
 /// Scores of a strip.
 #[inline(always)]
-pub(super) fn strip<S: Simd>(simd: S, mut strip: Strip<'_>, scratch: &mut [f32]) {
+pub(super) fn strip<S: Simd>(simd: S, mut strip: Strip<'_>, mut scratch: &mut [f32]) {
     let (layout, table) = (strip.context.layout, strip.context.table());
-    let words = layout.words();
+    let copies: &mut [u32] = bytemuck::cast_slice_mut(take(&mut scratch, layout.words() * LANES));
     let sums: &mut [[f32; QUAD]] = bytemuck::cast_slice_mut(&mut scratch[..SCRATCH]);
-    for (page, codes, start) in strip.pages() {
-        for from in (0..page.rows).step_by(LANES) {
-            let len = LANES.min(page.rows - from);
-            let (codes, at) = (&codes[from * words..(from + len) * words], start + from..start + from + len);
-            let quads = strip.shaped.chunks_exact(strip.context.quad_len());
-            let tables = strip.tables.chunks(QUAD * table).zip(quads);
-            for ((tables, quad), out) in tables.zip(strip.out[..strip.rows].chunks_mut(QUAD)) {
-                if let [out] = out {
-                    one(layout, strip.context.levels, tables, codes, &mut out[at.clone()]);
-                } else {
-                    let quad = bytemuck::cast_slice(&quad[..QUAD * table]);
-                    four(simd, layout, strip.context.levels, quad, codes, &mut sums[..len]);
-                    spread(simd, sums, out, at.start, len);
-                }
+    let mut blocks = strip.blocks();
+    while let Some((codes, at)) = blocks.next(LANES, copies) {
+        let quads = strip.shaped.chunks_exact(strip.context.quad_len());
+        let tables = strip.tables.chunks(QUAD * table).zip(quads);
+        for ((tables, quad), out) in tables.zip(strip.out[..strip.rows].chunks_mut(QUAD)) {
+            if let [out] = out {
+                one(layout, strip.context.levels, tables, codes, &mut out[at.clone()]);
+            } else {
+                let quad = bytemuck::cast_slice(&quad[..QUAD * table]);
+                four(simd, layout, strip.context.levels, quad, codes, &mut sums[..at.len()]);
+                spread(simd, sums, out, at.start, at.len());
             }
         }
     }

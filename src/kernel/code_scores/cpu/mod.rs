@@ -18,11 +18,14 @@ use crate::kernel::attend::Workspace;
 use crate::kernel::simd::gemm::PAD;
 use crate::kernel::simd::tile::{first_slot, page_count, page_of, pages_in};
 use crate::kernel::simd::{Exec, Lent, Level, both, dispatch, take};
-use crate::kernel::total_rows;
+use crate::kernel::{Span, Spans};
 use std::ops::Range;
 
 /// Query rows that a strip serves: a multiple of [`QUAD`].
 const BLOCK: usize = 16;
+
+/// Most entries of a block.
+const LANES: usize = 64;
 
 /// Fewest entries that are cut in two: reading fewer takes no longer than waking a thread.
 const STRIP_MIN: usize = 2048;
@@ -45,11 +48,13 @@ pub fn run(exec: &Exec, args: &mut CodeArgs<'_>, workspace: &mut Workspace) -> R
         scans: args.layout.rounded() && (exec.level() > Level::Baseline || cfg!(target_arch = "aarch64")),
     };
     // A vector looks up as many codes as it has bytes; memory gives one at a time.
-    let lookups = total_rows(args.heads) * context.rows * args.layout.codes;
+    let entries: usize = (0..args.heads.len()).map(|h| args.entries(h)).sum();
+    let lookups = entries * context.rows * args.layout.codes;
     let tasks = exec.tasks(if context.scans { lookups } else { 8 * lookups });
     let shaped = args.heads.len() * context.shaped_len();
     let (shaped, scratch) = workspace.take(shaped + tasks * context.scratch_len()).split_at_mut(shaped);
-    let heads = Heads { context, heads: args.heads, tables: args.tables, shaped, out: args.out };
+    let heads =
+        Heads { context, heads: args.heads, tables: args.tables, shaped, spans: args.spans, out: args.out };
     exec.run(tasks, || heads.spread(Lent { scratch, tasks }));
     Ok(())
 }
@@ -85,7 +90,7 @@ impl Context<'_> {
     /// Scratch of one task.
     fn scratch_len(&self) -> usize {
         let len = if self.scans { scan::scratch_len(self.layout) } else { lookup::SCRATCH };
-        len.next_multiple_of(PAD)
+        len.next_multiple_of(PAD) + (LANES * self.layout.words()).next_multiple_of(PAD)
     }
 
     /// Brings the tables of a KV head into shape.
@@ -111,10 +116,19 @@ struct Heads<'a> {
     heads: &'a [HeadRows],
     tables: &'a [f32],
     shaped: &'a mut [f32],
+    spans: Option<&'a [Spans]>,
     out: &'a mut [f32],
 }
 
 impl Heads<'_> {
+    /// Entries to score.
+    fn entries(&self) -> usize {
+        match self.spans {
+            Some(spans) => spans.iter().map(Spans::rows).sum(),
+            None => self.heads.iter().map(HeadRows::rows).sum(),
+        }
+    }
+
     fn spread(mut self, lent: Lent<'_>) {
         let context = self.context;
         if let [head] = self.heads {
@@ -124,21 +138,24 @@ impl Heads<'_> {
         let (heads, rest) = self.heads.split_at(at);
         let (tables, rest_tables) = self.tables.split_at(at * context.rows * context.table());
         let shaped = take(&mut self.shaped, at * context.shaped_len());
-        let out = take(&mut self.out, context.rows * total_rows(heads));
-        let left = Heads { context, heads, tables, shaped, out };
-        let right = Heads { heads: rest, tables: rest_tables, ..self };
-        let weights = (total_rows(left.heads) + 1, total_rows(right.heads) + 1);
+        let spans = self.spans.map(|spans| spans.split_at(at));
+        let mut left = Heads { context, heads, tables, shaped, spans: spans.map(|s| s.0), out: &mut [] };
+        left.out = take(&mut self.out, context.rows * left.entries());
+        let right = Heads { heads: rest, tables: rest_tables, spans: spans.map(|s| s.1), ..self };
+        let weights = (left.entries() + 1, right.entries() + 1);
         both(lent, weights, |lent| left.spread(lent), |lent| right.spread(lent));
     }
 
     /// All of the one head.
     fn strips(self, head: &HeadRows, lent: Lent<'_>) {
-        let (context, entries) = (self.context, head.rows());
+        let (context, entries) = (self.context, self.entries());
         if entries == 0 {
             return;
         }
         context.shape(self.tables, self.shaped);
         let Lent { scratch, tasks } = lent;
+        let all = [Span { start: 0, end: head.rows() as u32 }];
+        let spans = self.spans.and_then(<[_]>::first).map_or(&all[..], Spans::spans);
         let blocks = self.out.chunks_mut(BLOCK * entries);
         let tables = self.tables.chunks(BLOCK * context.table());
         let shaped = self.shaped.chunks(BLOCK / QUAD * context.quad_len());
@@ -151,8 +168,8 @@ impl Heads<'_> {
                 rows,
                 tables,
                 shaped,
-                pages: 0..page_count(head),
-                slots: 0..entries,
+                spans,
+                slots: 0..head.rows(),
                 out: std::array::from_fn(|_| lines.next().unwrap_or_default()),
             };
             strip.spread(Lent { scratch: &mut *scratch, tasks });
@@ -160,7 +177,7 @@ impl Heads<'_> {
     }
 }
 
-/// Up to [`BLOCK`] query rows on some pages.
+/// Up to [`BLOCK`] query rows on some entries.
 struct Strip<'a> {
     context: Context<'a>,
     head: &'a HeadRows,
@@ -169,36 +186,47 @@ struct Strip<'a> {
     tables: &'a [f32],
     /// And in the shape that is read, by fours.
     shaped: &'a [f32],
-    pages: Range<usize>,
-    /// Of the pages.
+    /// Those that meet the slots.
+    spans: &'a [Span],
+    /// Where entries are to be scored.
     slots: Range<usize>,
-    /// Of each query row, the entries of the pages.
+    /// Of each query row, the entries that are.
     out: [&'a mut [f32]; BLOCK],
 }
 
 impl<'a> Strip<'a> {
     fn spread(self, lent: Lent<'_>) {
-        if lent.tasks < 2 || self.pages.len() < 2 || self.slots.len() < 2 * STRIP_MIN {
+        if lent.tasks < 2 || self.out[0].len() < 2 * STRIP_MIN {
             return self.work(lent.scratch);
         }
         let (left, right) = self.split();
-        let weights = (left.slots.len(), right.slots.len());
+        let weights = (left.out[0].len(), right.out[0].len());
         both(lent, weights, |lent| left.spread(lent), |lent| right.spread(lent));
     }
 
-    /// In two between pages, about half-way.
+    /// In two, about where half of what is chosen has gone by; a single span between pages.
     fn split(mut self) -> (Self, Self) {
-        let middle = page_of(self.head, self.slots.start.midpoint(self.slots.end));
-        let page = middle.clamp(self.pages.start + 1, self.pages.end - 1);
-        let slot = first_slot(self.head, page);
-        let (rows, len) = (self.rows, slot - self.slots.start);
+        let slot = match self.spans {
+            [span] => {
+                let slots = span.within(&self.slots);
+                let middle = slots.start.midpoint(slots.end);
+                let page = first_slot(self.head, page_of(self.head, middle));
+                if page > slots.start { page } else { middle }
+            }
+            spans => spans[spans.len() / 2].slots().start,
+        };
+        let spans = &self.spans[..self.spans.partition_point(|s| s.slots().start < slot)];
+        let slots = self.slots.start..slot;
+        let len = spans.iter().map(|s| s.within(&slots).len()).sum();
+        let rows = self.rows;
         let left = Strip {
-            pages: self.pages.start..page,
-            slots: self.slots.start..slot,
+            spans,
+            slots,
             out: std::array::from_fn(|r| if r < rows { take(&mut self.out[r], len) } else { &mut [] }),
             ..self
         };
-        (left, Strip { pages: page..self.pages.end, slots: slot..self.slots.end, ..self })
+        let rest = &self.spans[self.spans.partition_point(|s| s.slots().end <= slot)..];
+        (left, Strip { spans: rest, slots: slot..self.slots.end, ..self })
     }
 
     fn work(self, scratch: &mut [f32]) {
@@ -210,12 +238,77 @@ impl<'a> Strip<'a> {
         }
     }
 
-    /// The pages, each with the words of its codes and where its scores go.
-    fn pages(&self) -> impl Iterator<Item = (PageRef<'a>, &'a [u32], usize)> + use<'a> {
-        let (words, start) = (self.context.layout.words(), self.slots.start);
-        pages_in(self.head, self.pages.clone()).map(move |page| {
-            let bytes = &page.page.block.host()[..4 * words * page.rows];
-            (page, bytemuck::cast_slice(bytes), page.first - start)
-        })
+    /// The entries, a block at a time.
+    fn blocks(&self) -> Blocks<'a, impl Iterator<Item = PageRef<'a>> + use<'a>> {
+        let first = page_of(self.head, self.slots.start);
+        Blocks {
+            words: self.context.layout.words(),
+            pages: pages_in(self.head, first..page_count(self.head)),
+            codes: &[],
+            held: 0..0,
+            spans: self.spans,
+            slots: self.slots.clone(),
+            done: 0,
+        }
+    }
+}
+
+/// Entries in order, as blocks of codes that lie together: in their page where a run of them is long enough, and copied
+/// otherwise.
+struct Blocks<'a, I> {
+    words: usize,
+    pages: I,
+    /// Codes of the page that was met last.
+    codes: &'a [u32],
+    /// Its slots.
+    held: Range<usize>,
+    /// Spans that are left.
+    spans: &'a [Span],
+    /// Slots that are left.
+    slots: Range<usize>,
+    /// Entries that are gone by.
+    done: usize,
+}
+
+impl<'a, I: Iterator<Item = PageRef<'a>>> Blocks<'a, I> {
+    /// The next up to `lanes` entries: their codes, and which of all entries they are. `copies` is lent.
+    fn next<'t>(&mut self, lanes: usize, copies: &'t mut [u32]) -> Option<(&'t [u32], Range<usize>)>
+    where
+        'a: 't,
+    {
+        let (words, start, mut filled) = (self.words, self.done, 0);
+        while filled < lanes
+            && let Some(run) = self.run()
+        {
+            let from = (run.start - self.held.start) * words;
+            let len = run.len().min(lanes - filled);
+            let codes = &self.codes[from..from + len * words];
+            self.slots.start = run.start + len;
+            self.done += len;
+            if len == lanes {
+                return Some((codes, start..self.done));
+            }
+            copies[filled * words..(filled + len) * words].copy_from_slice(codes);
+            filled += len;
+        }
+        (filled > 0).then_some((&copies[..filled * words], start..self.done))
+    }
+
+    /// The next chosen slots that lie together in a page.
+    fn run(&mut self) -> Option<Range<usize>> {
+        let slots = loop {
+            let (span, rest) = self.spans.split_first()?;
+            let slots = span.within(&self.slots);
+            if !slots.is_empty() {
+                break slots;
+            }
+            self.spans = rest;
+        };
+        while self.held.end <= slots.start {
+            let page = self.pages.next()?;
+            let bytes = &page.page.block.host()[..4 * self.words * page.rows];
+            (self.codes, self.held) = (bytemuck::cast_slice(bytes), page.first..page.first + page.rows);
+        }
+        Some(slots.start..slots.end.min(self.held.end))
     }
 }

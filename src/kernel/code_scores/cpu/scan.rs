@@ -14,15 +14,12 @@
 //!
 //! *Helps* by ten times and more over [`super::lookup`]. *Hurts* the last digits: see the tolerance in [`super::super`].
 
-use super::{QUAD, Strip};
+use super::{LANES, QUAD, Strip};
 use crate::kernel::code_scores::CodeLayout;
 use crate::kernel::simd::integer::dot4;
 use crate::kernel::simd::take;
 use fearless_simd::prelude::*;
 use fearless_simd::{Simd, SimdBase, u8x16};
-
-/// Most entries of a block: the bytes of the widest vector.
-const LANES: usize = 64;
 
 /// Words of a row that are turned at once.
 const PIECE: usize = 4;
@@ -140,36 +137,34 @@ fn rounded<S: Simd>(simd: S, table: &[f32; LEVELS], low: f32, inverse: f32) -> [
 pub(super) fn strip<S: Simd>(simd: S, mut strip: Strip<'_>, mut scratch: &mut [f32]) {
     let (layout, lanes) = (strip.context.layout, S::u8s::LEN);
     let words = layout.words();
+    let copies: &mut [u32] = bytemuck::cast_slice_mut(take(&mut scratch, words * LANES));
     let turned: &mut [u32] = bytemuck::cast_slice_mut(take(&mut scratch, words * LANES));
     let copy: &mut [u32] = bytemuck::cast_slice_mut(take(&mut scratch, PIECE * LANES));
     let turned = &mut turned[..words * lanes];
-    for (page, codes, start) in strip.pages() {
-        for from in (0..page.rows).step_by(lanes) {
-            let len = lanes.min(page.rows - from);
-            turn(simd, &codes[from * words..(from + len) * words], words, turned, copy);
-            if !by_fours(simd) {
-                for word in turned.chunks_exact_mut(lanes) {
-                    turn_bytes(simd, word);
-                }
+    let mut blocks = strip.blocks();
+    while let Some((codes, at)) = blocks.next(lanes, copies) {
+        turn(simd, codes, words, turned, copy);
+        if !by_fours(simd) {
+            for word in turned.chunks_exact_mut(lanes) {
+                turn_bytes(simd, word);
             }
-            let at = start + from..start + from + len;
-            let quads = strip.shaped.chunks_exact(strip.context.quad_len());
-            for (quad, out) in quads.zip(strip.out[..strip.rows].chunks_mut(QUAD)) {
-                let quad = Quad::new(layout, quad);
-                match out {
-                    [a] => scores(simd, turned, &quad, [&mut a[at.clone()]]),
-                    [a, b] => scores(simd, turned, &quad, [&mut a[at.clone()], &mut b[at.clone()]]),
-                    [a, b, c] => {
-                        let out = [&mut a[at.clone()], &mut b[at.clone()], &mut c[at.clone()]];
-                        scores(simd, turned, &quad, out);
-                    }
-                    [a, b, c, d] => {
-                        let out =
-                            [&mut a[at.clone()], &mut b[at.clone()], &mut c[at.clone()], &mut d[at.clone()]];
-                        scores(simd, turned, &quad, out);
-                    }
-                    _ => {}
+        }
+        let quads = strip.shaped.chunks_exact(strip.context.quad_len());
+        for (quad, out) in quads.zip(strip.out[..strip.rows].chunks_mut(QUAD)) {
+            let quad = Quad::new(layout, quad);
+            match out {
+                [a] => scores(simd, turned, &quad, [&mut a[at.clone()]]),
+                [a, b] => scores(simd, turned, &quad, [&mut a[at.clone()], &mut b[at.clone()]]),
+                [a, b, c] => {
+                    let out = [&mut a[at.clone()], &mut b[at.clone()], &mut c[at.clone()]];
+                    scores(simd, turned, &quad, out);
                 }
+                [a, b, c, d] => {
+                    let out =
+                        [&mut a[at.clone()], &mut b[at.clone()], &mut c[at.clone()], &mut d[at.clone()]];
+                    scores(simd, turned, &quad, out);
+                }
+                _ => {}
             }
         }
     }
@@ -405,8 +400,16 @@ mod tests {
             }
             let heads = codes(&cpu, rows as u64, layout, &[rows], capacity).unwrap();
             let mut out = poisoned(group * rows);
-            let mut args =
-                CodeArgs { heads: &heads, layout, levels, tables, group, tokens: 1, out: &mut out };
+            let mut args = CodeArgs {
+                heads: &heads,
+                layout,
+                levels,
+                tables,
+                group,
+                tokens: 1,
+                spans: None,
+                out: &mut out,
+            };
             cpu.code_scores(&mut args, &mut Workspace::default()).unwrap();
             let mut key = vec![0.0; layout.words()];
             for page in heads[0].pages() {
