@@ -186,7 +186,7 @@ fn code_scores_allocate_nothing_when_warm() {
         for count in &mut counts {
             let before = OWN.get();
             let (heads, tables, out) = (&heads, &tables, &mut out);
-            let mut args = CodeArgs { heads, layout, levels, tables, group: 4, tokens: 1, out };
+            let mut args = CodeArgs { heads, layout, levels, tables, group: 4, tokens: 1, spans: None, out };
             cpu.code_scores(&mut args, &mut workspace).unwrap();
             *count = OWN.get() - before;
         }

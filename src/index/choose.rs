@@ -21,6 +21,8 @@ pub struct Ranking {
     all: Vec<f64>,
     /// The same without what is taken, as a running difference.
     left: Vec<f64>,
+    /// What of both is in no unit.
+    beside: Vec<f64>,
     /// Score of each group of `fold` neighbouring units.
     scores: Vec<f32>,
     fold: usize,
@@ -51,46 +53,25 @@ impl Ranking {
         self.units = logits.len().checked_div(self.rows).unwrap_or(0);
         assert!(self.rows * self.units == logits.len() && fold > 0, "{} logits", logits.len());
         self.weigh(logits, zone);
-        self.rank_units(logits, zone, (group, fold), sizes);
-    }
-
-    /// The same from what attention over the units gives: shares of the row's mass on all units (`[rows, units]`), and
-    /// its log-sum-exp (`reference [rows]`). For rules that compare weights.
-    ///
-    /// # Panics
-    /// As [`Ranking::set`].
-    pub fn set_shares(
-        &mut self,
-        shares: &[f32],
-        (reference, zone): (&[f32], &[f32]),
-        (group, fold): (Group, usize),
-        sizes: Option<&dyn Fn(usize) -> usize>,
-    ) {
-        self.rows = zone.len();
-        self.units = shares.len().checked_div(self.rows).unwrap_or(0);
-        assert!(self.rows * self.units == shares.len() && fold > 0, "{} shares", shares.len());
-        self.weights.clear();
-        self.weights.extend_from_slice(shares);
-        self.references.clear();
-        self.references.extend(reference.iter().map(|&x| if x == f32::NEG_INFINITY { 0.0 } else { x }));
-        self.all.clear();
-        self.all.extend(shares.chunks_exact(self.units.max(1)).map(sum));
-        self.all.resize(self.rows, 0.0);
-        self.rank_units(&[], zone, (group, fold), sizes);
-    }
-
-    fn rank_units(
-        &mut self,
-        logits: &[f32],
-        zone: &[f32],
-        (group, fold): (Group, usize),
-        sizes: Option<&dyn Fn(usize) -> usize>,
-    ) {
         (self.fold, self.ranked, self.taken) = (fold, 0, 0);
         self.left.clone_from(&self.all);
+        self.beside.clear();
+        self.beside.resize(self.rows, 0.0);
         self.score(logits, zone, group, sizes);
         self.order.clear();
         self.order.extend(0..self.scores.len() as u32);
+    }
+
+    /// Counts what weighs `beside` the units in each row (logarithms) and is never taken: it is left, and a share of all.
+    pub fn leave(&mut self, beside: &[f32]) {
+        self.beside.clear();
+        self.beside
+            .extend(beside.iter().zip(&self.references).map(|(&x, &r)| (f64::from(x) - f64::from(r)).exp()));
+        let totals = self.all.iter_mut().zip(&mut self.left).zip(&self.beside);
+        totals.for_each(|((all, left), beside)| {
+            *all += beside;
+            *left += beside;
+        });
     }
 
     fn weigh(&mut self, logits: &[f32], zone: &[f32]) {
@@ -190,9 +171,11 @@ impl Ranking {
     }
 
     /// Takes the best groups that are left, one after another, while `wanted` says so; it is told the members and the
-    /// weights left behind in each row, relative to [`Ranking::reference`]. Gives the units taken now, ascending.
+    /// weights left behind in each row, relative to [`Ranking::reference`]. Gives the units taken now, ascending. About
+    /// `expected` groups are put in order at once.
     pub fn take(
         &mut self,
+        expected: usize,
         count: impl Fn(usize) -> usize,
         mut wanted: impl FnMut(usize, &Self) -> bool,
         units: &mut Vec<u32>,
@@ -201,7 +184,7 @@ impl Ranking {
         while self.taken < self.order.len() {
             if self.taken == self.ranked {
                 // More at a time the further it goes.
-                self.rank((2 * self.ranked).max(64));
+                self.rank((2 * self.ranked).max(expected).max(64));
             }
             let group = self.units_of(self.order[self.taken]);
             if !wanted(group.clone().map(&count).sum(), self) {
@@ -233,6 +216,11 @@ impl Ranking {
         &self.weights[row * self.units..(row + 1) * self.units]
     }
 
+    /// Units.
+    pub fn units(&self) -> usize {
+        self.units
+    }
+
     /// Query rows.
     pub fn rows(&self) -> usize {
         self.rows
@@ -243,7 +231,7 @@ impl Ranking {
         self.references[row]
     }
 
-    /// Sum of a row's weights over all units.
+    /// Sum of a row's weights over all units and beside.
     pub fn all(&self, row: usize) -> f64 {
         self.all[row]
     }
@@ -256,7 +244,7 @@ impl Ranking {
     /// The same summed anew: no cancellation, so a bound stays a bound. `taken` is ascending.
     pub fn left_exactly(&self, row: usize, taken: &[u32]) -> f64 {
         let weights = &self.weights[row * self.units..(row + 1) * self.units];
-        let (mut total, mut from) = (0.0, 0);
+        let (mut total, mut from) = (self.beside[row], 0);
         for &unit in taken {
             total += sum(&weights[from..unit as usize]);
             from = unit as usize + 1;
@@ -271,7 +259,7 @@ fn best_first(scores: &[f32], a: u32, b: u32) -> Ordering {
 }
 
 /// The sum of some weights, in `f64` from runs of `f32` that a vector unit adds.
-fn sum(weights: &[f32]) -> f64 {
+pub(crate) fn sum(weights: &[f32]) -> f64 {
     let mut total = 0.0;
     for run in weights.chunks(256) {
         let mut lanes = [0.0f32; 16];
@@ -317,7 +305,7 @@ mod tests {
             left = left.saturating_sub(n);
             fits
         };
-        ranking.take(|_| 1, wanted, &mut units);
+        ranking.take(1, |_| 1, wanted, &mut units);
         units
     }
 

@@ -6,7 +6,7 @@
 
 use super::options::encoding;
 use super::units::mean;
-use super::{Codebook, Entries, Role, Summary, Table, UnitRows, Units};
+use super::{Codebook, Codes, Entries, Role, Summary, Table, UnitRows, Units};
 use crate::backend::Backend;
 use crate::device::encoding::Encoding;
 use crate::device::page::{HeadRows, PageLayout};
@@ -37,6 +37,8 @@ pub struct Clusters {
     pub cosine: bool,
     /// Clusters that are grouped around a mean of their own, on average; 0 groups none.
     pub fan: usize,
+    /// How what keys have beside the means of their clusters is encoded, if it is.
+    pub codes: Option<Codes>,
     pub(super) tables: Vec<Table>,
 }
 
@@ -44,7 +46,17 @@ impl Clusters {
     /// Clusters whose means are stored as `encoding`.
     pub fn new(size: usize, encoding: Encoding) -> Self {
         let tables = vec![Table { role: Role::Mean, encoding }];
-        Self { size, segment: 2048, update: 128, rounds: 4, values: 0.5, cosine: false, fan: 0, tables }
+        Self {
+            size,
+            segment: 2048,
+            update: 128,
+            rounds: 4,
+            values: 0.5,
+            cosine: false,
+            fan: 0,
+            codes: None,
+            tables,
+        }
     }
 
     /// The same with `fan` clusters to a group.
@@ -52,6 +64,13 @@ impl Clusters {
     pub fn grouped(mut self, fan: usize) -> Self {
         self.tables.push(Table { role: Role::Group, encoding: self.tables[0].encoding });
         Self { fan, ..self }
+    }
+
+    /// The same with codes of entries within clusters.
+    #[must_use]
+    pub fn coded(mut self, codes: Codes) -> Self {
+        self.tables.push(Table { role: Role::Residual(codes.layout()), encoding: DType::F32.into() });
+        Self { codes: Some(codes), ..self }
     }
 
     /// Reads the arguments that every index of clusters declares: `size`, `store`, `segment`, `update`, `rounds`.
@@ -93,13 +112,17 @@ impl Summary for Clusters {
         backend: &dyn Backend,
         shape: &LayerShape,
         entries: &Entries<'_>,
-        _: Option<&Codebook>,
+        book: Option<&Codebook>,
     ) -> Result<Units, KernelError> {
         let points = self.points(shape, entries);
         let count = entries.count.div_ceil(self.size);
         let (mut owners, means) = cluster(backend, &points, count, self.rounds, self.cosine)?;
         if self.fan == 0 {
-            return Ok(units(shape, entries, &owners, count));
+            let mut units = units(shape, entries, &owners, count);
+            if let Some(codes) = &self.codes {
+                encode(codes, backend, shape, entries, book, &mut units)?;
+            }
+            return Ok(units);
         }
         let groups = count.div_ceil(self.fan);
         let (group_of, _) = cluster(backend, &means, groups, self.rounds, self.cosine)?;
@@ -339,6 +362,34 @@ fn units(shape: &LayerShape, entries: &Entries<'_>, owners: &[u32], count: usize
         rows.values.extend_from_slice(&value);
     }
     Units { counts, members, rows: vec![rows], ..Units::default() }
+}
+
+/// Adds the codes of what keys have beside the means of their units, by the codebook there is or by one learnt here.
+fn encode(
+    codes: &Codes,
+    backend: &dyn Backend,
+    shape: &LayerShape,
+    entries: &Entries<'_>,
+    book: Option<&Codebook>,
+    units: &mut Units,
+) -> Result<(), KernelError> {
+    let d = shape.d_k;
+    let mut keys = Vec::with_capacity(entries.keys.len());
+    let mut rest = units.members.as_slice();
+    for (&n, mean) in units.counts.iter().zip(units.rows[0].keys.chunks_exact(d)) {
+        let (unit, behind) = rest.split_at(n as usize);
+        rest = behind;
+        for &i in unit {
+            let key = &entries.keys[i as usize * d..(i as usize + 1) * d];
+            keys.extend(key.iter().zip(mean).map(|(k, m)| k - m));
+        }
+    }
+    let residuals = Entries { keys: &keys, ..*entries };
+    let learnt = if book.is_none() { codes.learn(backend, shape, &residuals)? } else { None };
+    let encoded = codes.summarise(backend, shape, &residuals, book.or(learnt.as_ref()))?;
+    units.rows.extend(encoded.rows);
+    units.book = learnt;
+    Ok(())
 }
 
 /// The mean of some rows.

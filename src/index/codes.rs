@@ -44,6 +44,11 @@ impl Codes {
         let tables = [Table { role: Role::Code(layout), encoding: DType::F32.into() }];
         Self { layout, levels, train, rounds, tables }
     }
+
+    /// How codes lie.
+    pub fn layout(&self) -> CodeLayout {
+        self.layout
+    }
 }
 
 /// The codewords of one KV head.

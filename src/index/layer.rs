@@ -46,7 +46,7 @@ impl TableStorage {
             PageLayout { capacity, d_k, d_v, k, v, mirrored, column_words, steady }
         };
         let (waiting, packs) = (table.waiting().into(), table.encoding.packed().is_some());
-        let entries = if matches!(table.role, Role::Code(_)) { CODE_ENTRIES } else { TABLE_ENTRIES };
+        let entries = if table.role.codes().is_some() { CODE_ENTRIES } else { TABLE_ENTRIES };
         let exact = Arc::new(layout(entries, waiting, waiting, !packs));
         let packed = table.encoding.packed().map(|_| {
             let values = if table.role != Role::Mean { DType::F32.into() } else { table.encoding };
@@ -99,6 +99,8 @@ pub struct HeadUnits {
     units: usize,
     /// Where each group's units end, where units are grouped.
     groups: Vec<u32>,
+    /// Whether entries are chosen out of units.
+    single: bool,
 }
 
 /// The tables of one layer, and the units of its KV heads.
@@ -111,8 +113,8 @@ pub struct LayerIndex {
     /// Per table, per KV head: the largest norm that a key ever had.
     norms: Vec<Vec<f32>>,
     heads: Vec<HeadUnits>,
-    /// Per KV head.
-    spread: Vec<Spread>,
+    /// Per KV head: around means, and around what codes say beside them.
+    spread: Vec<[Spread; 2]>,
     /// Per KV head: what was learnt from its first entries.
     books: Vec<Option<Arc<Codebook>>>,
 }
@@ -127,7 +129,15 @@ pub struct Spread {
 }
 
 impl Spread {
-    fn add(&mut self, entries: &Entries<'_>, units: &Units, d_k: usize) {
+    /// Adds what is left of some keys without what `approximate` makes of them: of the entries of a unit, and of entry
+    /// `i` of all units.
+    fn add(
+        &mut self,
+        entries: &Entries<'_>,
+        units: &Units,
+        d_k: usize,
+        approximate: impl Fn(usize, &mut [f32]),
+    ) {
         self.sums.resize(d_k * d_k, 0.0);
         let mut offset = vec![0.0; d_k];
         let mut center = vec![0.0; d_k];
@@ -145,7 +155,8 @@ impl Spread {
             unit.clone()
                 .for_each(|i| center.iter_mut().zip(key(i)).for_each(|(c, k)| *c += k / count as f32));
             for i in unit {
-                offset.iter_mut().zip(key(i)).zip(&center).for_each(|((o, k), c)| *o = k - c);
+                approximate(i, &mut offset);
+                offset.iter_mut().zip(key(i)).zip(&center).for_each(|((o, k), c)| *o = k - c - *o);
                 for (row, &a) in self.sums.chunks_exact_mut(d_k).zip(&offset) {
                     row.iter_mut().zip(&offset).for_each(|(s, b)| *s += a * b);
                 }
@@ -178,12 +189,35 @@ impl HeadUnits {
             Some(size) => Members::Runs { size, step: retrieval.summary.waiting() + 1 },
             None => Members::Lists { ends: Vec::new(), slots: Vec::new(), batches: Vec::new() },
         };
-        Self { members, first: retrieval.rule.sinks, covered: 0, units: 0, groups: Vec::new() }
+        let single = retrieval.residuals().is_some();
+        Self { members, first: retrieval.rule.sinks, covered: 0, units: 0, groups: Vec::new(), single }
     }
 
     /// Rows of a table of some role.
     fn rows_of(&self, role: Role) -> usize {
-        if role == Role::Group { self.groups.len() } else { self.units }
+        match role {
+            Role::Group => self.groups.len(),
+            Role::Residual(_) => self.covered,
+            Role::Mean | Role::Bound | Role::Code(_) => self.units,
+        }
+    }
+
+    /// What may be chosen: units, or their entries where these have codes of their own. Both count from 0, entries unit
+    /// after unit.
+    pub fn picks(&self) -> usize {
+        if self.single { self.covered } else { self.units }
+    }
+
+    /// The entries of a unit, as they are counted when entries are chosen.
+    pub fn picks_of(&self, unit: usize) -> Range<usize> {
+        let Members::Lists { ends, .. } = &self.members else { return 0..0 };
+        unit.checked_sub(1).map_or(0, |before| ends[before] as usize)..ends[unit] as usize
+    }
+
+    /// The unit of an entry, as they are counted when entries are chosen.
+    pub fn unit_of(&self, pick: usize) -> usize {
+        let Members::Lists { ends, .. } = &self.members else { return 0 };
+        ends.partition_point(|&end| end as usize <= pick)
     }
 
     /// Number of groups of units.
@@ -244,9 +278,9 @@ impl HeadUnits {
         &slots[start..ends[unit] as usize]
     }
 
-    /// The entries of some units (ascending) and, with `zone`, everything before and behind the units, up to `rows`
-    /// entries. `slots` is lent.
-    pub fn spans(&self, units: &[u32], zone: bool, rows: usize, out: &mut Spans, slots: &mut Vec<u64>) {
+    /// The entries of what is chosen (ascending, see [`HeadUnits::picks`]) and, with `zone`, everything before and behind
+    /// the units, up to `rows` entries. `slots` is lent.
+    pub fn spans(&self, chosen: &[u32], zone: bool, rows: usize, out: &mut Spans, slots: &mut Vec<u64>) {
         out.clear();
         let covered = self.covered();
         if zone {
@@ -254,17 +288,19 @@ impl HeadUnits {
         }
         match &self.members {
             Members::Runs { size, .. } => {
-                for &unit in units {
+                for &unit in chosen {
                     let start = self.first + unit as usize * size;
                     out.push(start..start + size);
                 }
             }
-            Members::Lists { .. } => {
+            Members::Lists { slots: all, .. } => {
                 // A bit per slot puts them in order faster than sorting would.
                 slots.clear();
                 slots.resize(covered.end.div_ceil(64), 0);
-                for &unit in units {
-                    for &slot in self.list(unit as usize) {
+                for &pick in chosen {
+                    let members =
+                        if self.single { &all[pick as usize..][..1] } else { self.list(pick as usize) };
+                    for &slot in members {
                         slots[slot as usize / 64] |= 1 << (slot % 64);
                     }
                 }
@@ -356,7 +392,7 @@ impl LayerIndex {
             tables: vec![vec![HeadRows::default(); kv_heads]; tables],
             norms: vec![vec![0.0; kv_heads]; tables],
             heads: vec![HeadUnits::new(retrieval); kv_heads],
-            spread: vec![Spread::default(); kv_heads],
+            spread: vec![Default::default(); kv_heads],
             books: vec![None; kv_heads],
         }
     }
@@ -378,7 +414,12 @@ impl LayerIndex {
 
     /// How the keys of a KV head lie around the means of their units.
     pub fn spread(&self, head: usize) -> &Spread {
-        &self.spread[head]
+        &self.spread[head][0]
+    }
+
+    /// How they lie around what codes within units say.
+    pub fn code_spread(&self, head: usize) -> &Spread {
+        &self.spread[head][1]
     }
 
     /// What was learnt from the first entries of a KV head.
@@ -393,7 +434,8 @@ impl LayerIndex {
 
     /// Bytes kept on the host beside the pages of the tables.
     pub fn list_bytes(&self) -> usize {
-        let spread = self.spread.iter().map(|s| s.sums.capacity() * size_of::<f32>()).sum::<usize>();
+        let spread =
+            self.spread.iter().flatten().map(|s| s.sums.capacity() * size_of::<f32>()).sum::<usize>();
         let books = self.books.iter().flatten().map(|book| book.bytes()).sum::<usize>();
         spread + books + self.heads.iter().map(HeadUnits::list_bytes).sum::<usize>()
     }
@@ -427,16 +469,37 @@ impl LayerIndex {
                 if self.books[h].is_none() {
                     self.books[h] = retrieval.summary.learn(backend, shape, &entries)?.map(Arc::new);
                 }
-                let units =
+                let mut units =
                     retrieval.summary.summarise(backend, shape, &entries, self.books[h].as_deref())?;
+                if let Some(book) = units.book.take() {
+                    self.books[h] = Some(Arc::new(book));
+                }
                 if retrieval.rule.correct {
-                    self.spread[h].add(&entries, &units, shape.d_k);
+                    self.measure_spread(h, retrieval, shape.d_k, &entries, &units);
                 }
                 self.add_rows(backend, storage, &units, h)?;
                 self.heads[h].add(&units, take);
             }
         }
         Ok(())
+    }
+
+    fn measure_spread(
+        &mut self,
+        h: usize,
+        retrieval: &Retrieval,
+        d_k: usize,
+        entries: &Entries<'_>,
+        units: &Units,
+    ) {
+        let [means, codes] = &mut self.spread[h];
+        means.add(entries, units, d_k, |_, offset| offset.fill(0.0));
+        if let (Some((table, layout)), Some(book)) = (retrieval.residuals(), &self.books[h]) {
+            let words = bytemuck::cast_slice::<f32, u32>(&units.rows[table].keys);
+            codes.add(entries, units, d_k, |i, out| {
+                book.decode(&words[i * layout.words()..(i + 1) * layout.words()], out);
+            });
+        }
     }
 
     fn add_rows(
@@ -447,19 +510,22 @@ impl LayerIndex {
         head: usize,
     ) -> Result<(), KernelError> {
         for (rows, storage) in units.rows.iter().zip(storage) {
-            if !matches!(storage.role, Role::Code(_)) {
+            if storage.role.codes().is_none() {
                 check_range(rows, &storage.storage.exact)?;
             }
         }
         let group_counts = units.group_counts();
         let mut tables = self.tables.iter_mut().zip(&units.rows).zip(storage);
         let added = tables.try_for_each(|((table, rows), storage)| {
-            let counts = if storage.role == Role::Group { &group_counts } else { &units.counts };
-            let (table, storage) = (&mut table[head], &storage.storage);
+            let (table, role, storage) = (&mut table[head], storage.role, &storage.storage);
+            let bias: Vec<f32> = match role {
+                Role::Group => group_counts.iter().map(|&n| (n as f32).ln()).collect(),
+                Role::Residual(_) => vec![0.0; units.members.len()],
+                _ => units.counts.iter().map(|&n| (n as f32).ln()).collect(),
+            };
             // Rows of a table count their units: a position is all a kernel knows of their order.
             let before = table.rows();
-            let positions: Vec<i32> = (before as i32..(before + counts.len()) as i32).collect();
-            let bias: Vec<f32> = counts.iter().map(|&n| (n as f32).ln()).collect();
+            let positions: Vec<i32> = (before as i32..(before + bias.len()) as i32).collect();
             let new = NewRows { positions: &positions, keys: &rows.keys, values: &rows.values };
             store::append(backend, &storage.exact, table, new)?;
             if bias.iter().any(|&b| b != 0.0) {
@@ -472,7 +538,7 @@ impl LayerIndex {
             return added;
         }
         for ((norms, rows), storage) in self.norms.iter_mut().zip(&units.rows).zip(storage) {
-            if matches!(storage.role, Role::Code(_)) {
+            if storage.role.codes().is_some() {
                 continue;
             }
             let keys = rows.keys.chunks_exact(storage.storage.exact.d_k);
@@ -505,7 +571,7 @@ impl LayerIndex {
     /// Forgets all units: entries between were removed, or keys were turned.
     pub fn clear(&mut self) {
         (0..self.heads.len()).for_each(|head| self.truncate_head(head, 0));
-        self.spread.fill(Spread::default());
+        self.spread.fill(Default::default());
         self.books.fill(None);
     }
 }

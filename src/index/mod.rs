@@ -31,8 +31,8 @@ pub mod squeezed;
 mod units;
 
 pub use clusters::Clusters;
-pub use codes::Codebook;
-pub use layer::{HeadUnits, LayerIndex, TableStorage};
+pub use codes::{Codebook, Codes};
+pub use layer::{HeadUnits, LayerIndex, Spread, TableStorage};
 pub use options::{Calibration, Goal, Group, ReadRule, Tail, Thresholds};
 pub use units::Pages;
 
@@ -74,23 +74,34 @@ pub enum Role {
     /// Key: a product-quantisation code, its words as the bits of numbers that nothing computes with. No value; the
     /// codebook of the KV head says what it means.
     Code(CodeLayout),
+    /// The same of what an entry's key has beside the mean of its unit: one row per entry, unit after unit, below
+    /// [`Role::Mean`].
+    Residual(CodeLayout),
 }
 
 impl Role {
+    /// How codes lie, where rows are codes.
+    pub fn codes(self) -> Option<CodeLayout> {
+        match self {
+            Self::Code(layout) | Self::Residual(layout) => Some(layout),
+            Self::Mean | Self::Bound | Self::Group => None,
+        }
+    }
+
     /// Dimensions of a row's key and value.
     pub fn dims(self, shape: &LayerShape) -> (usize, usize) {
         match self {
             Self::Mean => (shape.d_k, shape.d_v),
             Self::Bound => (2 * shape.d_k, 1),
             Self::Group => (shape.d_k, 1),
-            Self::Code(layout) => (layout.words(), 0),
+            Self::Code(layout) | Self::Residual(layout) => (layout.words(), 0),
         }
     }
 
     /// Appends queries (`[rows, d_k]`) as they are put to rows of this role.
     pub fn queries(self, d_k: usize, queries: &[f32], out: &mut Vec<f32>) {
         match self {
-            Self::Mean | Self::Group | Self::Code(_) => out.extend_from_slice(queries),
+            Self::Mean | Self::Group | Self::Code(_) | Self::Residual(_) => out.extend_from_slice(queries),
             Self::Bound => {
                 for query in queries.chunks_exact(d_k) {
                     out.extend_from_slice(query);
@@ -139,6 +150,8 @@ pub struct Units {
     pub groups: Vec<u32>,
     /// Rows of each table: keys and values.
     pub rows: Vec<UnitRows>,
+    /// What was learnt on the way, where nothing had been before.
+    pub book: Option<Codebook>,
 }
 
 impl Units {
@@ -220,6 +233,14 @@ impl Retrieval {
     /// The first table of a role, by its place in [`Summary::tables`].
     pub fn table(&self, role: Role) -> Option<usize> {
         self.summary.tables().iter().position(|t| t.role == role)
+    }
+
+    /// The table of codes within units, if there is one: entries are then chosen out of units.
+    pub fn residuals(&self) -> Option<(usize, CodeLayout)> {
+        self.summary.tables().iter().enumerate().find_map(|(i, table)| match table.role {
+            Role::Residual(layout) => Some((i, layout)),
+            _ => None,
+        })
     }
 
     /// Entries that every step reads whatever is chosen, at most: sinks, recent ones, and those that wait to become a

@@ -93,6 +93,8 @@ pub struct ReadRule {
     pub goal: Option<Goal>,
     /// Whether a threshold decides.
     pub calibration: Option<Calibration>,
+    /// Where units have codes within: share of the entries whose units are looked into, the heaviest.
+    pub refine: f64,
     /// A choice is kept for so many steps.
     pub every: usize,
     /// So many neighbouring layers use the choice of the first of them.
@@ -192,6 +194,7 @@ impl ReadRule {
             correct: args.word("correct")? == "yes",
             tail: if args.word("tail")? == "estimate" { Tail::Estimate } else { Tail::Ignore },
             calibration: None,
+            refine: 0.0,
             goal: (mass > 0.0).then_some(Goal { mass, certified, floor }),
             every: args.count("every")?,
             share: args.count("share")?,

@@ -94,7 +94,9 @@ impl Summary for Pages {
                         mean(values, value);
                     }
                     Role::Bound => bound(keys, table, key),
-                    Role::Group | Role::Code(_) => unreachable!("pages have means and bounds"),
+                    Role::Group | Role::Code(_) | Role::Residual(_) => {
+                        unreachable!("pages have means and bounds")
+                    }
                 }
             }
             rows

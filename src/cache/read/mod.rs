@@ -7,6 +7,7 @@
 
 mod calibrate;
 mod reader;
+mod refine;
 mod tail;
 
 use super::KvCache;
@@ -23,7 +24,7 @@ use crate::recipe::Budget;
 use crate::store;
 use crate::view::{Dims, TensorView};
 use reader::Reader;
-use tail::Means;
+use refine::Refined;
 
 /// Steps of at most this many tokens read by index; longer ones are prompts and read everything.
 pub const READ_TOKENS: usize = 8;
@@ -35,7 +36,7 @@ pub struct ReadReport {
     pub entries: usize,
     /// Entries there were.
     pub stored: usize,
-    /// Units chosen, over all KV heads; 0 where everything was read.
+    /// Units chosen, or entries where these are chosen out of units, over all KV heads; 0 where everything was read.
     pub units: usize,
     /// Bytes read: entries, and rows of the index.
     pub bytes: usize,
@@ -47,12 +48,12 @@ pub struct ReadReport {
     pub missing_at_most: Option<f32>,
 }
 
-/// Units that an earlier step, or another layer, chose.
+/// What an earlier step, or another layer, chose: see [`crate::index::HeadUnits::picks`].
 #[derive(Debug, Default)]
 pub(super) struct Held {
     /// Per KV head, ascending.
     pub(super) units: Vec<Vec<u32>>,
-    /// Units there were.
+    /// How many there were.
     pub(super) of: Vec<usize>,
     /// Steps since.
     pub(super) age: usize,
@@ -74,8 +75,8 @@ impl Clone for Held {
 impl Held {
     /// Whether the choice is good for this index: no KV head's has grown or shrunk since.
     pub(super) fn fits(&self, index: &LayerIndex) -> bool {
-        let units = index.heads().iter().map(|head| head.units());
-        self.of.len() == units.len() && self.of.iter().copied().eq(units)
+        let picks = index.heads().iter().map(|head| head.picks());
+        self.of.len() == picks.len() && self.of.iter().copied().eq(picks)
     }
 }
 
@@ -98,8 +99,13 @@ pub(super) struct ReadScratch {
     zone: Vec<f32>,
     /// Per row: what its logits on means are to be raised by.
     corrections: Vec<f32>,
-    /// Attention over the means of all units, where the rows are ranked by it: outputs, log-sum-exp and shares.
-    means: Means,
+    /// Entries of the heaviest units, by KV head, where these have codes within.
+    refined: Vec<Refined>,
+    /// Logits from codes.
+    scores: Vec<f32>,
+    /// Weights of units that the tail covers, by KV head and row, and what they are relative to.
+    weights: Vec<f32>,
+    references: Vec<f32>,
     /// Whether the rankings are this step's.
     ranked: bool,
 }
@@ -197,7 +203,7 @@ impl KvCache {
                 (Some(index), Some(&of), Some(units)) => {
                     // Units that were made since were entries of no unit then.
                     let units: Vec<u32> =
-                        units.iter().copied().chain(of as u32..index.heads()[h].units() as u32).collect();
+                        units.iter().copied().chain(of as u32..index.heads()[h].picks() as u32).collect();
                     index.heads()[h].spans(&units, true, head.rows(), spans, &mut Vec::new());
                 }
                 _ => spans.push(0..head.rows()),

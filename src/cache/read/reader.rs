@@ -1,8 +1,9 @@
 //! Scores, chooses and attends.
 
 use super::super::scratch::resize;
+use super::refine::Refined;
 use super::tail::left_share;
-use super::{Held, Means, ReadReport, ReadScratch};
+use super::{Held, ReadReport, ReadScratch};
 use crate::backend::Backend;
 use crate::device::HeadRows;
 use crate::device::page::Side;
@@ -53,7 +54,6 @@ impl Reader<'_> {
         scratch.spans.resize_with(self.heads.len(), Spans::default);
         scratch.slots.resize_with(self.heads.len(), Vec::new);
         scratch.fresh.resize_with(self.heads.len(), Vec::new);
-        scratch.means.there = false;
         scratch.ranked = held.is_none();
         self.correct(&mut scratch.corrections);
         if let Some(held) = held {
@@ -89,7 +89,7 @@ impl Reader<'_> {
         scratch.chosen.units.resize_with(self.heads.len(), Vec::new);
         scratch.chosen.units.iter_mut().for_each(Vec::clear);
         scratch.chosen.of.clear();
-        scratch.chosen.of.extend(self.index.heads().iter().map(|head| head.units()));
+        scratch.chosen.of.extend(self.index.heads().iter().map(|head| head.picks()));
         // A weight is a share of what a row sees, so what it sees anyway comes first; logits need no such measure.
         // Nor do weights that a threshold was made for: those among units.
         let shares = matches!(rule.group, Group::Max | Group::Sum) && rule.calibration.is_none();
@@ -102,15 +102,18 @@ impl Reader<'_> {
             scratch.zone.resize(lse.len(), f32::NEG_INFINITY);
         }
         let mut rankings = std::mem::take(&mut scratch.rankings);
-        let scored = match (self.at_once(), self.retrieval.table(Role::Group), self.thresholds) {
-            (true, ..) => self.weigh_all(scratch, &mut rankings, workspace, report),
-            (false, Some(table), Some(thresholds)) => {
+        let scored = match (self.retrieval.table(Role::Group), self.thresholds) {
+            (Some(table), Some(thresholds)) => {
                 self.look_up(table, thresholds.group, scratch, &mut rankings, workspace, report)
             }
             _ => self.score(0, false, scratch, &mut rankings, workspace, report),
         };
         scratch.rankings = rankings;
         scored?;
+        let refines = self.retrieval.residuals();
+        if let Some(table) = refines {
+            self.refine(table, scratch, workspace, report)?;
+        }
         if let Some(table) = self.bounds_beside() {
             let mut bounds = std::mem::take(&mut scratch.bounds);
             let scored = self.score(table, false, scratch, &mut bounds, workspace, report);
@@ -119,12 +122,27 @@ impl Reader<'_> {
         }
         let mut first = true;
         loop {
-            let ReadScratch { rankings, bounds, fresh, chosen, .. } = &mut *scratch;
-            let taking = rankings.iter_mut().zip(fresh).zip(&mut chosen.units).zip(0..);
-            self.each(taking, |(((ranking, fresh), chosen), h): (((&mut Ranking, _), _), usize)| {
-                let known = zone_first.then(|| &lse[h * rows..(h + 1) * rows]);
-                self.take(h, first, known, (ranking, bounds.get(h)), fresh, chosen);
-            });
+            let ReadScratch { rankings, refined, bounds, fresh, chosen, .. } = &mut *scratch;
+            let known = |h: usize| zone_first.then(|| &lse[h * rows..(h + 1) * rows]);
+            if refines.is_some() {
+                let taking = refined.iter_mut().zip(fresh).zip(&mut chosen.units).zip(0..);
+                self.each(taking, |(((refined, fresh), chosen), h): (((&mut Refined, _), _), usize)| {
+                    self.take_refined(h, first, known(h), refined, fresh, chosen);
+                });
+            } else {
+                let taking = rankings.iter_mut().zip(fresh).zip(&mut chosen.units).zip(0..);
+                self.each(taking, |(((ranking, fresh), chosen), h): (((&mut Ranking, _), _), usize)| {
+                    let units = &self.index.heads()[h];
+                    self.take(
+                        h,
+                        first,
+                        known(h),
+                        (ranking, bounds.get(h)),
+                        |u| units.count(u),
+                        (fresh, chosen),
+                    );
+                });
+            }
             let any = scratch.fresh.iter().any(|fresh| !fresh.is_empty());
             if !zone_first {
                 return self.attend(scratch, true, workspace, (out, lse), report);
@@ -171,7 +189,7 @@ impl Reader<'_> {
     }
 
     /// Logits of a table's rows, or of those of `scratch.spans`, into rankings.
-    fn score(
+    pub(super) fn score(
         &self,
         table: usize,
         within: bool,
@@ -187,7 +205,10 @@ impl Reader<'_> {
         rankings.resize_with(self.heads.len(), Ranking::default);
         let logits = resize(&mut scratch.logits, rows * total_rows(tables));
         if let Role::Code(layout) = role {
-            self.score_codes(layout, tables, &mut scratch.queries, logits, workspace)?;
+            self.score_codes(layout, tables, None, &mut scratch.queries, logits, workspace)?;
+            if let Some(cap) = self.shape.softcap {
+                logits.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+            }
         } else {
             self.backend.dot_scores(
                 &self.table_params(role),
@@ -233,11 +254,12 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Logits of entries from their codes; `memory` is lent to the tables of codewords.
-    fn score_codes(
+    /// Logits of entries, or of those of `spans`, from their codes and before any cap; `memory` is lent to the tables of codewords.
+    pub(super) fn score_codes(
         &self,
         layout: CodeLayout,
         codes: &[HeadRows],
+        spans: Option<&[Spans]>,
         memory: &mut Vec<f32>,
         logits: &mut [f32],
         workspace: &mut Workspace,
@@ -256,70 +278,17 @@ impl Reader<'_> {
             }
         });
         let (group, tokens) = (self.shape.group(), self.positions.len());
-        let args =
-            &mut CodeArgs { heads: codes, layout, levels, tables: memory, group, tokens, out: &mut *logits };
-        self.backend.code_scores(args, workspace)?;
-        if let Some(cap) = self.shape.softcap {
-            logits.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
-        }
-        Ok(())
-    }
-
-    /// Whether one attention over the means of all units gives both what ranks them and what the tail needs.
-    fn at_once(&self) -> bool {
-        let rule = &self.retrieval.rule;
-        self.retrieval.summary.tables()[0].role == Role::Mean
-            && rule.tail == Tail::Estimate
-            && rule.estimate >= 1.0
-            && matches!(rule.group, Group::Max | Group::Sum)
-            && self.positions.len() == 1
-    }
-
-    /// Attention over the means of all units, into rankings and `scratch.means`.
-    fn weigh_all(
-        &self,
-        scratch: &mut ReadScratch,
-        rankings: &mut Vec<Ranking>,
-        workspace: &mut Workspace,
-        report: &mut ReadReport,
-    ) -> Result<(), KernelError> {
-        let (rule, rows, tables) = (&self.retrieval.rule, self.rows(), self.index.table(0));
-        let Means { out, lse, shares, there } = &mut scratch.means;
-        let shares = resize(shares, rows * total_rows(tables));
-        let lse = resize(lse, rows * self.heads.len());
-        let lane = AttendLane {
-            heads: tables,
-            queries: self.queries,
-            positions: self.positions,
-            share: Share::ALL,
-            spans: None,
-            out: resize(out, lse.len() * self.shape.d_v),
-            lse: &mut *lse,
-            mass: Some(&mut *shares),
+        let args = &mut CodeArgs {
+            heads: codes,
+            layout,
+            levels,
+            tables: memory,
+            group,
+            tokens,
+            spans,
+            out: &mut *logits,
         };
-        self.backend.attend(&self.table_params(Role::Mean), &mut [lane], workspace)?;
-        *there = true;
-        report.bytes += tables.iter().map(store::bytes_read).sum::<usize>();
-        lse.iter_mut().zip(&scratch.corrections).for_each(|(lse, correction)| *lse += correction);
-        rankings.resize_with(self.heads.len(), Ranking::default);
-        let mut left = &*shares;
-        let parts = tables.iter().map(|table| {
-            let (part, behind) = left.split_at(rows * table.rows());
-            left = behind;
-            part
-        });
-        let (lse, zone) = (&*lse, &scratch.zone);
-        self.each(
-            rankings.iter_mut().zip(parts).zip(0..),
-            |((ranking, shares), h): ((&mut Ranking, &[f32]), usize)| {
-                let size = |unit| self.index.heads()[h].count(unit);
-                let sizes: Option<&dyn Fn(usize) -> usize> = if rule.by_entry { Some(&size) } else { None };
-                let span = h * rows..(h + 1) * rows;
-                let of = (&lse[span.clone()], &zone[span]);
-                ranking.set_shares(shares, of, (rule.group, rule.fold), sizes);
-            },
-        );
-        Ok(())
+        self.backend.code_scores(args, workspace)
     }
 
     /// How rows of a table are read: as the layer's, all of them seen.
@@ -329,7 +298,11 @@ impl Reader<'_> {
     }
 
     /// Does something for every KV head, on as many threads as the backend lends.
-    fn each<T: Send>(&self, heads: impl Iterator<Item = T> + Send, work: impl Fn(T) + Sync + Send) {
+    pub(super) fn each<T: Send>(
+        &self,
+        heads: impl Iterator<Item = T> + Send,
+        work: impl Fn(T) + Sync + Send,
+    ) {
         let units: usize = self.index.heads().iter().map(|head| head.units()).sum();
         match self.backend.workers().filter(|pool| pool.threads() > 1) {
             Some(pool) if self.rows() * units >= SPREAD_MIN => pool.run(|| spread(heads, &work)),
@@ -339,20 +312,21 @@ impl Reader<'_> {
 
     /// Takes units of a KV head into `fresh`, and into `chosen` with those before. `known` is the log-sum-exp of what its
     /// rows have read so far.
-    fn take(
+    pub(super) fn take(
         &self,
         h: usize,
         first: bool,
         known: Option<&[f32]>,
         (ranking, bounds): (&mut Ranking, Option<&Ranking>),
-        fresh: &mut Vec<u32>,
-        chosen: &mut Vec<u32>,
+        count: impl Fn(usize) -> usize,
+        (fresh, chosen): (&mut Vec<u32>, &mut Vec<u32>),
     ) {
         let (rule, units) = (&self.retrieval.rule, &self.index.heads()[h]);
         fresh.clear();
-        let already: usize = chosen.iter().map(|&unit| units.count(unit as usize)).sum();
+        let already: usize = chosen.iter().map(|&unit| count(unit as usize)).sum();
         let budget = self.budget.saturating_sub(units.zone(self.heads[h].rows()) + already);
-        let count = |unit| units.count(unit);
+        // What a budget is for, in units of average size.
+        let expected = budget.min(units.picks()) * ranking.units() / units.picks().max(1);
         let mut taken = 0;
         match (rule.goal, known, self.thresholds.zip(rule.calibration)) {
             (_, _, Some((thresholds, calibration))) => {
@@ -363,7 +337,7 @@ impl Reader<'_> {
                     taken += n;
                     taken <= budget && ranking.next_score() >= threshold
                 };
-                ranking.take(count, wanted, fresh);
+                ranking.take(1, count, wanted, fresh);
             }
             (Some(goal), Some(known), None) if first => {
                 // As far as the estimates want it.
@@ -378,7 +352,7 @@ impl Reader<'_> {
                     taken += if wanted { n } else { 0 };
                     wanted
                 };
-                ranking.take(count, wanted, fresh);
+                ranking.take(1, count, wanted, fresh);
             }
             (Some(goal), Some(known), None) => {
                 // What is left, against what was really read; if it is too much, as much again.
@@ -396,14 +370,14 @@ impl Reader<'_> {
                     taken += n;
                     wanted
                 };
-                ranking.take(count, wanted, fresh);
+                ranking.take(1, count, wanted, fresh);
             }
             _ => {
                 let wanted = |n, _: &Ranking| {
                     taken += n;
                     taken <= budget
                 };
-                ranking.take(count, wanted, fresh);
+                ranking.take(expected, count, wanted, fresh);
             }
         }
         chosen.extend_from_slice(fresh);

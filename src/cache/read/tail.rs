@@ -2,29 +2,22 @@
 
 use super::super::scratch::resize;
 use super::reader::Reader;
+use super::refine::Refined;
 use super::{ReadReport, ReadScratch};
-use crate::device::HeadRows;
 use crate::device::page::Side;
 use crate::error::KernelError;
-use crate::index::choose::Ranking;
-use crate::index::{Role, Tail};
-use crate::kernel::attend::{AttendLane, LOGIT_TOLERANCE, PACKED_TOLERANCE, Share, Workspace};
+use crate::index::choose::{Ranking, sum};
+use crate::index::{Role, Spread, Tail};
+use crate::kernel::attend::{LOGIT_TOLERANCE, PACKED_TOLERANCE, Workspace};
+use crate::kernel::total_rows;
+use crate::kernel::weigh_values::WeighArgs;
 use crate::store;
 
 /// Added to every bound: weights too small for a normal number count as none.
 const LEAST: f64 = 1e-30;
 
-/// Attention over the means of all units.
-#[derive(Debug, Default)]
-pub(super) struct Means {
-    pub(super) out: Vec<f32>,
-    pub(super) lse: Vec<f32>,
-    pub(super) shares: Vec<f32>,
-    /// Whether it is this step's.
-    pub(super) there: bool,
-}
 impl Reader<'_> {
-    /// What every row's logits on means are to be raised by.
+    /// What every row's logits on means are to be raised by; and behind, those on codes within units, if there are any.
     pub(super) fn correct(&self, corrections: &mut Vec<f32>) {
         corrections.clear();
         if !self.retrieval.rule.correct {
@@ -32,13 +25,20 @@ impl Reader<'_> {
         }
         let square = self.shape.scale * self.shape.scale;
         let queries = self.queries.chunks_exact(self.shape.d_k).enumerate();
-        corrections.extend(queries.map(|(row, query)| {
-            // Logarithmic: an exponential of the variance would be exact for normal logits, and ruinous for others.
-            (0.5 * square * self.index.spread(row / self.rows()).variance(query)).ln_1p()
-        }));
+        // Logarithmic: an exponential of the variance would be exact for normal logits, and ruinous for others.
+        let correction = |spread: &Spread, query| (0.5 * square * spread.variance(query)).ln_1p();
+        corrections.extend(
+            queries.clone().map(|(row, query)| correction(self.index.spread(row / self.rows()), query)),
+        );
+        if self.retrieval.residuals().is_some() {
+            corrections.extend(
+                queries.map(|(row, query)| correction(self.index.code_spread(row / self.rows()), query)),
+            );
+        }
     }
 
-    /// Joins the estimate of what was not read to what was.
+    /// Joins the estimate of what was not read to what was: the mean values of units, each with the weight that its
+    /// members that were not read are taken to have.
     pub(super) fn estimate(
         &self,
         scratch: &mut ReadScratch,
@@ -47,32 +47,53 @@ impl Reader<'_> {
         report: &mut ReadReport,
     ) -> Result<(), KernelError> {
         let Some(table) = self.retrieval.table(Role::Mean) else { return Ok(()) };
-        let rows = self.index.table(table);
-        self.estimated(scratch, rows);
-        let ReadScratch { spans, outs, lses, corrections, means, .. } = scratch;
+        let (rows, d_v, tables) = (self.rows(), self.shape.d_v, self.index.table(table));
+        // What ranked this step's choice tells of all units, unless it looked into some groups of them only.
+        let groups = self.thresholds.is_some() && self.retrieval.table(Role::Group).is_some();
+        let own = scratch.ranked && table == 0 && !groups;
+        if !own {
+            scratch.zone.clear();
+            scratch.zone.resize(lse.len(), f32::NEG_INFINITY);
+            let mut rankings = std::mem::take(&mut scratch.rankings);
+            let scored = self.score(table, false, scratch, &mut rankings, workspace, report);
+            scratch.rankings = rankings;
+            scored?;
+        }
+        let ReadScratch { rankings, refined, chosen, fresh, weights, references, outs, lses, .. } = scratch;
+        let weights = resize(weights, rows * total_rows(tables));
+        let references = resize(references, lse.len());
+        let mut left = &mut *weights;
+        let parts = tables.iter().map(|table| {
+            let (part, behind) = std::mem::take(&mut left).split_at_mut(rows * table.rows());
+            left = behind;
+            part
+        });
+        let parts = parts.zip(references.chunks_exact_mut(rows)).zip(fresh).zip(0..);
+        let (rankings, refined, chosen) = (&*rankings, &*refined, &chosen.units);
+        self.each(parts, |(((weights, references), rest), h): (((&mut [f32], _), _), usize)| {
+            let refined = refined.get(h).filter(|_| own && self.retrieval.residuals().is_some());
+            self.left_weights(h, &rankings[h], refined, &chosen[h], (&mut *weights, references));
+            if self.retrieval.rule.estimate < 1.0 {
+                self.keep_best(&rankings[h], &chosen[h], weights, rest);
+            }
+        });
         resize(outs, 2 * out.len());
         resize(lses, 2 * lse.len());
-        let lane = AttendLane {
-            heads: rows,
-            queries: self.queries,
-            positions: self.positions,
-            share: Share::ALL,
-            spans: Some(spans),
-            out: &mut outs[out.len()..2 * out.len()],
-            lse: &mut lses[lse.len()..2 * lse.len()],
-            mass: None,
-        };
-        self.backend.attend(&self.table_params(Role::Mean), &mut [lane], workspace)?;
-        for (rows, spans) in rows.iter().zip(&*spans) {
-            report.bytes += spans.rows() * (size_of::<i32>() + size_of::<f32>());
-            for side in [Side::Key, Side::Value] {
-                report.bytes += store::side_bytes_read(rows, side, Some(spans));
-            }
-        }
         let part = (&mut outs[out.len()..2 * out.len()], &mut lses[lse.len()..2 * lse.len()]);
-        part.1.iter_mut().zip(&*corrections).for_each(|(lse, correction)| *lse += correction);
-        if means.there {
-            subtract(means, self.shape.d_v, part);
+        let args = &mut WeighArgs { heads: tables, rows, weights, out: &mut *part.0, d_v };
+        self.backend.weigh_values(args, workspace)?;
+        report.bytes +=
+            tables.iter().map(|table| store::side_bytes_read(table, Side::Value, None)).sum::<usize>();
+        let lines = tables.iter().flat_map(|table| std::iter::repeat_n(table.rows(), rows));
+        let outs_and_lses = part.0.chunks_exact_mut(d_v).zip(part.1).zip(&*references);
+        let mut rest = &*weights;
+        for (units, ((out, lse), reference)) in lines.zip(outs_and_lses) {
+            let (line, behind) = rest.split_at(units);
+            rest = behind;
+            let total = sum(line);
+            let share = if total > 0.0 { (1.0 / total) as f32 } else { 0.0 };
+            out.iter_mut().for_each(|x| *x *= share);
+            *lse = if total > 0.0 { reference + total.ln() as f32 } else { f32::NEG_INFINITY };
         }
         if report.missing.is_none() {
             let parts = lses[lse.len()..2 * lse.len()].iter().zip(&*lse);
@@ -82,34 +103,73 @@ impl Reader<'_> {
         self.join((outs, lses), (out, lse))
     }
 
-    /// The rows of means to attend over, as spans: of the units that the tail covers; or of those that were read, where
-    /// attention over all of them is there to take these from.
-    fn estimated(&self, scratch: &mut ReadScratch, rows: &[HeadRows]) {
-        let ReadScratch { spans, chosen, rankings, fresh, means, ranked, .. } = scratch;
-        let estimate = self.retrieval.rule.estimate;
-        for (h, spans) in spans.iter_mut().enumerate() {
-            let (chosen, units) = (&chosen.units[h], rows[h].rows());
-            spans.clear();
-            if means.there {
-                chosen.iter().for_each(|&unit| spans.push(unit as usize..unit as usize + 1));
-            } else if estimate < 1.0 && self.index.heads()[h].units() > 0 && chosen.len() < units && *ranked {
-                let mut left = (estimate * units as f64) as usize;
-                let next = |_, _: &Ranking| {
-                    let more = left > 0;
-                    left = left.saturating_sub(1);
-                    more
-                };
-                fresh.resize_with(rows.len(), Vec::new);
-                rankings[h].take(|_| 1, next, &mut fresh[h]);
-                fresh[h].iter().for_each(|&unit| spans.push(unit as usize..unit as usize + 1));
-            } else {
-                let mut from = 0;
-                for &unit in chosen {
-                    spans.push(from..unit as usize);
-                    from = unit as usize + 1;
+    /// Weights of the units of a KV head without what was read of them: `[rows, units]`, relative to `references [rows]`.
+    fn left_weights(
+        &self,
+        h: usize,
+        ranking: &Ranking,
+        refined: Option<&Refined>,
+        chosen: &[u32],
+        (weights, references): (&mut [f32], &mut [f32]),
+    ) {
+        let units = &self.index.heads()[h];
+        if units.units() == 0 {
+            return;
+        }
+        for (row, (line, reference)) in weights.chunks_exact_mut(units.units()).zip(references).enumerate() {
+            line.copy_from_slice(ranking.weights(row));
+            *reference = ranking.reference(row);
+            if let Some(refined) = refined {
+                let (of_units, of_entries) = (*reference, refined.ranking.reference(row));
+                *reference = of_units.max(of_entries);
+                if of_units < *reference {
+                    let factor = (of_units - *reference).exp();
+                    line.iter_mut().for_each(|w| *w *= factor);
                 }
-                spans.push(from..units);
+                let factor = (of_entries - *reference).exp();
+                let entries = refined.ranking.weights(row);
+                let mut taken = refined.taken.iter().map(|&entry| entry as usize).peekable();
+                for (unit, own) in refined.units() {
+                    let (mut from, mut left) = (own.start, 0.0);
+                    while let Some(entry) = taken.next_if(|&entry| entry < own.end) {
+                        left += entries[from..entry].iter().sum::<f32>();
+                        from = entry + 1;
+                    }
+                    line[unit] = factor * (left + entries[from..own.end].iter().sum::<f32>());
+                }
+            } else if self.retrieval.residuals().is_some() {
+                // A choice of another step: which of a unit's entries weigh more is not known now.
+                for taken in chosen.chunk_by(|&a, &b| units.unit_of(a as usize) == units.unit_of(b as usize))
+                {
+                    let unit = units.unit_of(taken[0] as usize);
+                    let count = units.count(unit);
+                    line[unit] *= (count - taken.len()) as f32 / count as f32;
+                }
+            } else {
+                chosen.iter().for_each(|&unit| line[unit as usize] = 0.0);
             }
+        }
+    }
+
+    /// Leaves only the share of the units that the tail covers: the best of those that are not `chosen`.
+    /// `rest` is lent.
+    fn keep_best(&self, ranking: &Ranking, chosen: &[u32], weights: &mut [f32], rest: &mut Vec<u32>) {
+        let scores = ranking.scores();
+        let fold = ranking.units().div_ceil(scores.len().max(1)).max(1);
+        rest.clear();
+        rest.extend(0..ranking.units() as u32);
+        if self.retrieval.residuals().is_none() {
+            let mut chosen = chosen.iter().peekable();
+            rest.retain(|unit| chosen.next_if_eq(&unit).is_none());
+        }
+        let keep = (self.retrieval.rule.estimate * ranking.units() as f64) as usize;
+        if keep >= rest.len() {
+            return;
+        }
+        let score = |unit: u32| scores[unit as usize / fold];
+        rest.select_nth_unstable_by(keep, |&a, &b| score(b).total_cmp(&score(a)).then(a.cmp(&b)));
+        for line in weights.chunks_exact_mut(ranking.units().max(1)) {
+            rest[keep..].iter().for_each(|&unit| line[unit as usize] = 0.0);
         }
     }
 
@@ -117,12 +177,17 @@ impl Reader<'_> {
     pub(super) fn account(&self, scratch: &ReadScratch, lse: &[f32], report: &mut ReadReport) {
         let (rule, rows) = (&self.retrieval.rule, self.rows());
         let roles = self.retrieval.summary.tables();
+        let refines = self.retrieval.residuals().is_some();
         // Groups that were not looked into weigh what they weigh.
         let groups = self.thresholds.is_some() && self.retrieval.table(Role::Group).is_some();
         let each = |rankings: &[Ranking], slack: &dyn Fn(usize, usize) -> f64, add: &mut dyn FnMut(f64)| {
             for (h, ranking) in rankings.iter().enumerate() {
+                let refined = scratch.refined.get(h).filter(|_| refines);
+                let (ranking, chosen) = match refined {
+                    Some(refined) => (&refined.ranking, &refined.taken),
+                    None => (ranking, &scratch.chosen.units[h]),
+                };
                 for row in 0..rows {
-                    let chosen = &scratch.chosen.units[h];
                     let beside = if groups { scratch.zone[h * rows + row] } else { f32::NEG_INFINITY };
                     add(left_share(ranking, row, chosen, (lse[h * rows + row], beside), slack(h, row)));
                 }
@@ -138,7 +203,7 @@ impl Reader<'_> {
         let bounds = match roles[0].role {
             Role::Bound => &scratch.rankings,
             _ if self.bounds_beside().is_some() => &scratch.bounds,
-            Role::Mean | Role::Group | Role::Code(_) => return,
+            Role::Mean | Role::Group | Role::Code(_) | Role::Residual(_) => return,
         };
         let mut most = 0.0f64;
         each(bounds, &|h, row| self.slack(h, row), &mut |share| most = most.max(share));
@@ -159,24 +224,6 @@ impl Reader<'_> {
         // A logit is at most this: `[q, |q|]` is longer than `q` by √2.
         let logit = std::f64::consts::SQRT_2 * norm * f64::from(self.index.norm(table, h));
         2.0 * tolerance * (1.0 + logit * f64::from(self.shape.scale.abs()))
-    }
-}
-
-/// Turns attention over some rows (`part`: outputs and log-sum-exp) into attention over all others, given attention
-/// over all.
-fn subtract(all: &Means, d_v: usize, (out, lse): (&mut [f32], &mut [f32])) {
-    for (row, (out, lse)) in out.chunks_exact_mut(d_v).zip(lse).enumerate() {
-        let (all_out, all_lse) = (&all.out[row * d_v..(row + 1) * d_v], all.lse[row]);
-        let taken = (f64::from(*lse) - f64::from(all_lse)).exp();
-        let left = 1.0 - taken;
-        // Below, what is left is as small as the rounding of what it is the difference of.
-        if left.is_nan() || left < 1e-5 {
-            *lse = f32::NEG_INFINITY;
-            continue;
-        }
-        let (taken, share) = (taken as f32, (1.0 / left) as f32);
-        out.iter_mut().zip(all_out).for_each(|(o, a)| *o = (a - taken * *o) * share);
-        *lse = all_lse + left.ln() as f32;
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod codes;
 mod naive;
+mod refined;
 mod trace;
 
 use crate::support::{Kind, backends, distance, entries, feed, placed, small_model};
@@ -45,8 +46,11 @@ fn recipes() -> Vec<String> {
             ("quest", "page=8,dense=0"),
             ("quest", "page=8,dense=1,sinks=3,group=sum,tail=estimate"),
             ("lserve", "page=16,logical=4,recent=20,every=1"),
-            ("auto", "size=4,segment=64,update=16,recent=20"),
-            ("auto", "size=8,segment=128,update=16,recent=20,rank=unit,group=logit,tail=ignore,correct=no"),
+            ("auto", "size=4,segment=64,update=16,recent=20,pieces=0"),
+            (
+                "auto",
+                "size=8,segment=128,update=16,recent=20,rank=unit,group=logit,tail=ignore,correct=no,pieces=0",
+            ),
             ("clusterkv", "size=10,segment=300,update=16,rounds=5,recent=20,dense=0"),
             ("retroinfer", "size=8,segment=64,update=16,recent=20"),
             ("squeezed", "size=6,segment=64,update=16,recent=20,window=30,cap=1.5"),
@@ -67,6 +71,17 @@ fn recipes() -> Vec<String> {
         names().iter().all(|name| recipes.iter().any(|r| r.starts_with(name))),
         "an index has no case here"
     );
+    recipes
+}
+
+/// The same and indexes of entries within units, for tests that do not ask what is best.
+fn all_recipes_for(backend: &dyn Backend) -> Vec<String> {
+    let coded = [
+        "auto(size=4,segment=64,update=16,recent=20,pieces=8,min_context=0)",
+        "auto(size=8,segment=128,update=16,recent=20,pieces=4,group=union,tail=ignore,min_context=0)",
+    ];
+    let mut recipes = recipes_for(backend);
+    recipes.extend(coded.map(str::to_owned));
     recipes
 }
 
@@ -293,7 +308,7 @@ fn what_is_missing_is_reported_and_never_more_than_the_bound() {
 #[test]
 fn tokens_one_by_one_or_at_once_give_the_same_index() {
     for backend in backends() {
-        for recipe in recipes_for(&*backend) {
+        for recipe in all_recipes_for(&*backend) {
             let outs = |chunks: &[u64]| {
                 let (mut cache, id) = prompted(&recipe, &backend, chunks);
                 let out = feed(&mut cache, id, &[PROMPT], 1);
@@ -308,7 +323,7 @@ fn tokens_one_by_one_or_at_once_give_the_same_index() {
 #[test]
 fn what_happens_to_a_sequence_happens_to_its_index() {
     for backend in backends() {
-        for recipe in recipes_for(&*backend).iter().step_by(3) {
+        for recipe in all_recipes_for(&*backend).iter().rev().step_by(3) {
             let (mut cache, id) = prompted(recipe, &backend, &[PROMPT]);
             let next: Vec<u64> = (PROMPT..PROMPT + 40).collect();
             let fork = cache.fork(id).unwrap();
@@ -462,7 +477,12 @@ fn an_index_takes_the_bytes_that_its_page_states() {
             (4 * d + 8) as f64 / 20.0 + (2 * d + 4 + 8) as f64 / 100.0 + 4.0,
             0,
         ),
-        ("auto(size=16,rounds=1,segment=1024)", (2.0 * int4(d) + 8.0) / 16.0 + 4.0, 4 * d * d),
+        ("auto(pieces=0,rounds=1,segment=1024)", (2.0 * int4(d) + 8.0) / 16.0 + 4.0, 4 * d * d),
+        (
+            "auto(rounds=1,segment=1024)",
+            (2.0 * int4(d) + 8.0) / 16.0 + 4.0 + 16.0 + 4.0,
+            8 * d * d + 4 * (16 + 1) * d,
+        ),
     ] {
         let shape = ModelShape::uniform(1, LayerShape::new(1, 1, d)).unwrap();
         let mut cache = KvCache::builder(shape).recipe(recipe).budget(Budget::Tokens(1024)).build().unwrap();

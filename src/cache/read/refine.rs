@@ -1,0 +1,175 @@
+//! Entries chosen out of units: the heaviest units are looked into, by codes of what their entries' keys have beside the
+//! units' means.
+//!
+//! *Helps* twice: single entries are found where a unit would bring its other members along, and what is left of a unit is
+//! weighed entry by entry. *Hurts* by a code per entry, of which a step reads those of the heaviest units.
+
+use super::super::scratch::resize;
+use super::reader::Reader;
+use super::{ReadReport, ReadScratch};
+use crate::error::KernelError;
+use crate::index::HeadUnits;
+use crate::index::choose::Ranking;
+use crate::kernel::Spans;
+use crate::kernel::attend::Workspace;
+use crate::kernel::code_scores::CodeLayout;
+
+/// The entries of the heaviest units of a KV head.
+#[derive(Debug, Default)]
+pub(super) struct Refined {
+    /// The units, ascending.
+    units: Vec<u32>,
+    /// Where the entries of each end among those of all of them.
+    ends: Vec<u32>,
+    /// Their entries; the other units weigh beside them.
+    pub(super) ranking: Ranking,
+    /// Entries that are chosen, ascending, as the ranking counts them.
+    pub(super) taken: Vec<u32>,
+    /// Logarithm of what every row has on the other units, and of that and what it sees anyway.
+    beside: Vec<f32>,
+    seen: Vec<f32>,
+}
+
+/// Those of a KV head, with logits of entries from codes and of units.
+type RefinedLogits<'a> = (&'a mut Refined, (&'a mut [f32], &'a [f32]));
+
+impl Refined {
+    /// Takes the heaviest units until they have `wanted` entries; `spans` become the rows of their codes.
+    fn look_into(&mut self, units: &HeadUnits, wanted: usize, ranking: &mut Ranking, spans: &mut Spans) {
+        let mut entries = 0;
+        let expected = wanted * units.units() / units.picks().max(1);
+        let more = |n, _: &Ranking| {
+            let more = entries < wanted;
+            entries += n;
+            more
+        };
+        ranking.take(expected, |unit| units.count(unit), more, &mut self.units);
+        self.taken.clear();
+        self.ends.clear();
+        spans.clear();
+        for &unit in &self.units {
+            spans.push(units.picks_of(unit as usize));
+            self.ends.push(spans.rows() as u32);
+        }
+    }
+
+    /// The units, each with its entries among those of all of them.
+    pub(super) fn units(&self) -> impl Iterator<Item = (usize, std::ops::Range<usize>)> + '_ {
+        let starts = std::iter::once(0).chain(self.ends.iter().map(|&end| end as usize));
+        let ends = starts.zip(&self.ends).map(|(start, &end)| start..end as usize);
+        self.units.iter().map(|&unit| unit as usize).zip(ends)
+    }
+
+    /// Turns entries as the ranking counts them (ascending) into entries as the index does.
+    fn name(&self, units: &HeadUnits, entries: &mut [u32]) {
+        let mut own = self.units().peekable();
+        for entry in entries {
+            while own.peek().is_some_and(|(_, entries)| entries.end <= *entry as usize) {
+                own.next();
+            }
+            if let Some((unit, entries)) = own.peek() {
+                *entry = (units.picks_of(*unit).start + *entry as usize - entries.start) as u32;
+            }
+        }
+    }
+}
+
+impl Reader<'_> {
+    /// Logits of the entries of the heaviest units from their codes, into `scratch.refined`.
+    pub(super) fn refine(
+        &self,
+        (table, layout): (usize, CodeLayout),
+        scratch: &mut ReadScratch,
+        workspace: &mut Workspace,
+        report: &mut ReadReport,
+    ) -> Result<(), KernelError> {
+        let (rows, heads) = (self.rows(), self.index.heads());
+        let ReadScratch { rankings, refined, spans, scores, queries, logits, zone, .. } = scratch;
+        refined.resize_with(heads.len(), Refined::default);
+        let looking = rankings.iter_mut().zip(&mut *refined).zip(&mut *spans).zip(heads);
+        self.each(
+            looking,
+            |(((ranking, refined), spans), units): (((&mut Ranking, &mut Refined), _), &HeadUnits)| {
+                let share = (self.retrieval.rule.refine * units.picks() as f64) as usize;
+                // Of fewer than are to be read none could be chosen.
+                let wanted = share.max(self.budget.min(units.picks()));
+                refined.look_into(units, wanted, ranking, spans);
+            },
+        );
+        let entries: usize = spans.iter().map(Spans::rows).sum();
+        let scores = resize(scores, rows * entries);
+        self.score_codes(layout, self.index.table(table), Some(spans), queries, scores, workspace)?;
+        report.bytes += entries * layout.words() * size_of::<u32>();
+        let (mut scores, mut logits) = (scores, &**logits);
+        let parts = spans.iter().zip(heads).map(|(spans, units)| {
+            let (part, behind) = std::mem::take(&mut scores).split_at_mut(rows * spans.rows());
+            let (of_units, rest) = logits.split_at(rows * units.units());
+            (scores, logits) = (behind, rest);
+            (part, of_units)
+        });
+        let (corrections, of_codes) = scratch.corrections.split_at(scratch.corrections.len() / 2);
+        let (zone, rankings) = (&**zone, &*rankings);
+        self.each(
+            refined.iter_mut().zip(parts).zip(0..),
+            |((refined, (scores, logits)), h): (RefinedLogits<'_>, usize)| {
+                let own = h * rows..(h + 1) * rows;
+                let of = |all: &[f32], row| all.get(h * rows + row).copied().unwrap_or(0.0);
+                let (units, ranking) = (&heads[h], &rankings[h]);
+                let entries = scores.len() / rows;
+                for row in 0..rows {
+                    let logits = &logits[row * units.units()..(row + 1) * units.units()];
+                    let (around, within) = (of(corrections, row), of(of_codes, row));
+                    for (unit, entries_of) in refined.units() {
+                        // A mean's logit is of all members together.
+                        let mean = logits[unit] - around - (entries_of.len() as f32).ln();
+                        let scores = &mut scores[row * entries..(row + 1) * entries][entries_of];
+                        match self.shape.softcap {
+                            None => scores.iter_mut().for_each(|x| *x += mean + within),
+                            Some(cap) => {
+                                let mean = cap * (mean / cap).clamp(-0.999_999, 0.999_999).atanh();
+                                scores
+                                    .iter_mut()
+                                    .for_each(|x| *x = cap * ((mean + *x) / cap).tanh() + within);
+                            }
+                        }
+                    }
+                }
+                let Refined { units, beside, seen, ranking: of_entries, .. } = refined;
+                beside.clear();
+                beside.extend(
+                    (0..rows)
+                        .map(|row| ranking.left_exactly(row, units).ln() as f32 + ranking.reference(row)),
+                );
+                seen.clear();
+                seen.extend(zone[own].iter().zip(&*beside).map(|(&zone, &beside)| log_sum(zone, beside)));
+                of_entries.set(scores, seen, (self.retrieval.rule.group, 1), None);
+                of_entries.leave(beside);
+            },
+        );
+        Ok(())
+    }
+
+    /// [`Reader::take`] of entries of a KV head, as the index counts them.
+    pub(super) fn take_refined(
+        &self,
+        h: usize,
+        first: bool,
+        known: Option<&[f32]>,
+        refined: &mut Refined,
+        fresh: &mut Vec<u32>,
+        chosen: &mut Vec<u32>,
+    ) {
+        let (units, mut taken) = (&self.index.heads()[h], std::mem::take(&mut refined.taken));
+        self.take(h, first, known, (&mut refined.ranking, None), |_| 1, (fresh, &mut taken));
+        chosen.clone_from(&taken);
+        refined.taken = taken;
+        refined.name(units, fresh);
+        refined.name(units, chosen);
+    }
+}
+
+/// `ln(e^a + e^b)`.
+fn log_sum(a: f32, b: f32) -> f32 {
+    let most = a.max(b);
+    if most == f32::NEG_INFINITY { most } else { most + ((a - most).exp() + (b - most).exp()).ln() }
+}

@@ -1,0 +1,254 @@
+//! Entries chosen out of clusters: what their codes promise decides among the entries of the heaviest clusters, and what is
+//! left of a cluster is weighed by them.
+
+use super::naive::{Naive, Row, dot, mean_of, naive, units, wide};
+use super::{BUDGET, PROMPT, prompted, queries};
+use crate::support::{backends, distance, entries, feed};
+use kvsieve::geometry::Slot;
+use kvsieve::index::{Codebook, Group, Tail};
+use kvsieve::{KvCache, SequenceId};
+use std::collections::BTreeMap;
+
+/// What this recipe's rules make of the entries of one KV head.
+struct Refined {
+    /// By slot: what its code says beside the mean of its unit.
+    residuals: BTreeMap<usize, Vec<f64>>,
+    refine: f64,
+}
+
+/// A row's logits of entries that have a code.
+type Logits = BTreeMap<usize, f64>;
+
+/// Weight of a row on what is always read, on units that are not looked into, and on entries of those that are.
+struct Weights {
+    always: f64,
+    beside: f64,
+    within: Logits,
+}
+
+impl Refined {
+    /// The nearest codewords of every piece, each tried in turn.
+    fn new(naive: &Naive<'_>, book: &Codebook, refine: f64) -> Self {
+        let (layout, d) = (book.layout(), naive.shape.d_k);
+        let codewords: Vec<Vec<f64>> = (0..book.levels() as u16)
+            .map(|level| {
+                let (mut words, mut key) = (vec![0; layout.words()], vec![0.0; d]);
+                layout.pack(&vec![level; layout.codes], &mut words);
+                book.decode(&words, &mut key);
+                wide(&key)
+            })
+            .collect();
+        let mut residuals = BTreeMap::new();
+        for unit in naive.units {
+            let keys = naive.keys(unit);
+            let mean = mean_of(&keys);
+            for (&slot, key) in unit.iter().zip(&keys) {
+                let rest: Vec<f64> = key.iter().zip(&mean).map(|(k, m)| k - m).collect();
+                let mut near = rest.clone();
+                for m in 0..layout.codes {
+                    let piece = m * d / layout.codes..(m + 1) * d / layout.codes;
+                    let far = |word: &&Vec<f64>| -> f64 {
+                        piece.clone().map(|x| (word[x] - rest[x]).powi(2)).sum::<f64>()
+                    };
+                    let best = codewords.iter().min_by(|a, b| far(a).total_cmp(&far(b))).unwrap();
+                    near[piece.clone()].copy_from_slice(&best[piece]);
+                }
+                residuals.insert(slot, near);
+            }
+        }
+        Self { residuals, refine }
+    }
+
+    /// A row's logits by codes.
+    fn logits(&self, naive: &Naive<'_>, query: &[f32]) -> Logits {
+        let scale = f64::from(naive.shape.scale);
+        let mut logits = Logits::new();
+        let (mut variance, mut count) = (0.0, 0);
+        for unit in naive.units {
+            let mean = dot(query, &mean_of(&naive.keys(unit)));
+            for &slot in unit {
+                let near = mean + dot(query, &self.residuals[&slot]);
+                variance += (dot(query, &wide(&naive.entries[slot].key)) - near).powi(2);
+                count += 1;
+                logits.insert(slot, scale * near);
+            }
+        }
+        if naive.rule.correct {
+            let correction = (0.5 * scale * scale * variance / f64::from(count)).ln_1p();
+            logits.values_mut().for_each(|x| *x += correction);
+        }
+        logits
+    }
+
+    /// Units that are looked into, the heaviest first.
+    fn looked_into(&self, naive: &Naive<'_>, rows: &[Row]) -> Vec<usize> {
+        let covered = naive.covered();
+        let wanted = ((self.refine * covered as f64) as usize).max(BUDGET.min(covered));
+        let mut entries = 0;
+        let ranking = naive.ranking(rows).into_iter();
+        let heavy = ranking.take_while(|(_, unit)| {
+            let more = entries < wanted;
+            entries += naive.units[unit.start].len();
+            more
+        });
+        heavy.map(|(_, unit)| unit.start).collect()
+    }
+
+    fn weights(naive: &Naive<'_>, row: &Row, logits: &Logits, looked: &[usize]) -> Weights {
+        let always = (0..naive.entries.len()).filter(|&slot| naive.unit_of(slot).is_none());
+        let others = (0..naive.units.len()).filter(|unit| !looked.contains(unit));
+        let within = looked.iter().flat_map(|&unit| &naive.units[unit]);
+        Weights {
+            always: always.map(|slot| row.entries[slot].exp()).sum(),
+            beside: others.map(|unit| row.units[unit].exp()).sum(),
+            within: within.map(|&slot| (slot, logits[&slot].exp())).collect(),
+        }
+    }
+
+    /// Scores of the entries of the units that are looked into.
+    fn scores(naive: &Naive<'_>, weights: &[Weights]) -> Logits {
+        let score = |slot: usize| {
+            let shares = weights.iter().map(|w| {
+                let all = w.always + w.beside + w.within.values().sum::<f64>();
+                w.within[&slot] / all
+            });
+            match naive.rule.group {
+                Group::Sum => shares.sum::<f64>().ln(),
+                Group::Max => shares.fold(0.0, f64::max).ln(),
+                _ => weights.iter().map(|w| w.within[&slot].ln()).fold(f64::NEG_INFINITY, f64::max),
+            }
+        };
+        weights[0].within.keys().map(|&slot| (slot, score(slot))).collect()
+    }
+
+    /// Attention over what was read, and the means of units by what is left of their weight.
+    fn output(
+        naive: &Naive<'_>,
+        row: &Row,
+        weights: &Weights,
+        looked: &[usize],
+        read: &[usize],
+    ) -> (Vec<f64>, f64) {
+        let mut parts: Vec<(f64, Vec<f64>)> =
+            read.iter().map(|&slot| (row.entries[slot].exp(), wide(&naive.entries[slot].value))).collect();
+        let known: f64 = parts.iter().map(|(w, _)| w).sum();
+        let mut left = 0.0;
+        for (unit, members) in naive.units.iter().enumerate() {
+            let weight = match looked.contains(&unit) {
+                true => {
+                    members.iter().filter(|slot| !read.contains(slot)).map(|slot| weights.within[slot]).sum()
+                }
+                false => row.units[unit].exp(),
+            };
+            left += weight;
+            if naive.rule.tail == Tail::Estimate {
+                let values: Vec<_> = members.iter().map(|&slot| wide(&naive.entries[slot].value)).collect();
+                parts.push((weight, mean_of(&values)));
+            }
+        }
+        let all: f64 = parts.iter().map(|(w, _)| w).sum();
+        let out = (0..naive.shape.d_v).map(|d| parts.iter().map(|(w, v)| w * v[d]).sum::<f64>() / all);
+        (out.collect(), left / (known + left))
+    }
+}
+
+/// Of one KV head: its entries and what a naive implementation makes of them.
+fn check(
+    (cache, id): (&KvCache, SequenceId),
+    (layer, head): (usize, usize),
+    units_before: &[Vec<usize>],
+    token: u64,
+    out: &[f32],
+    (refine, tolerance): (f64, f64),
+) -> f64 {
+    let all = entries(cache, id, layer, head);
+    let naive = naive((cache, id), (layer, head), &all, units_before);
+    let books = cache.codebooks(id).unwrap();
+    let refined = Refined::new(&naive, books.layer(layer)[head].as_ref().unwrap(), refine);
+    let asked = queries(&naive.shape, layer, head, &[(token, token as i32)]);
+    let rows: Vec<Row> = asked.iter().map(|(query, at)| naive.row(query, *at)).collect();
+    let looked = refined.looked_into(&naive, &rows);
+    let weights: Vec<Weights> = asked
+        .iter()
+        .zip(&rows)
+        .map(|((query, _), row)| Refined::weights(&naive, row, &refined.logits(&naive, query), &looked))
+        .collect();
+    let scores = Refined::scores(&naive, &weights);
+    let choice = cache.last_choice(id, layer).unwrap().unwrap();
+    let slots = &choice.slots[choice.offsets[head]..choice.offsets[head + 1]];
+    let read: Vec<usize> = slots.iter().map(|slot: &Slot| slot.0 as usize).collect();
+    assert_eq!(read.len(), BUDGET, "single entries fill a budget");
+    let always = (0..all.len()).filter(|&slot| naive.unit_of(slot).is_none());
+    assert!(always.clone().all(|slot| read.contains(&slot)));
+    assert!(read.iter().all(|slot| naive.unit_of(*slot).is_none() || scores.contains_key(slot)));
+    let (chosen, others): (Vec<_>, Vec<_>) = scores.iter().partition(|(slot, _)| read.contains(slot));
+    let least = chosen.iter().map(|(_, score)| **score).fold(f64::INFINITY, f64::min);
+    let most = others.iter().map(|(_, score)| **score).fold(f64::NEG_INFINITY, f64::max);
+    assert!(least > most - tolerance, "{least} chosen, {most} not");
+    let mut missing = 0.0;
+    for (g, (row, weights)) in rows.iter().zip(&weights).enumerate() {
+        let (want, left) = Refined::output(&naive, row, weights, &looked, &read);
+        let error = distance(&out[(head * 3 + g) * 16..][..16], &want);
+        assert!(error < tolerance, "head {head}, row {g}: {error}");
+        missing += left / 3.0;
+    }
+    missing
+}
+
+#[test]
+fn what_codes_promise_is_read_and_the_rest_of_a_cluster_is_weighed_by_them() {
+    for (own, refine) in [
+        ("size=4,segment=64,pieces=8,refine=0.5", 0.5),
+        ("size=8,segment=128,pieces=5,refine=0.9,group=max,rank=unit,correct=no", 0.9),
+        ("size=6,segment=300,pieces=16,refine=0.1,group=logit", 0.1),
+        ("size=6,segment=300,pieces=16,refine=0.8,tail=ignore", 0.8),
+    ] {
+        let recipe = format!("auto({own},update=16,recent=20,store=f32,min_context=0)");
+        for backend in backends() {
+            // Processors round tables of codewords to bytes.
+            let tolerance = if backend.name() == "cpu" { 0.1 } else { 2e-4 };
+            let (mut cache, id) = prompted(&recipe, &backend, &[200, PROMPT - 200]);
+            for token in PROMPT..PROMPT + 20 {
+                let before = [0, 1].map(|head| units(&cache, id, 1, head));
+                let out = feed(&mut cache, id, &[token], 1);
+                let missing = before.iter().enumerate().map(|(head, units)| {
+                    check((&cache, id), (1, head), units, token, &out[1], (refine, tolerance))
+                });
+                let (said, want) =
+                    (cache.last_read(id, 1).unwrap().unwrap().missing.unwrap(), missing.sum::<f64>() / 2.0);
+                assert!(
+                    (f64::from(said) - want).abs() < tolerance * want.max(0.1),
+                    "{}: {recipe}: {said}, should be {want}",
+                    backend.name()
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_kept_choice_of_entries_leaves_what_it_did_not_take() {
+    for backend in backends() {
+        let own = "auto(size=4,segment=64,update=64,recent=20,pieces=8,store=f32,min_context=0";
+        let run = |recipe: &str| {
+            let (mut cache, id) = prompted(recipe, &backend, &[PROMPT]);
+            let outs: Vec<_> = (0..6).map(|i| feed(&mut cache, id, &[PROMPT + i], 1)).collect();
+            let read: Vec<_> = (0..2).map(|layer| cache.last_read(id, layer).unwrap().unwrap()).collect();
+            (outs, read)
+        };
+        let (straight, each) = run(&format!("{own})"));
+        let (kept, held) = run(&format!("{own},every=6)"));
+        let (_, shared) = run(&format!("{own},share=2)"));
+        assert_eq!(straight[0], kept[0], "{}: the first step chooses", backend.name());
+        for (each, held) in each.iter().zip(&held) {
+            // Codes are not read again; the choice is of five steps ago, and as large.
+            assert!(held.bytes < each.bytes && held.units == each.units, "{each:?} {held:?}");
+            assert!(held.missing.is_some_and(|missing| missing > 0.0 && missing < 1.0), "{held:?}");
+        }
+        assert!(shared[1].bytes < each[1].bytes && shared[0].bytes == each[0].bytes, "{shared:?} {each:?}");
+        let far = |a: &[Vec<f32>], b: &[Vec<f32>]| {
+            distance(&a[1], &b[1].iter().map(|&x| f64::from(x)).collect::<Vec<_>>())
+        };
+        assert!(far(&straight[5], &kept[5]) < 0.5, "{}", far(&straight[5], &kept[5]));
+    }
+}
