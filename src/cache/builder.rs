@@ -194,6 +194,7 @@ impl KvCache {
         }
         if let Some(index) = &recipe.index {
             check_read(index, budget)?;
+            index.summary.check(shape, index.rule.dense)?;
         }
         if recipe.positions == PositionMode::Renumber {
             check_renumber(shape, recipe)?;
@@ -211,8 +212,10 @@ impl KvCache {
 /// What policy and index want to be recorded.
 fn needs(recipe: &Recipe) -> crate::policy::Needs {
     let needs = recipe.policy.needs();
-    let calibration = recipe.index.as_ref().and_then(|index| index.rule.calibration);
-    let queries = needs.queries.max(calibration.map_or(0, |c| c.queries));
+    let asked = recipe.index.as_ref().map_or(0, |index| {
+        index.rule.calibration.map_or(0, |calibration| calibration.queries).max(index.summary.queries())
+    });
+    let queries = needs.queries.max(asked);
     crate::policy::Needs { queries, ..needs }
 }
 

@@ -336,15 +336,20 @@ impl KvCache {
         self.scratch.recording && self.participates(layer) && self.scores_tokens()
     }
 
-    /// Whether the schedule can still look at what a sequence's tokens do: a recipe that compresses only at
-    /// the end of the prompt records nothing afterwards.
+    /// Whether the schedule can still look at what a sequence's tokens do, or its index has yet to learn from it: a recipe
+    /// that compresses only at the end of the prompt records nothing afterwards.
     fn records(&self, sequence: &Sequence) -> bool {
         let schedule = self.recipe.schedule;
+        let learns = || {
+            self.recipe.index.as_ref().is_some_and(|index| index.summary.queries() > 0)
+                && sequence.reads.iter().filter_map(|reads| reads.index.as_ref()).any(LayerIndex::unlearnt)
+        };
         self.scores_tokens()
             && (sequence.prefill_open
                 || schedule.chunk
                 || schedule.every.is_some()
-                || schedule.over.is_some())
+                || schedule.over.is_some()
+                || learns())
     }
 
     /// Frees the buffers that steps reuse; the next step allocates them again.
