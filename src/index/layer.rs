@@ -390,6 +390,18 @@ impl LayerIndex {
         }
     }
 
+    /// The same with codebooks that were learnt elsewhere, per KV head.
+    #[must_use]
+    pub fn with_books(mut self, books: &[Option<Arc<Codebook>>]) -> Self {
+        self.books.iter_mut().zip(books).for_each(|(book, given)| book.clone_from(given));
+        self
+    }
+
+    /// What was learnt, per KV head.
+    pub fn books(&self) -> &[Option<Arc<Codebook>>] {
+        &self.books
+    }
+
     /// The units of each KV head.
     pub fn heads(&self) -> &[HeadUnits] {
         &self.heads

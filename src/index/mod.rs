@@ -32,7 +32,7 @@ pub mod squeezed;
 mod units;
 
 pub use clusters::Clusters;
-pub use codes::{Codebook, windowed};
+pub use codes::{Codebook, Codebooks, windowed};
 pub use layer::{Growth, HeadUnits, LayerIndex, TableStorage};
 pub use options::{Calibration, Goal, Group, ReadRule, Tail, Thresholds};
 pub use units::Pages;

@@ -27,8 +27,10 @@ pub struct Codebook {
     halves: Vec<f32>,
     /// Of each piece, where queries were known: what errors in it do to logits.
     metrics: Vec<Option<Metric>>,
-    /// Whether it stays true whatever entries there are and wherever they stand.
-    lasting: bool,
+    /// Where queries are put, if keys are taken back to position 0.
+    distance: Option<i32>,
+    /// Whether it was given and not learnt.
+    given: bool,
 }
 
 /// `a·b`: pieces of few dimensions are no work for vectors.
@@ -37,10 +39,11 @@ pub(super) fn product(a: &[f32], b: &[f32]) -> f32 {
 }
 
 impl Codebook {
-    /// A codebook without words, about `center`.
-    pub(super) fn new(layout: CodeLayout, levels: usize, center: Vec<f32>, lasting: bool) -> Self {
+    /// A codebook without words, about `center`, for queries at `distance`.
+    pub(super) fn new(layout: CodeLayout, levels: usize, center: Vec<f32>, distance: Option<i32>) -> Self {
         let words = Vec::with_capacity(levels * center.len());
-        Self { layout, levels, center, words, halves: Vec::new(), metrics: Vec::new(), lasting }
+        let (halves, metrics) = (Vec::new(), Vec::new());
+        Self { layout, levels, center, words, halves, metrics, distance, given: false }
     }
 
     /// The next piece: `[levels, dims]`, relative to the center.
@@ -74,9 +77,26 @@ impl Codebook {
         self.metrics.iter().any(Option::is_some)
     }
 
-    /// Whether it stays true when entries are removed or renumbered.
+    /// Dimensions of a key.
+    pub fn dims(&self) -> usize {
+        self.center.len()
+    }
+
+    /// The distance that queries are put at, if keys are taken back to position 0.
+    pub fn distance(&self) -> Option<i32> {
+        self.distance
+    }
+
+    /// The same, for sequences that are given it and learn none.
+    #[must_use]
+    pub fn given(self) -> Self {
+        Self { given: true, ..self }
+    }
+
+    /// Whether it outlives the entries it was learnt from: it was given, or position 0 is where keys are whatever becomes
+    /// of the others.
     pub fn lasts(&self) -> bool {
-        self.lasting
+        self.given || self.distance.is_some()
     }
 
     /// Bytes of the codewords, and of what they are compared by.

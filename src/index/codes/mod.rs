@@ -11,9 +11,11 @@
 
 mod aware;
 mod book;
+mod shelf;
 pub mod windowed;
 
 pub use book::Codebook;
+pub use shelf::Codebooks;
 
 use super::clusters::{Points, cluster};
 use super::units::mean;
@@ -163,7 +165,7 @@ impl Summary for Codes {
             0 => self.levels,
             per => self.levels.min(entries.count / per).max(1),
         };
-        let mut book = Codebook::new(self.layout, levels, center, self.distance.is_some());
+        let mut book = Codebook::new(self.layout, levels, center, self.distance);
         for m in 0..self.layout.codes {
             let dims = book.piece(m).len();
             let mut rows = Vec::with_capacity(entries.count * dims);

@@ -1,6 +1,7 @@
 //! Indexes: what they read is what a naive implementation reads, what they say of the rest is true, and everything that
 //! happens to a sequence happens to its index.
 
+mod aware;
 mod codes;
 mod naive;
 mod trace;
