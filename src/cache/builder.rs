@@ -12,7 +12,7 @@ use crate::device::encoding::Encoding;
 use crate::device::page::PageLayout;
 use crate::error::{Error, RecipeError};
 use crate::geometry::{KeyPhase, ModelShape};
-use crate::index::{Retrieval, TableStorage};
+use crate::index::{Codebook, Codebooks, Retrieval, TableStorage};
 use crate::policy::Policy;
 use crate::recipe::{Budget, PositionMode, Recipe};
 use crate::store::{Packed, Storage};
@@ -55,6 +55,7 @@ pub struct CacheBuilder {
     budget: Option<Budget>,
     backend: Option<Arc<dyn Backend>>,
     page_entries: usize,
+    codebooks: Codebooks,
 }
 
 impl CacheBuilder {
@@ -65,6 +66,7 @@ impl CacheBuilder {
             budget: None,
             backend: None,
             page_entries: DEFAULT_PAGE_ENTRIES,
+            codebooks: Codebooks::default(),
         }
     }
 
@@ -111,6 +113,14 @@ impl CacheBuilder {
         self
     }
 
+    /// Codebooks for an index of codes, learnt elsewhere ([`KvCache::codebooks`]): KV heads that have one encode entries as
+    /// they come, and learn nothing.
+    #[must_use]
+    pub fn codebooks(mut self, codebooks: Codebooks) -> Self {
+        self.codebooks = codebooks;
+        self
+    }
+
     /// The cache.
     ///
     /// # Errors
@@ -135,6 +145,16 @@ impl CacheBuilder {
             None => Arc::new(Cpu::default()),
         };
         KvCache::check(&self.shape, &recipe, self.budget, &*backend)?;
+        if self.codebooks != Codebooks::default() {
+            self.codebooks.check(recipe.index.as_deref(), &self.shape)?;
+        }
+        let given = |book: Arc<Codebook>| Arc::new(Arc::unwrap_or_clone(book).given());
+        let layers = self
+            .codebooks
+            .layers
+            .into_iter()
+            .map(|heads| heads.into_iter().map(|book| book.map(given)).collect());
+        let codebooks = Codebooks { layers: layers.collect() };
         let columns = ColumnLayout::new(recipe.policy.columns());
         let mut cache = KvCache {
             shape: Arc::new(self.shape),
@@ -145,6 +165,7 @@ impl CacheBuilder {
             storage: Vec::new(),
             tables: Vec::new(),
             page_entries: self.page_entries,
+            codebooks,
             columns,
             sequences: BTreeMap::new(),
             next_id: 0,
@@ -194,6 +215,7 @@ impl KvCache {
         }
         if let Some(index) = &recipe.index {
             check_read(index, budget)?;
+            index.summary.check(shape, index.rule.dense)?;
         }
         if recipe.positions == PositionMode::Renumber {
             check_renumber(shape, recipe)?;
@@ -211,8 +233,10 @@ impl KvCache {
 /// What policy and index want to be recorded.
 fn needs(recipe: &Recipe) -> crate::policy::Needs {
     let needs = recipe.policy.needs();
-    let calibration = recipe.index.as_ref().and_then(|index| index.rule.calibration);
-    let queries = needs.queries.max(calibration.map_or(0, |c| c.queries));
+    let asked = recipe.index.as_ref().map_or(0, |index| {
+        index.rule.calibration.map_or(0, |calibration| calibration.queries).max(index.summary.queries())
+    });
+    let queries = needs.queries.max(asked);
     crate::policy::Needs { queries, ..needs }
 }
 

@@ -49,6 +49,7 @@ impl KvCache {
                 let watched = self.watches(id);
                 self.compress_if_due(id, accepted)?;
                 self.extend_index(id)?;
+                self.forget_queries(id)?;
                 self.seal(id)?;
                 self.advance_guard(id, watched, accepted)?;
             }
@@ -172,7 +173,13 @@ impl KvCache {
         self.extend_index(id)?;
         self.calibrate(id)?;
         self.seal(id)?;
-        if !self.records(self.sequence(id)?) {
+        self.forget_queries(id)
+    }
+
+    /// Gives recorded queries back that nothing will look at.
+    fn forget_queries(&mut self, id: SequenceId) -> Result<(), Error> {
+        let sequence = self.sequence(id)?;
+        if self.needs.queries > 0 && !sequence.prefill_open && !self.records(sequence) {
             self.sequence_mut(id)?.queries.iter_mut().for_each(QueryLog::clear);
         }
         Ok(())

@@ -32,7 +32,7 @@ use crate::backend::Backend;
 use crate::columns::ColumnLayout;
 use crate::error::{CacheError, Error};
 use crate::geometry::{ModelShape, Position, RowCount, Slot};
-use crate::index::{LayerIndex, TableStorage};
+use crate::index::{Codebooks, LayerIndex, TableStorage};
 use crate::policy::FeedKind;
 use crate::recipe::{Budget, Recipe};
 use crate::store::Storage;
@@ -81,6 +81,8 @@ pub struct KvCache {
     /// Entries per page of exact entries.
     pub(crate) page_entries: usize,
     pub(crate) columns: ColumnLayout,
+    /// What sequences need not learn.
+    pub(crate) codebooks: Codebooks,
     /// The policy's needs, asked once.
     needs: crate::policy::Needs,
     sequences: BTreeMap<u64, Sequence>,
@@ -137,7 +139,10 @@ impl KvCache {
     fn new_reads(&self, layer: usize) -> LayerReads {
         let indexed = self.recipe.index.as_ref().filter(|_| self.participates(layer));
         let indexed = indexed.filter(|index| layer >= index.rule.dense);
-        let index = indexed.map(|index| LayerIndex::new(index, self.shape.layer(layer).kv_heads));
+        let index = indexed.map(|index| {
+            let kv_heads = self.shape.layer(layer).kv_heads;
+            LayerIndex::new(index, kv_heads).with_books(self.codebooks.layer(layer))
+        });
         LayerReads { index, ..LayerReads::default() }
     }
 
@@ -231,6 +236,18 @@ impl KvCache {
             let head = &index.heads()[head];
             (0..head.groups()).map(|group| head.group(group)).collect()
         }))
+    }
+
+    /// The codebooks that a sequence learnt or was given, where the recipe has an index of codes: for
+    /// [`CacheBuilder::codebooks`].
+    ///
+    /// # Errors
+    /// [`CacheError::NoSequence`].
+    pub fn codebooks(&self, id: SequenceId) -> Result<Codebooks, CacheError> {
+        let reads = self.sequence(id)?.reads.iter();
+        let books =
+            reads.map(|reads| reads.index.as_ref().map_or_else(Vec::new, |index| index.books().to_vec()));
+        Ok(Codebooks { layers: books.collect() })
     }
 
     /// The rows a layer reads.
@@ -336,15 +353,20 @@ impl KvCache {
         self.scratch.recording && self.participates(layer) && self.scores_tokens()
     }
 
-    /// Whether the schedule can still look at what a sequence's tokens do: a recipe that compresses only at
-    /// the end of the prompt records nothing afterwards.
+    /// Whether the schedule can still look at what a sequence's tokens do, or its index has yet to learn from it: a recipe
+    /// that compresses only at the end of the prompt records nothing afterwards.
     fn records(&self, sequence: &Sequence) -> bool {
         let schedule = self.recipe.schedule;
+        let learns = || {
+            self.recipe.index.as_ref().is_some_and(|index| index.summary.queries() > 0)
+                && sequence.reads.iter().filter_map(|reads| reads.index.as_ref()).any(LayerIndex::unlearnt)
+        };
         self.scores_tokens()
             && (sequence.prefill_open
                 || schedule.chunk
                 || schedule.every.is_some()
-                || schedule.over.is_some())
+                || schedule.over.is_some()
+                || learns())
     }
 
     /// Frees the buffers that steps reuse; the next step allocates them again.

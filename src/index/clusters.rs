@@ -6,7 +6,7 @@
 
 use super::options::encoding;
 use super::units::mean;
-use super::{Codebook, Codes, Entries, Role, Summary, Table, UnitRows, Units};
+use super::{Codebook, Codes, Entries, Lesson, Role, Summary, Table, UnitRows, Units};
 use crate::backend::Backend;
 use crate::device::encoding::Encoding;
 use crate::device::page::{HeadRows, PageLayout};
@@ -92,7 +92,7 @@ impl Summary for Clusters {
         &self.tables
     }
 
-    fn take(&self, pending: usize, open: bool, _: usize) -> usize {
+    fn take(&self, pending: usize, open: bool, _: bool) -> usize {
         if pending >= self.segment {
             return self.segment;
         }
@@ -260,8 +260,7 @@ impl Means {
         }
     }
 
-    /// The nearest mean of every point: the largest `x·c − ‖c‖²/2`, or `x·c` among unit vectors. The product is the one
-    /// that scores units, with points for queries and means for keys.
+    /// The nearest mean of every point: the largest `x·c − ‖c‖²/2`, or `x·c` among unit vectors.
     fn assign(
         &self,
         backend: &dyn Backend,
@@ -269,53 +268,73 @@ impl Means {
         cosine: bool,
         owners: &mut [u32],
     ) -> Result<(), KernelError> {
-        let (dim, count) = (self.dim, self.rows.len() / self.dim);
-        let layout = PageLayout {
-            capacity: count,
-            d_k: dim,
-            d_v: 1,
-            k: DType::F32.into(),
-            v: DType::F32.into(),
-            mirrored: backend.mirrored(),
-            column_words: 0,
-            steady: false,
-        };
-        let positions: Vec<i32> = (0..count as i32).collect();
-        let mut table = HeadRows::default();
-        let values = vec![0.0; count];
-        let new = NewRows { positions: &positions, keys: &self.rows, values: &values };
-        store::append(backend, &Arc::new(layout), &mut table, new)?;
-        if !cosine {
-            let half = |mean: &[f32]| -0.5 * mean.iter().map(|x| x * x).sum::<f32>();
-            let bias: Vec<f32> = self.rows.chunks_exact(dim).map(half).collect();
-            store::set_bias(backend, &mut table, 0, &bias)?;
-        }
-        let params = AttentionParams {
-            group: 1,
-            d_k: dim,
-            d_v: 1,
-            scale: 1.0,
-            softcap: None,
-            window: None,
-            sink_logits: None,
-        };
-        let mut scores = vec![0.0; owners.len() * count];
-        backend.dot_scores(
-            &params,
-            &mut DotArgs {
-                heads: std::slice::from_ref(&table),
-                queries: &points.rows,
-                tokens: owners.len(),
-                spans: None,
-                out: &mut scores,
-            },
-            &mut Workspace::default(),
-        )?;
-        for (owner, scores) in owners.iter_mut().zip(scores.chunks_exact(count)) {
-            *owner = largest(scores);
-        }
-        Ok(())
+        let half = |mean: &[f32]| -0.5 * mean.iter().map(|x| x * x).sum::<f32>();
+        let bias: Vec<f32> =
+            if cosine { Vec::new() } else { self.rows.chunks_exact(self.dim).map(half).collect() };
+        let mut owners = owners.iter_mut();
+        products(backend, (&self.rows, self.dim), &bias, &points.rows, |scores| {
+            if let Some(owner) = owners.next() {
+                *owner = largest(scores);
+            }
+        })
     }
+}
+
+/// Products in memory at once, about.
+const PRODUCTS: usize = 1 << 22;
+
+/// Gives the products of every point in turn with all means, `[.., dim]`, each with the mean's `bias` if there are any. The
+/// product is the one that scores units, with points for queries and means for keys.
+///
+/// # Errors
+/// [`KernelError`].
+pub(super) fn products(
+    backend: &dyn Backend,
+    (means, dim): (&[f32], usize),
+    bias: &[f32],
+    points: &[f32],
+    mut take: impl FnMut(&[f32]),
+) -> Result<(), KernelError> {
+    let count = means.len() / dim;
+    let layout = PageLayout {
+        capacity: count,
+        d_k: dim,
+        d_v: 1,
+        k: DType::F32.into(),
+        v: DType::F32.into(),
+        mirrored: backend.mirrored(),
+        column_words: 0,
+        steady: false,
+    };
+    let positions: Vec<i32> = (0..count as i32).collect();
+    let mut table = HeadRows::default();
+    let values = vec![0.0; count];
+    let new = NewRows { positions: &positions, keys: means, values: &values };
+    store::append(backend, &Arc::new(layout), &mut table, new)?;
+    if !bias.is_empty() {
+        store::set_bias(backend, &mut table, 0, bias)?;
+    }
+    let params = AttentionParams {
+        group: 1,
+        d_k: dim,
+        d_v: 1,
+        scale: 1.0,
+        softcap: None,
+        window: None,
+        sink_logits: None,
+    };
+    let at_once = (PRODUCTS / count).max(1);
+    let mut scores = vec![0.0; at_once.min(points.len() / dim) * count];
+    let mut workspace = Workspace::default();
+    for points in points.chunks(at_once * dim) {
+        let tokens = points.len() / dim;
+        let out = &mut scores[..tokens * count];
+        let heads = std::slice::from_ref(&table);
+        let mut args = DotArgs { heads, queries: points, tokens, spans: None, out };
+        backend.dot_scores(&params, &mut args, &mut workspace)?;
+        scores[..tokens * count].chunks_exact(count).for_each(&mut take);
+    }
+    Ok(())
 }
 
 /// Index of the largest score, the first of equals.
@@ -385,7 +404,8 @@ fn encode(
         }
     }
     let residuals = Entries { keys: &keys, ..*entries };
-    let learnt = if book.is_none() { codes.learn(backend, shape, &residuals)? } else { None };
+    let lesson = Lesson { backend, shape, entries: &residuals, queries: &[], asked: &[] };
+    let learnt = if book.is_none() { codes.learn(&lesson)? } else { None };
     let encoded = codes.summarise(backend, shape, &residuals, book.or(learnt.as_ref()))?;
     units.rows.extend(encoded.rows);
     units.book = learnt;

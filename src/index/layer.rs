@@ -4,7 +4,7 @@
 //! always read. An index grows when tokens are committed and shrinks when they are forgotten; a step that is rolled back
 //! never touches it. When entries between are removed it is built again.
 
-use super::{Codebook, Entries, Retrieval, Role, Table, UnitRows, Units};
+use super::{Codebook, Entries, Lesson, Retrieval, Role, Table, UnitRows, Units};
 use crate::backend::Backend;
 use crate::codec::PACK_ENTRIES;
 use crate::device::page::{HeadRows, PageLayout};
@@ -119,6 +119,35 @@ pub struct LayerIndex {
     books: Vec<Option<Arc<Codebook>>>,
 }
 
+/// What an index grows from: one layer as it is now.
+pub struct Growth<'a> {
+    /// Where kernels run.
+    pub backend: &'a dyn Backend,
+    /// Whose units they are.
+    pub retrieval: &'a Retrieval,
+    /// The layer.
+    pub shape: &'a LayerShape,
+    /// How its tables are stored.
+    pub storage: &'a [TableStorage],
+    /// Its entries, per KV head.
+    pub heads: &'a [HeadRows],
+    /// Whether more of the prompt may follow.
+    pub open: bool,
+    /// The recorded queries, `[Hq, W, d_k]`, and their positions. Asked only when something is learnt from them.
+    pub queries: &'a dyn Fn() -> (Vec<f32>, Vec<i32>),
+}
+
+impl std::fmt::Debug for Growth<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { retrieval, shape, open, .. } = self;
+        f.debug_struct("Growth")
+            .field("retrieval", retrieval)
+            .field("shape", shape)
+            .field("open", open)
+            .finish()
+    }
+}
+
 /// How keys lie around the means of their units: the pooled covariance within units of a KV head. One matrix for all
 /// units costs nothing per entry, and says how much more the members of a unit weigh together than their mean does.
 #[derive(Clone, Debug, Default)]
@@ -173,7 +202,7 @@ impl Spread {
 }
 
 /// `a·b`, in lanes that a compiler turns into vectors.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0.0f32; 16];
     let (a, b) = (a.chunks_exact(16), b.chunks_exact(16));
     let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b).sum();
@@ -397,6 +426,18 @@ impl LayerIndex {
         }
     }
 
+    /// The same with codebooks that were learnt elsewhere, per KV head.
+    #[must_use]
+    pub fn with_books(mut self, books: &[Option<Arc<Codebook>>]) -> Self {
+        self.books.iter_mut().zip(books).for_each(|(book, given)| book.clone_from(given));
+        self
+    }
+
+    /// What was learnt, per KV head.
+    pub fn books(&self) -> &[Option<Arc<Codebook>>] {
+        &self.books
+    }
+
     /// The units of each KV head.
     pub fn heads(&self) -> &[HeadUnits] {
         &self.heads
@@ -440,24 +481,24 @@ impl LayerIndex {
         spread + books + self.heads.iter().map(HeadUnits::list_bytes).sum::<usize>()
     }
 
+    /// Whether a KV head has yet to learn what its codes mean.
+    pub fn unlearnt(&self) -> bool {
+        self.books.iter().any(Option::is_none)
+    }
+
     /// Makes units of the entries that came since, as far as they are not recent.
     ///
     /// # Errors
     /// [`KernelError`]; every unit there is is whole.
-    pub fn extend(
-        &mut self,
-        backend: &dyn Backend,
-        retrieval: &Retrieval,
-        shape: &LayerShape,
-        storage: &[TableStorage],
-        heads: &[HeadRows],
-        open: bool,
-    ) -> Result<(), KernelError> {
+    pub fn extend(&mut self, growth: &Growth<'_>) -> Result<(), KernelError> {
+        let Growth { backend, retrieval, shape, storage, heads, open, .. } = *growth;
+        let mut recorded = None;
         for (h, head) in heads.iter().enumerate() {
             let end = head.rows().saturating_sub(retrieval.rule.recent);
             loop {
                 let from = self.heads[h].covered().end;
-                let take = retrieval.summary.take(end.saturating_sub(from), open, self.heads[h].units());
+                let learnt = self.books[h].is_some();
+                let take = retrieval.summary.take(end.saturating_sub(from), open, learnt);
                 if take == 0 {
                     break;
                 }
@@ -465,9 +506,19 @@ impl LayerIndex {
                 let (mut keys, mut values) = (vec![0.0; take * shape.d_k], vec![0.0; take * shape.d_v]);
                 let target = GatherTarget::Dense { keys: &mut keys, values: &mut values };
                 backend.gather(&mut GatherArgs { head, slots: &slots, target })?;
-                let entries = Entries { keys: &keys, values: &values, count: take };
-                if self.books[h].is_none() {
-                    self.books[h] = retrieval.summary.learn(backend, shape, &entries)?.map(Arc::new);
+                let positions = positions(head, from..from + take);
+                let entries = Entries { keys: &keys, values: &values, positions: &positions, count: take };
+                if !learnt {
+                    let (rows, asked) = match retrieval.summary.queries() {
+                        0 => (&[][..], &[][..]),
+                        _ => {
+                            let (rows, asked) = recorded.get_or_insert_with(growth.queries);
+                            let group = shape.group() * asked.len() * shape.d_k;
+                            (&rows[h * group..(h + 1) * group], &asked[..])
+                        }
+                    };
+                    let lesson = Lesson { backend, shape, entries: &entries, queries: rows, asked };
+                    self.books[h] = retrieval.summary.learn(&lesson)?.map(Arc::new);
                 }
                 let mut units =
                     retrieval.summary.summarise(backend, shape, &entries, self.books[h].as_deref())?;
@@ -572,8 +623,20 @@ impl LayerIndex {
     pub fn clear(&mut self) {
         (0..self.heads.len()).for_each(|head| self.truncate_head(head, 0));
         self.spread.fill(Default::default());
-        self.books.fill(None);
+        self.books.iter_mut().for_each(|book| drop(book.take_if(|book| !book.lasts())));
     }
+}
+
+/// Positions of some slots of a KV head.
+fn positions(head: &HeadRows, slots: Range<usize>) -> Vec<i32> {
+    let mut out = Vec::with_capacity(slots.len());
+    for page in head.pages() {
+        let (from, to) = (slots.start.max(page.first), slots.end.min(page.first + page.rows));
+        if from < to {
+            out.extend_from_slice(&page.positions()[from - page.first..to - page.first]);
+        }
+    }
+    out
 }
 
 /// Refuses rows that their type would store as infinities: a bound would not be one, and a mean would swallow the rest.

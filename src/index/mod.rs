@@ -15,6 +15,7 @@
 //! eviction would throw away what a later question asks about. *Hurts* by the memory of the summaries (every page in
 //! `docs/policies` states it), and below a few thousand entries, where reading everything costs less than choosing.
 
+pub mod a2ats;
 pub mod auto;
 pub mod choose;
 pub mod clusterkv;
@@ -31,15 +32,15 @@ pub mod squeezed;
 mod units;
 
 pub use clusters::Clusters;
-pub use codes::{Codebook, Codes};
-pub use layer::{HeadUnits, LayerIndex, Spread, TableStorage};
+pub use codes::{Codebook, Codebooks, Codes, windowed};
+pub use layer::{Growth, HeadUnits, LayerIndex, Spread, TableStorage};
 pub use options::{Calibration, Goal, Group, ReadRule, Tail, Thresholds};
 pub use units::Pages;
 
 use crate::backend::Backend;
 use crate::device::encoding::Encoding;
-use crate::error::KernelError;
-use crate::geometry::LayerShape;
+use crate::error::{KernelError, RecipeError};
+use crate::geometry::{LayerShape, ModelShape};
 use crate::kernel::code_scores::CodeLayout;
 use crate::policy::registry::Entry;
 use crate::view::DType;
@@ -56,6 +57,7 @@ pub const ENTRIES: &[Entry] = &[
     clusterkv::ENTRY,
     retroinfer::ENTRY,
     pq::ENTRY,
+    a2ats::ENTRY,
 ];
 
 /// What the rows of a table say of their units, and so how a query is put to them.
@@ -135,8 +137,26 @@ pub struct Entries<'a> {
     pub keys: &'a [f32],
     /// `[n, d_v]`.
     pub values: &'a [f32],
+    /// `[n]`: where the entries stand in the text.
+    pub positions: &'a [i32],
     /// `n`.
     pub count: usize,
+}
+
+/// What a KV head learns from, once.
+#[derive(Clone, Copy, Debug)]
+pub struct Lesson<'a> {
+    /// Where kernels run.
+    pub backend: &'a dyn Backend,
+    /// The layer.
+    pub shape: &'a LayerShape,
+    /// Its first entries.
+    pub entries: &'a Entries<'a>,
+    /// `[G, W, d_k]`: the last queries of the heads that share the KV head, as far as they were recorded
+    /// ([`Summary::queries`]).
+    pub queries: &'a [f32],
+    /// `[W]`: where these stand in the text.
+    pub asked: &'a [i32],
 }
 
 /// What a summary makes of some entries.
@@ -181,10 +201,11 @@ pub trait Summary: Debug + Send + Sync {
     /// The tables it keeps; the first one is scored.
     fn tables(&self) -> &[Table];
 
-    /// How many of `pending` entries behind the last of `units` units the next call of [`Summary::summarise`] is to take;
-    /// 0 while there are too few. `open` says that more of the prompt may follow. A caller asks again until it gets 0, so that
-    /// adding entries one by one or all at once gives the same units wherever the method allows it.
-    fn take(&self, pending: usize, open: bool, units: usize) -> usize;
+    /// How many of `pending` entries behind the last unit the next call of [`Summary::summarise`] is to take; 0 while there
+    /// are too few. `open` says that more of the prompt may follow, `learnt` that [`Summary::learn`] was called before. A
+    /// caller asks again until it gets 0, so that adding entries one by one or all at once gives the same units wherever
+    /// the method allows it.
+    fn take(&self, pending: usize, open: bool, learnt: bool) -> usize;
 
     /// Members of every unit if all are runs of that many consecutive entries, in order.
     fn unit(&self) -> Option<usize>;
@@ -192,16 +213,29 @@ pub trait Summary: Debug + Send + Sync {
     /// Entries that wait to become units, at most.
     fn waiting(&self) -> usize;
 
+    /// Whether it works for this model, of which layers from `dense` on are indexed. Called before anything runs.
+    ///
+    /// # Errors
+    /// [`RecipeError::Conflict`] names the option to change.
+    fn check(&self, _shape: &ModelShape, _dense: usize) -> Result<(), RecipeError> {
+        Ok(())
+    }
+
+    /// Last queries of every layer that [`Summary::learn`] asks for.
+    fn queries(&self) -> usize {
+        0
+    }
+
+    /// Where queries are put in relation to all entries, if not where they stand: [`windowed::place`].
+    fn distance(&self) -> Option<i32> {
+        None
+    }
+
     /// What is learnt from the first entries of a KV head before any is summarised, and kept.
     ///
     /// # Errors
     /// [`KernelError`].
-    fn learn(
-        &self,
-        _backend: &dyn Backend,
-        _shape: &LayerShape,
-        _entries: &Entries<'_>,
-    ) -> Result<Option<Codebook>, KernelError> {
+    fn learn(&self, _lesson: &Lesson<'_>) -> Result<Option<Codebook>, KernelError> {
         Ok(None)
     }
 

@@ -10,12 +10,14 @@ use crate::error::RecipeError;
 use crate::policy::registry::{Arg, Args, Build, Entry};
 use std::sync::Arc;
 
-const ARGS: [Arg; 4 + COMMON] = arguments(
+const ARGS: [Arg; 6 + COMMON] = arguments(
     [
         Arg::count("pieces", 32, 1, 256, "pieces that a key is cut into, each with an index"),
         Arg::count("levels", 16, 2, 65536, "codewords of a piece: up to 16 take 4 bits, up to 256 take 8"),
         Arg::count("train", 8192, 16, 1 << 20, "first entries, which codebooks are learnt from"),
         Arg::count("rounds", 10, 1, 64, "rounds of k-means"),
+        Arg::word("aware", &["no", "yes"], "whether recorded queries say which keys are alike"),
+        Arg::count("queries", 256, 1, 4096, "with aware=yes: last queries of the prompt that say so"),
     ],
     Defaults {
         sinks: 32,
@@ -44,9 +46,7 @@ fn build(args: &Args) -> Result<Arc<Retrieval>, RecipeError> {
     let rule = ReadRule::from_args(args)?;
     let [pieces, levels, train, rounds] =
         [args.count("pieces")?, args.count("levels")?, args.count("train")?, args.count("rounds")?];
-    Ok(Arc::new(Retrieval {
-        name: ENTRY.name,
-        summary: Arc::new(Codes::new(pieces, levels, train, rounds)),
-        rule,
-    }))
+    let codes = Codes::new(pieces, levels, train, rounds);
+    let codes = if args.word("aware")? == "yes" { codes.aware(args.count("queries")?) } else { codes };
+    Ok(Arc::new(Retrieval { name: ENTRY.name, summary: Arc::new(codes), rule }))
 }

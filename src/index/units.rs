@@ -61,7 +61,7 @@ impl Summary for Pages {
         &self.tables
     }
 
-    fn take(&self, pending: usize, _: bool, _: usize) -> usize {
+    fn take(&self, pending: usize, _: bool, _: bool) -> usize {
         pending.min(BATCH.max(self.step)) / self.step * self.step
     }
 

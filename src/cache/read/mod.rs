@@ -17,7 +17,7 @@ use super::step::Lane;
 use crate::device::HeadRows;
 use crate::error::{CacheError, Error};
 use crate::index::choose::Ranking;
-use crate::index::{LayerIndex, Retrieval};
+use crate::index::{Growth, LayerIndex, Retrieval};
 use crate::kernel::attend::{AttendLane, Share, Workspace};
 use crate::kernel::{AttentionParams, Spans, total_rows};
 use crate::recipe::Budget;
@@ -321,17 +321,19 @@ impl KvCache {
     pub(super) fn extend_index(&mut self, id: SequenceId) -> Result<(), Error> {
         let Some(retrieval) = &self.recipe.index else { return Ok(()) };
         let Some(sequence) = self.sequences.get_mut(&id.0) else { return Ok(()) };
-        let open = sequence.prefill_open;
+        let (open, queries) = (sequence.prefill_open, &sequence.queries);
         for (layer, (reads, heads)) in sequence.reads.iter_mut().zip(&sequence.layers).enumerate() {
             if let Some(index) = &mut reads.index {
-                index.extend(
-                    &*self.backend,
+                let shape = self.shape.layer(layer);
+                index.extend(&Growth {
+                    backend: &*self.backend,
                     retrieval,
-                    self.shape.layer(layer),
-                    &self.tables[layer],
+                    shape,
+                    storage: &self.tables[layer],
                     heads,
                     open,
-                )?;
+                    queries: &|| queries[layer].head_major(shape.query_heads),
+                })?;
             }
         }
         Ok(())

@@ -10,7 +10,7 @@ use crate::device::page::Side;
 use crate::error::KernelError;
 use crate::geometry::LayerShape;
 use crate::index::choose::Ranking;
-use crate::index::{Codebook, Group, LayerIndex, Retrieval, Role, Tail, Thresholds};
+use crate::index::{Codebook, Group, LayerIndex, Retrieval, Role, Tail, Thresholds, windowed};
 use crate::kernel::attend::{AttendLane, Share, Workspace};
 use crate::kernel::code_scores::{CodeArgs, CodeLayout};
 use crate::kernel::dot_scores::DotArgs;
@@ -254,7 +254,8 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Logits of entries, or of those of `spans`, from their codes and before any cap; `memory` is lent to the tables of codewords.
+    /// Logits of entries, or of those of `spans`, from their codes and before any cap; `memory` holds the queries, and the
+    /// tables of codewords behind them.
     pub(super) fn score_codes(
         &self,
         layout: CodeLayout,
@@ -266,11 +267,16 @@ impl Reader<'_> {
     ) -> Result<(), KernelError> {
         let (rows, d_k) = (self.rows(), self.shape.d_k);
         // A head without entries has learnt nothing, and nothing of it is looked up.
-        let levels = (0..codes.len()).find_map(|h| self.index.book(h)).map_or(1, Codebook::levels);
+        let books = (0..codes.len()).filter_map(|h| self.index.book(h));
+        let levels = books.map(Codebook::levels).max().unwrap_or(1);
         let size = layout.codes * levels;
-        memory.clear();
-        memory.resize(codes.len() * rows * size, 0.0);
-        let parts = memory.chunks_exact_mut(rows * size).zip(self.queries.chunks_exact(rows * d_k)).zip(0..);
+        if let Some(distance) = self.retrieval.summary.distance() {
+            windowed::place(self.backend, self.shape, distance, self.positions, memory)?;
+        }
+        let asked = memory.len();
+        memory.resize(asked + codes.len() * rows * size, 0.0);
+        let (queries, memory) = memory.split_at_mut(asked);
+        let parts = memory.chunks_exact_mut(rows * size).zip(queries.chunks_exact(rows * d_k)).zip(0..);
         self.each(parts, |((tables, queries), h): ((&mut [f32], &[f32]), usize)| {
             let Some(book) = self.index.book(h) else { return };
             for (query, table) in queries.chunks_exact(d_k).zip(tables.chunks_exact_mut(size)) {

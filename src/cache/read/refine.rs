@@ -98,6 +98,8 @@ impl Reader<'_> {
         );
         let entries: usize = spans.iter().map(Spans::rows).sum();
         let scores = resize(scores, rows * entries);
+        queries.clear();
+        queries.extend_from_slice(self.queries);
         self.score_codes(layout, self.index.table(table), Some(spans), queries, scores, workspace)?;
         report.bytes += entries * layout.words() * size_of::<u32>();
         let (mut scores, mut logits) = (scores, &**logits);

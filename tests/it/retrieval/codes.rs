@@ -3,7 +3,7 @@
 use super::{BUDGET, PROMPT, prompted, queries};
 use crate::support::{backends, dense, distance, entries, feed};
 use kvsieve::geometry::{LayerShape, Slot};
-use kvsieve::index::{LayerIndex, Role, TableStorage};
+use kvsieve::index::{Growth, LayerIndex, Role, TableStorage};
 use kvsieve::kernel::gather::{GatherArgs, GatherTarget};
 use kvsieve::recipe::Recipe;
 use kvsieve::testing::cache::CacheSpec;
@@ -21,7 +21,17 @@ fn codes_name_the_nearest_codewords_however_the_entries_come() {
             let heads = CacheSpec::f32(5, 20, &[700, 700], 64).build(&*backend).unwrap();
             let storage = TableStorage::of(&retrieval, &shape, backend.mirrored());
             let mut index = LayerIndex::new(&retrieval, 2);
-            index.extend(&*backend, &retrieval, &shape, &storage, &heads, false).unwrap();
+            index
+                .extend(&Growth {
+                    backend: &*backend,
+                    retrieval: &retrieval,
+                    shape: &shape,
+                    storage: &storage,
+                    heads: &heads,
+                    open: false,
+                    queries: &|| unreachable!("nothing is learnt from queries"),
+                })
+                .unwrap();
             for (h, head) in heads.iter().enumerate() {
                 let book = index.book(h).unwrap();
                 assert_eq!(index.heads()[h].units(), 700 - 12, "{own}");

@@ -1,6 +1,7 @@
 //! Indexes: what they read is what a naive implementation reads, what they say of the rest is true, and everything that
 //! happens to a sequence happens to its index.
 
+mod aware;
 mod codes;
 mod naive;
 mod refined;
@@ -67,6 +68,10 @@ fn recipes() -> Vec<String> {
         recipes
             .push(format!("pq(pieces=8,train=128,rounds=5,sinks=4,recent=20,group={group},min_context=0)"));
     }
+    for own in ["", ",levels=200,rotary=true", ",aware=no", ",levels=64,group=sum,distance=100"] {
+        recipes.push(format!("a2ats(train=240,rounds=5,sinks=4,recent=20{own},min_context=0)"));
+    }
+    recipes.push("pq(pieces=8,train=128,rounds=5,sinks=4,recent=20,aware=yes,min_context=0)".to_owned());
     assert!(
         names().iter().all(|name| recipes.iter().any(|r| r.starts_with(name))),
         "an index has no case here"
