@@ -42,7 +42,8 @@ impl Codebook {
     /// A codebook without words, about `center`, for queries at `distance`.
     pub(super) fn new(layout: CodeLayout, levels: usize, center: Vec<f32>, distance: Option<i32>) -> Self {
         let words = Vec::with_capacity(levels * center.len());
-        let (halves, metrics) = (Vec::new(), Vec::new());
+        let halves = Vec::with_capacity(layout.codes * levels);
+        let metrics = Vec::with_capacity(layout.codes);
         Self { layout, levels, center, words, halves, metrics, distance, given: false }
     }
 

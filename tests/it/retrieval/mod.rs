@@ -476,7 +476,8 @@ fn an_index_takes_the_bytes_that_its_page_states() {
         ("pages(store=int8)", (2 * d + 8 + 8) as f64 / 16.0, 0),
         ("quest(dense=0,store=int8)", (2 * d + 4 + 4 + 8) as f64 / 16.0, 0),
         ("clusterkv(dense=0,segment=1024,rounds=1,size=16)", (4 * d + 8) as f64 / 16.0 + 4.0, 0),
-        ("pq(train=2048,rounds=1)", 16.0 + 4.0, 4 * (16 + 1) * d),
+        ("pq(train=2048,rounds=1)", 16.0 + 4.0, 4 * ((16 + 1) * d + 16 * 32)),
+        ("a2ats(rotary=true,levels=256,train=2048,rounds=1)", 4.0 + 4.0, 4 * ((256 + 1) * d + 256)),
         (
             "squeezed(levels=2,segment=1024,rounds=1)",
             (4 * d + 8) as f64 / 20.0 + (2 * d + 4 + 8) as f64 / 100.0 + 4.0,
