@@ -20,7 +20,7 @@ const LEAST: usize = 512;
 const ARGS: [Arg; 7 + COMMON] = arguments(
     [
         Arg::count("levels", 4096, 2, 65536, "codewords, as far as there are four entries for each"),
-        Arg::word("rotary", &["windowed", "true"], "keys and queries at one distance, or where they are"),
+        Arg::word("rotary", &["true", "windowed"], "keys and queries where they are, or at one distance"),
         Arg::count("distance", 2048, 0, 1 << 20, "with rotary=windowed: where queries are put"),
         Arg::word("aware", &["yes", "no"], "whether recorded queries say which keys are alike"),
         Arg::count("queries", 256, 1, 4096, "last queries of the prompt that say so"),
@@ -45,7 +45,7 @@ pub const ENTRY: Entry = Entry {
     name: "a2ats",
     summary: "reads the entries whose codes among whole keys promise most to queries like the recorded ones",
     source: "A2ATS, He et al. 2025, arXiv:2502.12665",
-    needs: "the last queries of the prompt; rotary embeddings known",
+    needs: "the last queries of the prompt; with rotary=windowed rotary embeddings",
     args: &ARGS,
     build: Build::Index { build },
 };

@@ -16,7 +16,7 @@ const ARGS: [Arg; 6 + COMMON] = arguments(
         Arg::count("levels", 16, 2, 65536, "codewords of a piece: up to 16 take 4 bits, up to 256 take 8"),
         Arg::count("train", 8192, 16, 1 << 20, "first entries, which codebooks are learnt from"),
         Arg::count("rounds", 10, 1, 64, "rounds of k-means"),
-        Arg::word("aware", &["no", "yes"], "whether recorded queries say which keys are alike"),
+        Arg::word("aware", &["yes", "no"], "whether recorded queries say which keys are alike"),
         Arg::count("queries", 256, 1, 4096, "with aware=yes: last queries of the prompt that say so"),
     ],
     Defaults {
@@ -36,8 +36,8 @@ const ARGS: [Arg; 6 + COMMON] = arguments(
 pub const ENTRY: Entry = Entry {
     name: "pq",
     summary: "reads the entries whose product-quantisation codes promise most",
-    source: "PQCache, Zhang et al. 2024, arXiv:2407.12820; codes of 4 bits as in FAISS fast scan",
-    needs: "nothing",
+    source: "PQCache, Zhang et al. 2024, arXiv:2407.12820; codes of 4 bits as in FAISS fast scan; whitened as in A2ATS, arXiv:2502.12665",
+    needs: "the last queries of the prompt; nothing with aware=no",
     args: &ARGS,
     build: Build::Index { build },
 };

@@ -99,7 +99,7 @@ mod tests {
         #[test]
         fn whitened_lengths_are_errors_of_logits(
             (d, range, queries, errors) in (1usize..12).prop_flat_map(|d| {
-                let values = |n: usize| prop::collection::vec(-3.0f32..3.0, n * d);
+                let values = move |n: usize| prop::collection::vec(-3.0f32..3.0, n * d);
                 (Just(d), (0..d, 1..=d), (d..40).prop_flat_map(values), (2usize..9).prop_flat_map(values))
             })
         ) {

@@ -37,7 +37,7 @@ fn what_is_chosen_is_what_codes_by_a_naive_implementation_choose() {
         let recipe = format!("a2ats({OWN}{own})");
         let given = |name, otherwise: &'static str| argument(&recipe, name).unwrap_or(otherwise).to_owned();
         let at: Option<i32> =
-            (given("rotary", "windowed") == "windowed").then(|| given("distance", "2048").parse().unwrap());
+            (given("rotary", "true") == "windowed").then(|| given("distance", "2048").parse().unwrap());
         let recorded: u64 = given("queries", "256").parse().unwrap();
         for backend in backends() {
             let (mut cache, id) = prompted(&recipe, &backend, &[200, PROMPT - 200]);
@@ -180,7 +180,7 @@ fn error(cache: &KvCache, id: SequenceId, shape: &LayerShape) -> f64 {
 fn codes_that_know_the_queries_err_less_for_them() {
     let backend: Arc<dyn Backend> = Arc::new(Cpu::default());
     let of = |own: &str| {
-        let (cache, id) = prompted(&format!("a2ats({OWN}{own})"), &backend, &[PROMPT]);
+        let (cache, id) = prompted(&format!("a2ats({OWN},rotary=windowed{own})"), &backend, &[PROMPT]);
         error(&cache, id, cache.shape().layer(1))
     };
     let (aware, plain) = (of(""), of(",aware=no"));
@@ -190,7 +190,7 @@ fn codes_that_know_the_queries_err_less_for_them() {
 #[test]
 fn queries_are_recorded_until_something_is_learnt_from_them() {
     let backend: Arc<dyn Backend> = Arc::new(Cpu::default());
-    let recipe = "a2ats(recent=20,min_context=0,queries=100)";
+    let recipe = "a2ats(rotary=windowed,recent=20,min_context=0,queries=100)";
     let (mut cache, id) = prompted(recipe, &backend, &[PROMPT]);
     let books = |cache: &KvCache| cache.codebooks(id).unwrap().layers.concat();
     let bytes = |cache: &KvCache| {
@@ -232,7 +232,7 @@ fn queries_are_recorded_until_something_is_learnt_from_them() {
 #[test]
 fn codebooks_that_are_given_are_used_and_others_are_refused() {
     let backend: Arc<dyn Backend> = Arc::new(Cpu::default());
-    let recipe = format!("a2ats({OWN})");
+    let recipe = format!("a2ats({OWN},rotary=windowed)");
     let (mut first, id) = prompted(&recipe, &backend, &[PROMPT]);
     let books = first.codebooks(id).unwrap();
     let build = |shape: ModelShape, recipe: &str, books: &Codebooks| {
@@ -258,8 +258,8 @@ fn codebooks_that_are_given_are_used_and_others_are_refused() {
         (with(3, 6, 2, 16), &*recipe, "codebooks for 2 layers"),
         (with(2, 6, 3, 16), &recipe, "codebooks for 2 KV heads"),
         (with(2, 6, 2, 8), &recipe, "codewords have 16 dimensions"),
-        (model(), "a2ats(levels=200)", "1 indices of 16 bits"),
-        (model(), "a2ats(distance=100)", "learnt for queries at 2048"),
+        (model(), "a2ats(rotary=windowed,levels=200)", "1 indices of 16 bits"),
+        (model(), "a2ats(rotary=windowed,distance=100)", "learnt for queries at 2048"),
         (model(), "a2ats(rotary=true)", "learnt for queries at 2048"),
         (model(), "quest", "no index of codes"),
         (model(), "full", "no index of codes"),

@@ -15,7 +15,8 @@ fn codes_name_the_nearest_codewords_however_the_entries_come() {
     let shape = LayerShape::new(4, 2, 20);
     // Pieces of unequal sizes, and codes of one, two and four fours of bits.
     for own in ["pieces=8,levels=16", "pieces=3,levels=100", "pieces=1,levels=300,train=150"] {
-        let retrieval = Recipe::parse(&format!("pq({own},sinks=2,recent=10)")).unwrap().index.unwrap();
+        let retrieval =
+            Recipe::parse(&format!("pq({own},aware=no,sinks=2,recent=10)")).unwrap().index.unwrap();
         let Role::Code(layout) = retrieval.summary.tables()[0].role else { panic!("{own}") };
         for backend in backends() {
             let heads = CacheSpec::f32(5, 20, &[700, 700], 64).build(&*backend).unwrap();

