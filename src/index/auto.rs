@@ -1,5 +1,6 @@
-//! The combination that measurements on a real model support: small clusters of keys and values together, the heaviest
-//! read, the rest estimated from their means and from how keys vary around them.
+//! The combination that measurements on a real model support: small clusters of keys and values together, and a code for
+//! what every key has beside the mean of its cluster. The entries that promise most are read; the rest is estimated from
+//! codes, means, and how keys vary around both.
 //!
 //! *Helps* any long context: at equal bytes its error is a fraction of that of pages (`docs/policies/auto.md`). *Hurts*
 //! the end of a prompt by k-means over all of it, and the newest entries by waiting to be clustered: they are read.
@@ -16,7 +17,7 @@ const LEVELS: usize = 16;
 /// Rounds of k-means for codewords.
 const ROUNDS: usize = 10;
 
-const ARGS: [Arg; 8 + COMMON] = arguments(
+const ARGS: [Arg; 9 + COMMON] = arguments(
     [
         Arg::count("size", 16, 1, 4096, "entries of a cluster, on average"),
         Arg::word("store", &["int4", "int8", "f16", "f32"], "how means are stored"),
@@ -30,7 +31,20 @@ const ARGS: [Arg; 8 + COMMON] = arguments(
             256,
             "pieces of a code of 4 bits each within clusters; 0 reads whole clusters",
         ),
-        Arg::real("refine", 0.25, 0.0, 1.0, "share of the entries whose clusters are looked into"),
+        Arg::real(
+            "widen",
+            8.0,
+            1.0,
+            65536.0,
+            "entries whose clusters are looked into, for each that is read",
+        ),
+        Arg::real(
+            "reach",
+            2.0,
+            0.0,
+            64.0,
+            "how far beyond its mean a cluster is looked for, in spreads of its farthest key",
+        ),
         Arg::real("values", 0.5, 0.0, 16.0, "how much values count beside keys when entries are clustered"),
     ],
     Defaults {
@@ -49,15 +63,16 @@ const ARGS: [Arg; 8 + COMMON] = arguments(
 /// Registry entry.
 pub const ENTRY: Entry = Entry {
     name: "auto",
-    summary: "reads the clusters of keys and values that weigh most, and estimates the others",
-    source: "measured here; RetroInfer, arXiv:2505.02922, with values in the clusters and a corrected tail",
+    summary: "reads the entries whose codes within clusters promise most, and estimates the others",
+    source: "measured here; clusters as RetroInfer's, arXiv:2505.02922, with values in them, and codes within",
     needs: "nothing",
     args: &ARGS,
     build: Build::Index { build },
 };
 
 fn build(args: &Args) -> Result<Arc<Retrieval>, RecipeError> {
-    let rule = ReadRule { refine: args.real("refine")?, ..ReadRule::from_args(args)? };
+    let rule =
+        ReadRule { widen: args.real("widen")?, reach: args.real("reach")?, ..ReadRule::from_args(args)? };
     let mut clusters = Clusters { values: args.real("values")?, ..Clusters::from_args(args)? };
     let pieces = args.count("pieces")?;
     if pieces > 0 {

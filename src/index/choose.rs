@@ -6,6 +6,7 @@
 //! and unit.
 
 use super::Group;
+use crate::kernel::simd::math::weigh;
 use std::cmp::Ordering;
 
 /// What the rows of one KV head think of its units, and which are taken so far.
@@ -33,6 +34,8 @@ pub struct Ranking {
     taken: usize,
     /// Ranks by row, for [`Group::Union`].
     ranks: Vec<u32>,
+    /// Scores in some order.
+    copy: Vec<f32>,
 }
 
 impl Ranking {
@@ -89,7 +92,7 @@ impl Ranking {
             let reference = logits.iter().fold(zone, |a, &b| a.max(b));
             // Nothing is seen at all: any finite reference makes all weights 0.
             let reference = if reference == f32::NEG_INFINITY { 0.0 } else { reference };
-            weights.iter_mut().zip(logits).for_each(|(w, &x)| *w = exp(x - reference));
+            weigh(logits, reference, weights);
             self.references.push(reference);
             self.all.push(sum(weights));
         }
@@ -201,6 +204,41 @@ impl Ranking {
         units.sort_unstable();
     }
 
+    /// Gives back what is taken.
+    pub fn restart(&mut self) {
+        self.taken = 0;
+        self.left.clone_from(&self.all);
+    }
+
+    /// Takes the best `count` units (all, if there are not so many), each for itself; gives them, ascending. Nothing must be
+    /// taken yet, and nothing is to be taken later: what is left of weights is not kept.
+    pub fn take_best(&mut self, count: usize, units: &mut Vec<u32>) {
+        units.clear();
+        self.taken = self.order.len();
+        if count >= self.scores.len() {
+            units.extend(0..self.scores.len() as u32);
+            return;
+        }
+        let Some(last) = count.checked_sub(1) else { return };
+        self.copy.clone_from(&self.scores);
+        let (_, &mut least, _) = self.copy.select_nth_unstable_by(last, |a, b| b.total_cmp(a));
+        let above = self.scores.iter().filter(|score| score.total_cmp(&least).is_gt()).count();
+        let mut equal = count - above;
+        for (unit, score) in self.scores.iter().enumerate() {
+            let takes = match score.total_cmp(&least) {
+                Ordering::Greater => true,
+                Ordering::Equal if equal > 0 => {
+                    equal -= 1;
+                    true
+                }
+                _ => false,
+            };
+            if takes {
+                units.push(unit as u32);
+            }
+        }
+    }
+
     /// The score of the group that [`Ranking::take`] asks about.
     pub fn next_score(&self) -> f32 {
         self.order.get(self.taken).map_or(f32::NEG_INFINITY, |&group| self.scores[group as usize])
@@ -272,28 +310,6 @@ pub(crate) fn sum(weights: &[f32]) -> f64 {
     total
 }
 
-/// `exp` of numbers up to 0 within 3e-7 of the result, in operations that a compiler turns into vectors.
-fn exp(x: f32) -> f32 {
-    // Below, the result is no normal number, and counts for nothing.
-    let x = x.max(-87.0);
-    let scaled = x * std::f32::consts::LOG2_E;
-    // Adding 1.5 · 2²³ rounds to a whole number, which then stands in the lowest bits.
-    let shifted = scaled + 12_582_912.0;
-    let whole = shifted - 12_582_912.0;
-    // ln 2 in two parts, so that the remainder keeps its bits.
-    let rest = (x - whole * 0.693_359_4) - whole * -2.121_944_4e-4;
-    let polynomial = 1.0
-        + rest
-            * (1.0
-                + rest
-                    * (0.5
-                        + rest
-                            * (0.166_666_55
-                                + rest * (0.041_665_795 + rest * (8.333_452e-3 + rest * 1.398_2e-3)))));
-    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
-    if x <= -87.0 { 0.0 } else { polynomial * power }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -334,6 +350,20 @@ mod tests {
     }
 
     #[test]
+    fn the_best_are_those_that_are_taken_first_and_the_older_of_equals() {
+        let logits: Vec<f32> = (0..300).map(|i| ((i * 37) % 23) as f32 * 0.1).collect();
+        for count in [0, 1, 7, 150, 299, 300, 400] {
+            let mut ranking = Ranking::default();
+            ranking.set(&logits, &[0.0], (Group::Sum, 1), None);
+            let want = take(&mut ranking, count);
+            ranking.set(&logits, &[0.0], (Group::Sum, 1), None);
+            let mut got = Vec::new();
+            ranking.take_best(count, &mut got);
+            assert_eq!(got, want, "{count}");
+        }
+    }
+
+    #[test]
     fn what_is_left_is_what_was_not_taken() {
         let logits: Vec<f32> = (0..300).map(|i| ((i * 37) % 101) as f32 * 0.1 - 6.0).collect();
         let zone = [1.5f32];
@@ -350,16 +380,5 @@ mod tests {
         assert!((ranking.left_exactly(0, &taken) / want - 1.0).abs() < 2e-6);
         let least = taken.iter().map(|&u| logits[u as usize]).fold(f32::INFINITY, f32::min);
         assert!((0..300u32).filter(|u| !taken.contains(u)).all(|u| logits[u as usize] <= least));
-    }
-
-    #[test]
-    fn the_exponential_is_close_and_ends() {
-        for i in 0..=8700 {
-            let x = -f64::from(i) / 100.0;
-            let (got, want) = (f64::from(exp(x as f32)), f64::from(x as f32).exp());
-            assert!(i == 8700 || (got / want - 1.0).abs() < 3e-7, "exp({x}) = {got}, should be {want}");
-        }
-        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
-        assert_eq!(exp(0.0), 1.0);
     }
 }

@@ -398,10 +398,14 @@ fn encode(
     for (&n, mean) in units.counts.iter().zip(units.rows[0].keys.chunks_exact(d)) {
         let (unit, behind) = rest.split_at(n as usize);
         rest = behind;
+        let mut radius = 0.0f32;
         for &i in unit {
             let key = &entries.keys[i as usize * d..(i as usize + 1) * d];
+            let start = keys.len();
             keys.extend(key.iter().zip(mean).map(|(k, m)| k - m));
+            radius = radius.max(keys[start..].iter().map(|x| x * x).sum());
         }
+        units.radii.push(radius.sqrt());
     }
     let residuals = Entries { keys: &keys, ..*entries };
     let lesson = Lesson { backend, shape, entries: &residuals, queries: &[], asked: &[] };

@@ -101,6 +101,9 @@ pub struct HeadUnits {
     groups: Vec<u32>,
     /// Whether entries are chosen out of units.
     single: bool,
+    /// Then: how far each unit's farthest key lies from its mean, and the logarithm of its members.
+    radii: Vec<f32>,
+    logarithms: Vec<f32>,
 }
 
 /// The tables of one layer, and the units of its KV heads.
@@ -193,6 +196,13 @@ impl Spread {
         }
     }
 
+    /// The mean of `‖k − mean‖²`.
+    pub fn energy(&self) -> f32 {
+        let d_k = self.sums.len().isqrt();
+        let trace: f32 = self.sums.iter().step_by(d_k + 1).sum();
+        if self.entries == 0 { 0.0 } else { trace / self.entries as f32 }
+    }
+
     /// `qᵀ Σ q`: the variance of `q·k` within a unit.
     pub fn variance(&self, query: &[f32]) -> f32 {
         let rows = self.sums.chunks_exact(query.len().max(1)).zip(query);
@@ -218,8 +228,16 @@ impl HeadUnits {
             Some(size) => Members::Runs { size, step: retrieval.summary.waiting() + 1 },
             None => Members::Lists { ends: Vec::new(), slots: Vec::new(), batches: Vec::new() },
         };
-        let single = retrieval.residuals().is_some();
-        Self { members, first: retrieval.rule.sinks, covered: 0, units: 0, groups: Vec::new(), single }
+        Self {
+            members,
+            first: retrieval.rule.sinks,
+            covered: 0,
+            units: 0,
+            groups: Vec::new(),
+            single: retrieval.residuals().is_some(),
+            radii: Vec::new(),
+            logarithms: Vec::new(),
+        }
     }
 
     /// Rows of a table of some role.
@@ -229,6 +247,16 @@ impl HeadUnits {
             Role::Residual(_) => self.covered,
             Role::Mean | Role::Bound | Role::Code(_) => self.units,
         }
+    }
+
+    /// Where entries are chosen out of units: how far each unit's farthest key lies from its mean.
+    pub fn radii(&self) -> &[f32] {
+        &self.radii
+    }
+
+    /// Where entries are chosen out of units: the logarithm of each unit's number of members.
+    pub fn logarithms(&self) -> &[f32] {
+        &self.logarithms
     }
 
     /// What may be chosen: units, or their entries where these have codes of their own. Both count from 0, entries unit
@@ -357,13 +385,15 @@ impl HeadUnits {
 
     /// Bytes the index keeps on the host beside its pages.
     pub fn list_bytes(&self) -> usize {
-        match &self.members {
-            Members::Runs { .. } => 0,
-            Members::Lists { ends, slots, batches } => {
-                (ends.capacity() + slots.capacity() + self.groups.capacity()) * size_of::<u32>()
-                    + batches.capacity() * size_of::<(usize, usize)>()
+        let radii = (self.radii.capacity() + self.logarithms.capacity()) * size_of::<f32>();
+        radii
+            + match &self.members {
+                Members::Runs { .. } => 0,
+                Members::Lists { ends, slots, batches } => {
+                    (ends.capacity() + slots.capacity() + self.groups.capacity()) * size_of::<u32>()
+                        + batches.capacity() * size_of::<(usize, usize)>()
+                }
             }
-        }
     }
 
     fn add(&mut self, units: &Units, entries: usize) {
@@ -375,6 +405,10 @@ impl HeadUnits {
             end
         }));
         self.units += units.counts.len();
+        self.radii.extend_from_slice(&units.radii);
+        if self.single {
+            self.logarithms.extend(units.counts.iter().map(|&n| (n as f32).ln()));
+        }
         if let Members::Lists { ends, slots, batches } = &mut self.members {
             slots.extend(units.members.iter().map(|&m| from + m));
             let mut end = ends.last().copied().unwrap_or(0);
@@ -405,6 +439,8 @@ impl HeadUnits {
                 slots.truncate(ends.last().map_or(0, |&end| end as usize));
             }
         }
+        self.radii.truncate(self.units);
+        self.logarithms.truncate(self.units);
         // Groups are of units that were made together, and go with them.
         let stay = self.groups.partition_point(|&end| end as usize <= self.units);
         self.groups.truncate(stay);
@@ -525,7 +561,7 @@ impl LayerIndex {
                 if let Some(book) = units.book.take() {
                     self.books[h] = Some(Arc::new(book));
                 }
-                if retrieval.rule.correct {
+                if retrieval.rule.correct || retrieval.residuals().is_some() {
                     self.measure_spread(h, retrieval, shape.d_k, &entries, &units);
                 }
                 self.add_rows(backend, storage, &units, h)?;

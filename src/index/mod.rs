@@ -3,13 +3,14 @@
 //!
 //! A method of the literature is a tuple of stages, and the stages are shared:
 //! ```text
-//! summarise → score → group → choose → attend → tail
+//! summarise → score → group → choose → refine → attend → tail
 //! ```
 //! A [`Summary`] cuts the entries of a KV head into *units* (pages, clusters) and describes each by a row or two.
 //! Those rows lie in pages of their own ([`LayerIndex`]), in any encoding, so that forks share them and every kernel
 //! reads them: a query's logits on units are [`crate::kernel::dot_scores`], and the estimate of what was not read is
-//! [`crate::kernel::attend`] over the rows of the units that were not chosen, each with the weight of its members. The
-//! rest is the same for all methods and stands in [`ReadRule`] and [`choose`].
+//! [`crate::kernel::weigh_values`]: the rows of units, each with the weight of its members that were not read. Where an
+//! index keeps codes of entries within units, entries are chosen out of the heaviest units
+//! ([`crate::kernel::code_scores`]). The rest is the same for all methods and stands in [`ReadRule`] and [`choose`].
 //!
 //! *Helps* long contexts, where reading all keys and values is what a decode step takes its time for, and where
 //! eviction would throw away what a later question asks about. *Hurts* by the memory of the summaries (every page in
@@ -170,6 +171,8 @@ pub struct Units {
     pub groups: Vec<u32>,
     /// Rows of each table: keys and values.
     pub rows: Vec<UnitRows>,
+    /// Where entries have codes within units: how far the farthest key of each lies from its mean.
+    pub radii: Vec<f32>,
     /// What was learnt on the way, where nothing had been before.
     pub book: Option<Codebook>,
 }

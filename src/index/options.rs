@@ -93,8 +93,10 @@ pub struct ReadRule {
     pub goal: Option<Goal>,
     /// Whether a threshold decides.
     pub calibration: Option<Calibration>,
-    /// Where units have codes within: share of the entries whose units are looked into, the heaviest.
-    pub refine: f64,
+    /// Where units have codes within: entries whose units are looked into, the heaviest, for each that is read.
+    pub widen: f64,
+    /// Which are heaviest is said of their farthest key, taken to reach beyond the mean by this many times what keys vary.
+    pub reach: f64,
     /// A choice is kept for so many steps.
     pub every: usize,
     /// So many neighbouring layers use the choice of the first of them.
@@ -194,7 +196,8 @@ impl ReadRule {
             correct: args.word("correct")? == "yes",
             tail: if args.word("tail")? == "estimate" { Tail::Estimate } else { Tail::Ignore },
             calibration: None,
-            refine: 0.0,
+            widen: 1.0,
+            reach: 0.0,
             goal: (mass > 0.0).then_some(Goal { mass, certified, floor }),
             every: args.count("every")?,
             share: args.count("share")?,

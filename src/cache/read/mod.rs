@@ -1,8 +1,8 @@
 //! A decode step that reads what an index chose: score the units, choose, attend over the chosen entries and those that
 //! are always read, estimate the rest, and say what share of the softmax was not read.
 //!
-//! *Helps* because every index goes this one way, on every backend: through `dot_scores`, `attend` with spans, and
-//! `merge_partials`. *Hurts* by three or four kernel calls a layer where reading everything is one; so a short context
+//! *Helps* because every index goes this one way, on every backend: through `dot_scores` or `code_scores`, `attend` with
+//! spans, `weigh_values` and `merge_partials`. *Hurts* by three or four kernel calls a layer where reading everything is one; so a short context
 //! is read whole.
 
 mod calibrate;

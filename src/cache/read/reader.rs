@@ -378,6 +378,7 @@ impl Reader<'_> {
                 };
                 ranking.take(1, count, wanted, fresh);
             }
+            _ if self.retrieval.residuals().is_some() => ranking.take_best(budget, fresh),
             _ => {
                 let wanted = |n, _: &Ranking| {
                     taken += n;

@@ -25,6 +25,9 @@ pub(super) struct Refined {
     pub(super) ranking: Ranking,
     /// Entries that are chosen, ascending, as the ranking counts them.
     pub(super) taken: Vec<u32>,
+    /// The units as they are looked for, and their logits.
+    heaviest: Ranking,
+    promised: Vec<f32>,
     /// Logarithm of what every row has on the other units, and of that and what it sees anyway.
     beside: Vec<f32>,
     seen: Vec<f32>,
@@ -34,16 +37,22 @@ pub(super) struct Refined {
 type RefinedLogits<'a> = (&'a mut Refined, (&'a mut [f32], &'a [f32]));
 
 impl Refined {
-    /// Takes the heaviest units until they have `wanted` entries; `spans` become the rows of their codes.
-    fn look_into(&mut self, units: &HeadUnits, wanted: usize, ranking: &mut Ranking, spans: &mut Spans) {
-        let mut entries = 0;
-        let expected = wanted * units.units() / units.picks().max(1);
-        let more = |n, _: &Ranking| {
-            let more = entries < wanted;
-            entries += n;
-            more
-        };
-        ranking.take(expected, |unit| units.count(unit), more, &mut self.units);
+    /// Looks into a `share` of the units, the heaviest, or into as many as have `least` entries; `spans` become the rows of
+    /// their codes.
+    fn look_into(&mut self, units: &HeadUnits, (share, least): (f64, usize), spans: &mut Spans) {
+        let heaviest = &mut self.heaviest;
+        heaviest.take_best((share * units.units() as f64) as usize, &mut self.units);
+        let entries: usize = self.units.iter().map(|&unit| units.count(unit as usize)).sum();
+        if entries < least {
+            let (mut entries, expected) = (0, least * units.units() / units.picks().max(1));
+            let more = |n, _: &Ranking| {
+                let more = entries < least;
+                entries += n;
+                more
+            };
+            heaviest.restart();
+            heaviest.take(expected, |unit| units.count(unit), more, &mut self.units);
+        }
         self.taken.clear();
         self.ends.clear();
         spans.clear();
@@ -85,15 +94,21 @@ impl Reader<'_> {
     ) -> Result<(), KernelError> {
         let (rows, heads) = (self.rows(), self.index.heads());
         let ReadScratch { rankings, refined, spans, scores, queries, logits, zone, .. } = scratch;
+        let zone = &**zone;
         refined.resize_with(heads.len(), Refined::default);
-        let looking = rankings.iter_mut().zip(&mut *refined).zip(&mut *spans).zip(heads);
+        let mut of_units = &**logits;
+        let looking = refined.iter_mut().zip(&mut *spans).zip(heads).zip(0..).map(|(refined, h)| {
+            let (own, behind) = of_units.split_at(rows * refined.1.units());
+            of_units = behind;
+            (refined, own, h)
+        });
         self.each(
             looking,
-            |(((ranking, refined), spans), units): (((&mut Ranking, &mut Refined), _), &HeadUnits)| {
-                let share = (self.retrieval.rule.refine * units.picks() as f64) as usize;
-                // Of fewer than are to be read none could be chosen.
-                let wanted = share.max(self.budget.min(units.picks()));
-                refined.look_into(units, wanted, ranking, spans);
+            |(((refined, spans), units), logits, h): (((&mut Refined, _), &HeadUnits), &[f32], usize)| {
+                self.promise(h, logits, &zone[h * rows..(h + 1) * rows], refined);
+                let least = self.budget.min(units.picks());
+                let share = self.retrieval.rule.widen * least as f64 / units.picks().max(1) as f64;
+                refined.look_into(units, (share, least), spans);
             },
         );
         let entries: usize = spans.iter().map(Spans::rows).sum();
@@ -110,7 +125,7 @@ impl Reader<'_> {
             (part, of_units)
         });
         let (corrections, of_codes) = scratch.corrections.split_at(scratch.corrections.len() / 2);
-        let (zone, rankings) = (&**zone, &*rankings);
+        let rankings = &*rankings;
         self.each(
             refined.iter_mut().zip(parts).zip(0..),
             |((refined, (scores, logits)), h): (RefinedLogits<'_>, usize)| {
@@ -123,7 +138,7 @@ impl Reader<'_> {
                     let (around, within) = (of(corrections, row), of(of_codes, row));
                     for (unit, entries_of) in refined.units() {
                         // A mean's logit is of all members together.
-                        let mean = logits[unit] - around - (entries_of.len() as f32).ln();
+                        let mean = logits[unit] - around - units.logarithms()[unit];
                         let scores = &mut scores[row * entries..(row + 1) * entries][entries_of];
                         match self.shape.softcap {
                             None => scores.iter_mut().for_each(|x| *x += mean + within),
@@ -149,6 +164,25 @@ impl Reader<'_> {
             },
         );
         Ok(())
+    }
+
+    /// Ranks units by what the farthest of their keys may weigh: one that lies apart from the others of its unit is not in
+    /// their mean.
+    fn promise(&self, h: usize, logits: &[f32], zone: &[f32], refined: &mut Refined) {
+        let (units, rule) = (&self.index.heads()[h], &self.retrieval.rule);
+        let (spread, d_k) = (self.index.spread(h), self.shape.d_k);
+        let energy = spread.energy();
+        refined.promised.clear();
+        if units.units() > 0 {
+            for (row, logits) in logits.chunks_exact(units.units()).enumerate() {
+                let query = &self.queries[(h * zone.len() + row) * d_k..][..d_k];
+                let along = self.shape.scale.abs() * spread.variance(query).sqrt();
+                let reach = if energy > 0.0 { rule.reach as f32 * along / energy.sqrt() } else { 0.0 };
+                let each = logits.iter().zip(units.radii()).zip(units.logarithms());
+                refined.promised.extend(each.map(|((logit, radius), count)| logit - count + reach * radius));
+            }
+        }
+        refined.heaviest.set(&refined.promised, zone, (rule.group, 1), None);
     }
 
     /// [`Reader::take`] of entries of a KV head, as the index counts them.

@@ -89,7 +89,9 @@ impl Naive<'_> {
         let units = self.units.iter().map(|unit| {
             let keys = self.keys(unit);
             let logit: f64 = match self.role {
-                Role::Mean | Role::Group | Role::Code(_) => scale * dot(query, &mean_of(&keys)) + correction,
+                Role::Mean | Role::Group | Role::Code(_) | Role::Residual(_) => {
+                    scale * dot(query, &mean_of(&keys)) + correction
+                }
                 Role::Bound => {
                     let best = |d: usize| {
                         let products = keys.iter().map(|k| f64::from(query[d]) * k[d]);

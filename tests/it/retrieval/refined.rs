@@ -5,7 +5,7 @@ use super::naive::{Naive, Row, dot, mean_of, naive, units, wide};
 use super::{BUDGET, PROMPT, prompted, queries};
 use crate::support::{backends, distance, entries, feed};
 use kvsieve::geometry::Slot;
-use kvsieve::index::{Codebook, Group, Tail};
+use kvsieve::index::{Codebook, Group, ReadRule, Tail};
 use kvsieve::{KvCache, SequenceId};
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 struct Refined {
     /// By slot: what its code says beside the mean of its unit.
     residuals: BTreeMap<usize, Vec<f64>>,
-    refine: f64,
+    widen: f64,
 }
 
 /// A row's logits of entries that have a code.
@@ -28,7 +28,7 @@ struct Weights {
 
 impl Refined {
     /// The nearest codewords of every piece, each tried in turn.
-    fn new(naive: &Naive<'_>, book: &Codebook, refine: f64) -> Self {
+    fn new(naive: &Naive<'_>, book: &Codebook, widen: f64) -> Self {
         let (layout, d) = (book.layout(), naive.shape.d_k);
         let codewords: Vec<Vec<f64>> = (0..book.levels() as u16)
             .map(|level| {
@@ -56,7 +56,7 @@ impl Refined {
                 residuals.insert(slot, near);
             }
         }
-        Self { residuals, refine }
+        Self { residuals, widen }
     }
 
     /// A row's logits by codes.
@@ -80,18 +80,43 @@ impl Refined {
         logits
     }
 
-    /// Units that are looked into, the heaviest first.
-    fn looked_into(&self, naive: &Naive<'_>, rows: &[Row]) -> Vec<usize> {
-        let covered = naive.covered();
-        let wanted = ((self.refine * covered as f64) as usize).max(BUDGET.min(covered));
-        let mut entries = 0;
-        let ranking = naive.ranking(rows).into_iter();
-        let heavy = ranking.take_while(|(_, unit)| {
-            let more = entries < wanted;
-            entries += naive.units[unit.start].len();
-            more
-        });
-        heavy.map(|(_, unit)| unit.start).collect()
+    /// Units that are looked into: the heaviest by what their farthest keys are taken to reach.
+    fn looked_into(&self, naive: &Naive<'_>, rows: &[Row], queries: &[Vec<f32>]) -> Vec<usize> {
+        let scale = f64::from(naive.shape.scale);
+        let radius = |unit: &Vec<usize>| {
+            let keys = naive.keys(unit);
+            let mean = mean_of(&keys);
+            let far = |k: &Vec<f64>| k.iter().zip(&mean).map(|(a, b)| (a - b).powi(2)).sum::<f64>();
+            (keys.iter().map(far).fold(0.0, f64::max), keys.iter().map(far).sum::<f64>())
+        };
+        let radii: Vec<(f64, f64)> = naive.units.iter().map(radius).collect();
+        let energy = radii.iter().map(|(_, sum)| sum).sum::<f64>() / naive.covered() as f64;
+        let promised: Vec<Row> = rows
+            .iter()
+            .zip(queries)
+            .map(|(row, query)| {
+                let along = |unit: &Vec<usize>| {
+                    let keys = naive.keys(unit);
+                    let mean = dot(query, &mean_of(&keys));
+                    keys.iter().map(|k| (dot(query, k) - mean).powi(2)).sum::<f64>()
+                };
+                let variance = naive.units.iter().map(along).sum::<f64>() / naive.covered() as f64;
+                let reach = 2.0 * scale * (variance / energy).sqrt();
+                let units = row.units.iter().zip(naive.units).zip(&radii);
+                let units =
+                    units.map(|((x, unit), (far, _))| x - (unit.len() as f64).ln() + reach * far.sqrt());
+                Row { entries: row.entries.clone(), units: units.collect(), groups: Vec::new() }
+            })
+            .collect();
+        let rule = ReadRule { by_entry: false, ..naive.rule };
+        let ranking: Vec<usize> =
+            naive.with(naive.role, rule).ranking(&promised).iter().map(|(_, unit)| unit.start).collect();
+        let least = BUDGET.min(naive.covered());
+        let share = self.widen * least as f64 / naive.covered() as f64;
+        let share = ((share * naive.units.len() as f64) as usize).min(ranking.len());
+        let size = |units: &[usize]| units.iter().map(|&unit| naive.units[unit].len()).sum::<usize>();
+        let enough = (0..=ranking.len()).find(|&n| size(&ranking[..n]) >= least).unwrap_or(ranking.len());
+        ranking[..share.max(enough)].to_vec()
     }
 
     fn weights(naive: &Naive<'_>, row: &Row, logits: &Logits, looked: &[usize]) -> Weights {
@@ -152,22 +177,23 @@ impl Refined {
     }
 }
 
-/// Of one KV head: its entries and what a naive implementation makes of them.
-fn check(
+/// Checks what a step read of one KV head, given the units that it chose from, the queries that share the head, and their
+/// outputs one after another; gives the mass that is left, on average.
+pub fn check(
     (cache, id): (&KvCache, SequenceId),
     (layer, head): (usize, usize),
     units_before: &[Vec<usize>],
-    token: u64,
+    asked: &[(Vec<f32>, i32)],
     out: &[f32],
-    (refine, tolerance): (f64, f64),
+    (widen, tolerance): (f64, f64),
 ) -> f64 {
     let all = entries(cache, id, layer, head);
     let naive = naive((cache, id), (layer, head), &all, units_before);
     let books = cache.codebooks(id).unwrap();
-    let refined = Refined::new(&naive, books.layer(layer)[head].as_ref().unwrap(), refine);
-    let asked = queries(&naive.shape, layer, head, &[(token, token as i32)]);
+    let refined = Refined::new(&naive, books.layer(layer)[head].as_ref().unwrap(), widen);
     let rows: Vec<Row> = asked.iter().map(|(query, at)| naive.row(query, *at)).collect();
-    let looked = refined.looked_into(&naive, &rows);
+    let asked_for: Vec<Vec<f32>> = asked.iter().map(|(query, _)| query.clone()).collect();
+    let looked = refined.looked_into(&naive, &rows, &asked_for);
     let weights: Vec<Weights> = asked
         .iter()
         .zip(&rows)
@@ -188,20 +214,21 @@ fn check(
     let mut missing = 0.0;
     for (g, (row, weights)) in rows.iter().zip(&weights).enumerate() {
         let (want, left) = Refined::output(&naive, row, weights, &looked, &read);
-        let error = distance(&out[(head * 3 + g) * 16..][..16], &want);
+        let d_v = naive.shape.d_v;
+        let error = distance(&out[g * d_v..(g + 1) * d_v], &want);
         assert!(error < tolerance, "head {head}, row {g}: {error}");
-        missing += left / 3.0;
+        missing += left / rows.len() as f64;
     }
     missing
 }
 
 #[test]
 fn what_codes_promise_is_read_and_the_rest_of_a_cluster_is_weighed_by_them() {
-    for (own, refine) in [
-        ("size=4,segment=64,pieces=8,refine=0.5", 0.5),
-        ("size=8,segment=128,pieces=5,refine=0.9,group=max,rank=unit,correct=no", 0.9),
-        ("size=6,segment=300,pieces=16,refine=0.1,group=logit", 0.1),
-        ("size=6,segment=300,pieces=16,refine=0.8,tail=ignore", 0.8),
+    for (own, widen) in [
+        ("size=4,segment=64,pieces=8,widen=1.2", 1.2),
+        ("size=8,segment=128,pieces=5,widen=2,group=max,rank=unit,correct=no", 2.0),
+        ("size=6,segment=300,pieces=16,widen=1,group=logit", 1.0),
+        ("size=6,segment=300,pieces=16,widen=1.6,tail=ignore", 1.6),
     ] {
         let recipe = format!("auto({own},update=16,recent=20,store=f32,min_context=0)");
         for backend in backends() {
@@ -212,7 +239,10 @@ fn what_codes_promise_is_read_and_the_rest_of_a_cluster_is_weighed_by_them() {
                 let before = [0, 1].map(|head| units(&cache, id, 1, head));
                 let out = feed(&mut cache, id, &[token], 1);
                 let missing = before.iter().enumerate().map(|(head, units)| {
-                    check((&cache, id), (1, head), units, token, &out[1], (refine, tolerance))
+                    let shape = cache.shape().layer(1);
+                    let asked = queries(shape, 1, head, &[(token, token as i32)]);
+                    let out = &out[1][head * 3 * 16..(head + 1) * 3 * 16];
+                    check((&cache, id), (1, head), units, &asked, out, (widen, tolerance))
                 });
                 let (said, want) =
                     (cache.last_read(id, 1).unwrap().unwrap().missing.unwrap(), missing.sum::<f64>() / 2.0);
@@ -240,9 +270,9 @@ fn a_kept_choice_of_entries_leaves_what_it_did_not_take() {
         let (kept, held) = run(&format!("{own},every=6)"));
         let (_, shared) = run(&format!("{own},share=2)"));
         assert_eq!(straight[0], kept[0], "{}: the first step chooses", backend.name());
-        for (each, held) in each.iter().zip(&held) {
-            // Codes are not read again; the choice is of five steps ago, and as large.
-            assert!(held.bytes < each.bytes && held.units == each.units, "{each:?} {held:?}");
+        for held in &held {
+            // The choice is of five steps ago; what came since is read beside it.
+            assert!(held.entries - held.units == each[0].entries - each[0].units, "{each:?} {held:?}");
             assert!(held.missing.is_some_and(|missing| missing > 0.0 && missing < 1.0), "{held:?}");
         }
         assert!(shared[1].bytes < each[1].bytes && shared[0].bytes == each[0].bytes, "{shared:?} {each:?}");

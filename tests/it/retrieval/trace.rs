@@ -2,6 +2,7 @@
 //! SmolLM2-135M, a prompt of 320 tokens and 16 that follow.
 
 use super::naive::{Row, naive, units};
+use super::refined::check;
 use super::{BUDGET, argument, check_choice, recipes};
 use crate::support::{backends, entries};
 use kvsieve::geometry::{LayerShape, ModelShape, Rotary, RotaryLayout, Slot};
@@ -60,8 +61,8 @@ impl Layer {
         self.k.len() / (self.shape.kv_heads * self.shape.d_k)
     }
 
-    /// Attends over some tokens and commits them.
-    fn feed(&self, cache: &mut KvCache, id: SequenceId, tokens: std::ops::Range<usize>) {
+    /// Attends over some tokens and commits them; gives the outputs, `[T, Hq, d_v]`.
+    fn feed(&self, cache: &mut KvCache, id: SequenceId, tokens: std::ops::Range<usize>) -> Vec<f32> {
         let (hq, h, d) = (self.shape.query_heads, self.shape.kv_heads, self.shape.d_k);
         let rows =
             |rows: &'_ [f32], heads: usize| rows[tokens.start * heads * d..tokens.end * heads * d].to_vec();
@@ -72,6 +73,7 @@ impl Layer {
         let into = TensorViewMut::token_major(&mut out[..], tokens.len(), hq, d).unwrap();
         step.attend(0, view(&q[..], hq), view(&k[..], h), view(&v[..], h), into).unwrap();
         step.commit(tokens.len()).unwrap();
+        out
     }
 
     fn cache(&self, recipe: &str, backend: &Arc<dyn Backend>) -> (KvCache, SequenceId) {
@@ -130,6 +132,56 @@ fn on_a_real_trace_the_choice_is_the_naive_one_and_what_is_missing_is_known() {
                         let truth = missing.iter().sum::<f64>() / missing.len() as f64;
                         estimates.push((f64::from(report.missing.unwrap()), truth));
                     }
+                }
+            }
+        }
+    }
+    let (said, truth) = estimates.iter().fold((0.0, 0.0), |sum, pair| (sum.0 + pair.0, sum.1 + pair.1));
+    assert!((said / truth - 1.0).abs() < 0.1, "{said} said to be missing, {truth} was");
+}
+
+#[test]
+fn on_a_real_trace_entries_are_the_naive_ones_and_what_is_missing_is_known() {
+    let mut estimates: Vec<(f64, f64)> = Vec::new();
+    for backend in backends() {
+        let tolerance = if backend.name() == "cpu" { 0.1 } else { 1e-3 };
+        for number in [0, 20] {
+            let layer = layer(number);
+            for (own, refine) in [("", 1.0), (",refine=0.3", 0.3)] {
+                let recipe = format!(
+                    "auto(size=8,segment=128,update=16,recent=20,pieces=16,store=f32,min_context=0{own})"
+                );
+                let (mut cache, id) = layer.cache(&recipe, &backend);
+                let steps = if backend.name() == "cpu" { layer.tokens() } else { layer.prompt + 2 };
+                for token in layer.prompt..steps {
+                    let heads = 0..layer.shape.kv_heads;
+                    let before: Vec<_> = heads.clone().map(|head| units(&cache, id, 0, head)).collect();
+                    let out = layer.feed(&mut cache, id, token..token + 1);
+                    let read = cache.last_choice(id, 0).unwrap().unwrap();
+                    let mut missing = Vec::new();
+                    for head in heads {
+                        let (group, d) = (layer.shape.group(), layer.shape.d_k);
+                        let asked: Vec<(Vec<f32>, i32)> = (head * group..(head + 1) * group)
+                            .map(|h| &layer.q[(token * layer.shape.query_heads + h) * d..][..d])
+                            .map(|query| (query.to_vec(), token as i32))
+                            .collect();
+                        let out = &out[head * group * d..(head + 1) * group * d];
+                        check((&cache, id), (0, head), &before[head], &asked, out, (refine, tolerance));
+                        let all = entries(&cache, id, 0, head);
+                        let naive = naive((&cache, id), (0, head), &all, &before[head]);
+                        let slots = &read.slots[read.offsets[head]..read.offsets[head + 1]];
+                        for (query, at) in &asked {
+                            let row = naive.row(query, *at);
+                            let left = |slot: usize| slots.binary_search(&Slot(slot as u32)).is_err();
+                            let weights: Vec<f64> = row.entries.iter().map(|x| x.exp()).collect();
+                            let gone: f64 =
+                                (0..weights.len()).filter(|&slot| left(slot)).map(|slot| weights[slot]).sum();
+                            missing.push(gone / weights.iter().sum::<f64>());
+                        }
+                    }
+                    let truth = missing.iter().sum::<f64>() / missing.len() as f64;
+                    let said = cache.last_read(id, 0).unwrap().unwrap().missing.unwrap();
+                    estimates.push((f64::from(said), truth));
                 }
             }
         }
