@@ -2,7 +2,7 @@
 //!
 //! A key is cut into pieces (or taken whole), and every piece replaced by the index of the nearest of a few codewords.
 //! Codebooks are learnt from the first entries that are indexed, per KV head, and stay as they are; so an entry has the same
-//! code whenever it comes. What is near may be what looks alike to recorded queries ([`aware`]), and keys may be taken as they
+//! code whenever it comes. What is near may be what looks alike to recorded queries, and keys may be taken as they
 //! were before their rotary embedding ([`windowed`]). A query is multiplied with all codewords once, and an entry's logit is a
 //! sum of numbers looked up there ([`crate::kernel::code_scores`]).
 //!
