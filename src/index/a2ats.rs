@@ -23,7 +23,7 @@ const ARGS: [Arg; 7 + COMMON] = arguments(
         Arg::word("rotary", &["true", "windowed"], "keys and queries where they are, or at one distance"),
         Arg::count("distance", 2048, 0, 1 << 20, "with rotary=windowed: where queries are put"),
         Arg::word("aware", &["yes", "no"], "whether recorded queries say which keys are alike"),
-        Arg::count("queries", 256, 1, 4096, "last queries of the prompt that say so"),
+        Arg::count("queries", 2048, 1, 16384, "last queries of the prompt that say so"),
         Arg::count("train", 16384, 16, 1 << 20, "first entries, which the codebook is learnt from"),
         Arg::count("rounds", 10, 1, 64, "rounds of k-means"),
     ],
