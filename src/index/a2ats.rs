@@ -1,7 +1,7 @@
 //! Vector quantisation for queries: every entry has one index into a codebook of whole keys, made so that logits err
 //! little, and the entries that promise most are read.
 //!
-//! *Helps* long contexts: an entry is ranked by two bytes, whatever the dimension of keys. *Hurts* short ones, where a
+//! *Helps* long contexts: an entry is ranked by one index, whatever the dimension of keys. *Hurts* short ones, where a
 //! codebook is as large as the keys it stands for and every query is multiplied with all of it.
 
 use super::codes::Codes;
