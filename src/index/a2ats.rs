@@ -1,7 +1,7 @@
 //! Vector quantisation for queries: every entry has one index into a codebook of whole keys, made so that logits err
 //! little, and the entries that promise most are read.
 //!
-//! *Helps* long contexts: an entry is ranked by two bytes, whatever the dimension of keys. *Hurts* short ones, where a
+//! *Helps* long contexts: an entry is ranked by one index, whatever the dimension of keys. *Hurts* short ones, where a
 //! codebook is as large as the keys it stands for and every query is multiplied with all of it.
 
 use super::codes::Codes;
@@ -23,7 +23,7 @@ const ARGS: [Arg; 7 + COMMON] = arguments(
         Arg::word("rotary", &["true", "windowed"], "keys and queries where they are, or at one distance"),
         Arg::count("distance", 2048, 0, 1 << 20, "with rotary=windowed: where queries are put"),
         Arg::word("aware", &["yes", "no"], "whether recorded queries say which keys are alike"),
-        Arg::count("queries", 256, 1, 4096, "last queries of the prompt that say so"),
+        Arg::count("queries", 2048, 1, 16384, "last queries of the prompt that say so"),
         Arg::count("train", 16384, 16, 1 << 20, "first entries, which the codebook is learnt from"),
         Arg::count("rounds", 10, 1, 64, "rounds of k-means"),
     ],

@@ -14,8 +14,8 @@ use std::sync::Arc;
 
 const OWN: &str = "train=240,rounds=5,sinks=4,recent=20,min_context=0";
 
-/// Queries that the recipes record of a prompt.
-const WINDOW: u64 = 256;
+/// Queries that the recipes record of a prompt: all of it.
+const WINDOW: u64 = PROMPT;
 
 /// The codewords of a KV head, `[levels][d_k]`.
 fn words(book: &Codebook) -> Vec<Vec<f32>> {
@@ -38,7 +38,8 @@ fn what_is_chosen_is_what_codes_by_a_naive_implementation_choose() {
         let given = |name, otherwise: &'static str| argument(&recipe, name).unwrap_or(otherwise).to_owned();
         let at: Option<i32> =
             (given("rotary", "true") == "windowed").then(|| given("distance", "2048").parse().unwrap());
-        let recorded: u64 = given("queries", "256").parse().unwrap();
+        let recorded: u64 = given("queries", "2048").parse().unwrap();
+        let recorded = recorded.min(PROMPT);
         for backend in backends() {
             let (mut cache, id) = prompted(&recipe, &backend, &[200, PROMPT - 200]);
             let (token, position) = (900, PROMPT as i32 - 1);
