@@ -206,6 +206,7 @@ impl Reader<'_> {
         let logits = resize(&mut scratch.logits, rows * total_rows(tables));
         if let Role::Code(layout) = role {
             self.score_codes(layout, tables, None, &mut scratch.queries, logits, workspace)?;
+            report.bytes += self.codeword_bytes();
             if let Some(cap) = self.shape.softcap {
                 logits.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
             }
@@ -295,6 +296,12 @@ impl Reader<'_> {
             out: &mut *logits,
         };
         self.backend.code_scores(args, workspace)
+    }
+
+    /// Bytes of the codewords, which every query is multiplied with.
+    pub(super) fn codeword_bytes(&self) -> usize {
+        let books = (0..self.index.heads().len()).filter_map(|h| self.index.book(h));
+        books.map(|book| book.levels() * book.dims() * size_of::<f32>()).sum()
     }
 
     /// How rows of a table are read: as the layer's, all of them seen.

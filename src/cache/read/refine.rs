@@ -116,7 +116,7 @@ impl Reader<'_> {
         queries.clear();
         queries.extend_from_slice(self.queries);
         self.score_codes(layout, self.index.table(table), Some(spans), queries, scores, workspace)?;
-        report.bytes += entries * layout.words() * size_of::<u32>();
+        report.bytes += entries * layout.words() * size_of::<u32>() + self.codeword_bytes();
         let (mut scores, mut logits) = (scores, &**logits);
         let parts = spans.iter().zip(heads).map(|(spans, units)| {
             let (part, behind) = std::mem::take(&mut scores).split_at_mut(rows * spans.rows());
