@@ -102,8 +102,8 @@ fn decode(c: &mut Criterion) {
         let budget = tokens / 25;
         for recipe in [
             "full".to_owned(),
-            "auto(store=int4)".to_owned(),
-            "auto(store=int4,size=16)".to_owned(),
+            "auto".to_owned(),
+            "auto(pieces=0)".to_owned(),
             "pages".to_owned(),
             "quest(dense=0)".to_owned(),
             "quest(dense=0,store=int8)".to_owned(),
@@ -112,6 +112,8 @@ fn decode(c: &mut Criterion) {
             "squeezed(levels=2,rounds=4,segment=2048)".to_owned(),
             "clusterkv(dense=0,rounds=4,segment=2048)".to_owned(),
             "retroinfer(rounds=4,segment=2048)".to_owned(),
+            "pq".to_owned(),
+            "a2ats".to_owned(),
         ] {
             let mut random = Random::new(2);
             let rows = [HEADS * GROUP, HEADS, HEADS].map(|heads| random.rows(heads * DIM, 1.0, DType::F32));

@@ -80,8 +80,9 @@ impl Refined {
         logits
     }
 
-    /// Units that are looked into: the heaviest by what their farthest keys are taken to reach.
-    fn looked_into(&self, naive: &Naive<'_>, rows: &[Row], queries: &[Vec<f32>]) -> Vec<usize> {
+    /// Units that are looked into: the heaviest by what their farthest keys are taken to reach; and by how much the last of
+    /// them is heavier than the next.
+    fn looked_into(&self, naive: &Naive<'_>, rows: &[Row], queries: &[Vec<f32>]) -> (Vec<usize>, f64) {
         let scale = f64::from(naive.shape.scale);
         let radius = |unit: &Vec<usize>| {
             let keys = naive.keys(unit);
@@ -109,14 +110,16 @@ impl Refined {
             })
             .collect();
         let rule = ReadRule { by_entry: false, ..naive.rule };
-        let ranking: Vec<usize> =
-            naive.with(naive.role, rule).ranking(&promised).iter().map(|(_, unit)| unit.start).collect();
+        let scored = naive.with(naive.role, rule).ranking(&promised);
+        let ranking: Vec<usize> = scored.iter().map(|(_, unit)| unit.start).collect();
         let least = BUDGET.min(naive.covered());
         let share = self.widen * least as f64 / naive.covered() as f64;
         let share = ((share * naive.units.len() as f64) as usize).min(ranking.len());
         let size = |units: &[usize]| units.iter().map(|&unit| naive.units[unit].len()).sum::<usize>();
         let enough = (0..=ranking.len()).find(|&n| size(&ranking[..n]) >= least).unwrap_or(ranking.len());
-        ranking[..share.max(enough)].to_vec()
+        let count = share.max(enough);
+        let gap = scored.get(count).map_or(f64::INFINITY, |next| scored[count - 1].0 - next.0);
+        (ranking[..count].to_vec(), gap)
     }
 
     fn weights(naive: &Naive<'_>, row: &Row, logits: &Logits, looked: &[usize]) -> Weights {
@@ -178,7 +181,7 @@ impl Refined {
 }
 
 /// Checks what a step read of one KV head, given the units that it chose from, the queries that share the head, and their
-/// outputs one after another; gives the mass that is left, on average.
+/// outputs one after another; gives the mass that is left, on average, or nothing if two units tie.
 pub fn check(
     (cache, id): (&KvCache, SequenceId),
     (layer, head): (usize, usize),
@@ -186,14 +189,18 @@ pub fn check(
     asked: &[(Vec<f32>, i32)],
     out: &[f32],
     (widen, tolerance): (f64, f64),
-) -> f64 {
+) -> Option<f64> {
     let all = entries(cache, id, layer, head);
     let naive = naive((cache, id), (layer, head), &all, units_before);
     let books = cache.codebooks(id).unwrap();
     let refined = Refined::new(&naive, books.layer(layer)[head].as_ref().unwrap(), widen);
     let rows: Vec<Row> = asked.iter().map(|(query, at)| naive.row(query, *at)).collect();
     let asked_for: Vec<Vec<f32>> = asked.iter().map(|(query, _)| query.clone()).collect();
-    let looked = refined.looked_into(&naive, &rows, &asked_for);
+    let (looked, gap) = refined.looked_into(&naive, &rows, &asked_for);
+    // Which of two units is looked into that promise the same is rounding.
+    if gap < 1e-4 {
+        return None;
+    }
     let weights: Vec<Weights> = asked
         .iter()
         .zip(&rows)
@@ -206,7 +213,8 @@ pub fn check(
     assert_eq!(read.len(), BUDGET, "single entries fill a budget");
     let always = (0..all.len()).filter(|&slot| naive.unit_of(slot).is_none());
     assert!(always.clone().all(|slot| read.contains(&slot)));
-    assert!(read.iter().all(|slot| naive.unit_of(*slot).is_none() || scores.contains_key(slot)));
+    let known = |slot: &usize| naive.unit_of(*slot).is_none() || scores.contains_key(slot);
+    assert!(read.iter().all(known), "an entry of a unit that promises little, {gap} below");
     let (chosen, others): (Vec<_>, Vec<_>) = scores.iter().partition(|(slot, _)| read.contains(slot));
     let least = chosen.iter().map(|(_, score)| **score).fold(f64::INFINITY, f64::min);
     let most = others.iter().map(|(_, score)| **score).fold(f64::NEG_INFINITY, f64::max);
@@ -219,7 +227,7 @@ pub fn check(
         assert!(error < tolerance, "head {head}, row {g}: {error}");
         missing += left / rows.len() as f64;
     }
-    missing
+    Some(missing)
 }
 
 #[test]
@@ -235,7 +243,8 @@ fn what_codes_promise_is_read_and_the_rest_of_a_cluster_is_weighed_by_them() {
             // Processors round tables of codewords to bytes.
             let tolerance = if backend.name() == "cpu" { 0.1 } else { 2e-4 };
             let (mut cache, id) = prompted(&recipe, &backend, &[200, PROMPT - 200]);
-            for token in PROMPT..PROMPT + 20 {
+            let mut checked = 0;
+            for token in PROMPT..PROMPT + 8 {
                 let before = [0, 1].map(|head| units(&cache, id, 1, head));
                 let out = feed(&mut cache, id, &[token], 1);
                 let missing = before.iter().enumerate().map(|(head, units)| {
@@ -244,14 +253,20 @@ fn what_codes_promise_is_read_and_the_rest_of_a_cluster_is_weighed_by_them() {
                     let out = &out[1][head * 3 * 16..(head + 1) * 3 * 16];
                     check((&cache, id), (1, head), units, &asked, out, (widen, tolerance))
                 });
-                let (said, want) =
-                    (cache.last_read(id, 1).unwrap().unwrap().missing.unwrap(), missing.sum::<f64>() / 2.0);
+                let missing: Option<Vec<f64>> = missing.collect();
+                let Some(missing) = missing else { continue };
+                checked += 1;
+                let (said, want) = (
+                    cache.last_read(id, 1).unwrap().unwrap().missing.unwrap(),
+                    missing.iter().sum::<f64>() / 2.0,
+                );
                 assert!(
                     (f64::from(said) - want).abs() < tolerance * want.max(0.1),
                     "{}: {recipe}: {said}, should be {want}",
                     backend.name()
                 );
             }
+            assert!(checked > 4, "{recipe}: {checked}");
         }
     }
 }
@@ -263,7 +278,7 @@ fn a_kept_choice_of_entries_leaves_what_it_did_not_take() {
         let run = |recipe: &str| {
             let (mut cache, id) = prompted(recipe, &backend, &[PROMPT]);
             let outs: Vec<_> = (0..6).map(|i| feed(&mut cache, id, &[PROMPT + i], 1)).collect();
-            let read: Vec<_> = (0..2).map(|layer| cache.last_read(id, layer).unwrap().unwrap()).collect();
+            let read: Vec<_> = (0..2).filter_map(|layer| cache.last_read(id, layer).unwrap()).collect();
             (outs, read)
         };
         let (straight, each) = run(&format!("{own})"));
@@ -276,9 +291,14 @@ fn a_kept_choice_of_entries_leaves_what_it_did_not_take() {
             assert!(held.missing.is_some_and(|missing| missing > 0.0 && missing < 1.0), "{held:?}");
         }
         assert!(shared[1].bytes < each[1].bytes && shared[0].bytes == each[0].bytes, "{shared:?} {each:?}");
-        let far = |a: &[Vec<f32>], b: &[Vec<f32>]| {
-            distance(&a[1], &b[1].iter().map(|&x| f64::from(x)).collect::<Vec<_>>())
+        // What is estimated of the rest is nearer to everything than nothing is.
+        let (full, _) = run("full");
+        let (ignored, _) = run(&format!("{own},every=6,tail=ignore)"));
+        let far = |a: &[Vec<Vec<f32>>]| -> f64 {
+            let each = full.iter().zip(a).skip(1);
+            let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+            each.map(|(full, a)| distance(&a[1], &wide(&full[1]))).sum()
         };
-        assert!(far(&straight[5], &kept[5]) < 0.5, "{}", far(&straight[5], &kept[5]));
+        assert!(far(&kept) < far(&ignored), "{} {}", far(&kept), far(&ignored));
     }
 }

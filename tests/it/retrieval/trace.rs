@@ -147,9 +147,9 @@ fn on_a_real_trace_entries_are_the_naive_ones_and_what_is_missing_is_known() {
         let tolerance = if backend.name() == "cpu" { 0.1 } else { 1e-3 };
         for number in [0, 20] {
             let layer = layer(number);
-            for (own, refine) in [("", 1.0), (",refine=0.3", 0.3)] {
+            for widen in [1.3, 8.0] {
                 let recipe = format!(
-                    "auto(size=8,segment=128,update=16,recent=20,pieces=16,store=f32,min_context=0{own})"
+                    "auto(size=8,segment=128,update=16,recent=20,pieces=16,store=f32,widen={widen},min_context=0)"
                 );
                 let (mut cache, id) = layer.cache(&recipe, &backend);
                 let steps = if backend.name() == "cpu" { layer.tokens() } else { layer.prompt + 2 };
@@ -166,7 +166,7 @@ fn on_a_real_trace_entries_are_the_naive_ones_and_what_is_missing_is_known() {
                             .map(|query| (query.to_vec(), token as i32))
                             .collect();
                         let out = &out[head * group * d..(head + 1) * group * d];
-                        check((&cache, id), (0, head), &before[head], &asked, out, (refine, tolerance));
+                        check((&cache, id), (0, head), &before[head], &asked, out, (widen, tolerance));
                         let all = entries(&cache, id, 0, head);
                         let naive = naive((&cache, id), (0, head), &all, &before[head]);
                         let slots = &read.slots[read.offsets[head]..read.offsets[head + 1]];
