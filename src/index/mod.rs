@@ -29,13 +29,15 @@ pub mod pages;
 pub mod pq;
 pub mod quest;
 pub mod retroinfer;
+mod spread;
 pub mod squeezed;
 mod units;
 
 pub use clusters::Clusters;
 pub use codes::{Codebook, Codebooks, Codes, windowed};
-pub use layer::{Growth, HeadUnits, LayerIndex, Spread, TableStorage};
+pub use layer::{Growth, HeadUnits, LayerIndex, TableStorage};
 pub use options::{Calibration, Goal, Group, ReadRule, Tail, Thresholds};
+pub use spread::Spread;
 pub use units::Pages;
 
 use crate::backend::Backend;

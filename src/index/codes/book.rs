@@ -4,7 +4,7 @@ use super::aware::Metric;
 use crate::backend::Backend;
 use crate::error::KernelError;
 use crate::index::clusters::products;
-use crate::index::layer::dot;
+use crate::index::spread::dot;
 use crate::kernel::code_scores::CodeLayout;
 use std::ops::Range;
 
