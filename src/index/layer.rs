@@ -437,8 +437,7 @@ impl LayerIndex {
 
     /// Bytes kept on the host beside the pages of the tables.
     pub fn list_bytes(&self) -> usize {
-        let spread =
-            self.spread.iter().flatten().map(Spread::bytes).sum::<usize>();
+        let spread = self.spread.iter().flatten().map(Spread::bytes).sum::<usize>();
         let books = self.books.iter().flatten().map(|book| book.bytes()).sum::<usize>();
         spread + books + self.heads.iter().map(HeadUnits::list_bytes).sum::<usize>()
     }
