@@ -6,6 +6,8 @@
 
 use super::expect_len;
 use crate::device::HeadRows;
+#[cfg(feature = "gpu")]
+use crate::device::page::PageRef;
 use crate::error::KernelError;
 use std::ops::Range;
 
@@ -103,6 +105,28 @@ impl Spans {
         let starts = std::iter::once(0).chain(self.spans.iter().map(|s| s.end as usize));
         let ends = self.spans.iter().map(|s| s.start as usize).chain(std::iter::once(rows));
         starts.zip(ends).map(|(start, end)| start..end).filter(|gap| !gap.is_empty())
+    }
+
+    /// The pages of a head that some spans meet, each with the slots there, in runs of at most `most`.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn in_pages<'a, 's>(
+        head: &'a HeadRows,
+        spans: &'s [Span],
+        most: usize,
+    ) -> impl Iterator<Item = (PageRef<'a>, impl Iterator<Item = Range<usize>> + use<'s>)> {
+        let mut rest = spans;
+        head.pages().filter_map(move |page| {
+            let slots = page.first..page.first + page.rows;
+            let met = &rest[..rest.partition_point(|s| s.slots().start < slots.end)];
+            // A span that goes on is met again on the next page.
+            let goes_on = usize::from(met.last()?.slots().end > slots.end);
+            rest = &rest[met.len() - goes_on..];
+            let runs = met.iter().flat_map(move |span| {
+                let run = span.within(&slots);
+                run.clone().step_by(most).map(move |start| start..(start + most).min(run.end))
+            });
+            Some((page, runs))
+        })
     }
 
     /// Checks that there is one set of spans per head, and that all their slots are there.

@@ -132,10 +132,10 @@ impl Reader<'_> {
                 for (unit, own) in refined.units() {
                     let (mut from, mut left) = (own.start, 0.0);
                     while let Some(entry) = taken.next_if(|&entry| entry < own.end) {
-                        left += total(&entries[from..entry]);
+                        left += sum(&entries[from..entry]);
                         from = entry + 1;
                     }
-                    line[unit] = factor * (left + total(&entries[from..own.end]));
+                    line[unit] = factor * (left + sum(&entries[from..own.end])) as f32;
                 }
             } else if self.retrieval.residuals().is_some() {
                 // A choice of another step: which of a unit's entries weigh more is not known now.
@@ -225,15 +225,6 @@ impl Reader<'_> {
         let logit = std::f64::consts::SQRT_2 * norm * f64::from(self.index.norm(table, h));
         2.0 * tolerance * (1.0 + logit * f64::from(self.shape.scale.abs()))
     }
-}
-
-/// The sum of a few weights, in lanes that a compiler turns into vectors.
-fn total(weights: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; 8];
-    let chunks = weights.chunks_exact(8);
-    let rest: f32 = chunks.remainder().iter().sum();
-    chunks.for_each(|chunk| lanes.iter_mut().zip(chunk).for_each(|(l, w)| *l += w));
-    lanes.iter().sum::<f32>() + rest
 }
 
 /// `e^a / (e^a + e^b)`.

@@ -7,7 +7,7 @@ use super::{CodeArgs, NAME, QUAD, interleave};
 use crate::device::HeadRows;
 use crate::device::gpu::{Binding, Call, Context, DeviceBlock, Scratch};
 use crate::error::{DeviceError, KernelError};
-use crate::kernel::Span;
+use crate::kernel::{Span, Spans};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -100,32 +100,22 @@ fn record(call: &mut Call<'_>, args: &CodeArgs<'_>, batch: Range<usize>) -> Resu
     let mut start = 0;
     for (h, head) in heads.iter().enumerate() {
         let all = [Span { start: 0, end: head.rows() as u32 }];
-        let mut rest = args.spans.map_or(&all[..], |spans| spans[batch.start + h].spans());
+        let chosen = args.spans.map_or(&all[..], |spans| spans[batch.start + h].spans());
         let (entries, mut before) = (args.entries(batch.start + h), 0);
-        for page in head.pages() {
-            let slots = page.first..page.first + page.rows;
-            let met = rest.partition_point(|s| s.slots().start < slots.end);
-            if met == 0 {
-                continue;
-            }
+        for (page, runs) in Spans::in_pages(head, chosen, CHUNK) {
             let block = DeviceBlock::of(page.page, NAME)?;
             let chunks = &mut groups.entry(block.slab()).or_insert_with(|| (block.buffer(), Vec::new())).1;
-            for run in rest[..met].iter().map(|s| s.within(&slots)) {
-                for first in run.clone().step_by(CHUNK) {
-                    let rows_of = CHUNK.min(run.end - first);
-                    chunks.push(Chunk {
-                        page: block.word(),
-                        begin: (first - page.first) as u32,
-                        rows: rows_of as u32,
-                        target_at: (start + before) as u32,
-                        stride: entries as u32,
-                        table: (h * rows.div_ceil(QUAD) * table) as u32,
-                    });
-                    before += rows_of;
-                }
+            for run in runs {
+                chunks.push(Chunk {
+                    page: block.word(),
+                    begin: (run.start - page.first) as u32,
+                    rows: run.len() as u32,
+                    target_at: (start + before) as u32,
+                    stride: entries as u32,
+                    table: (h * rows.div_ceil(QUAD) * table) as u32,
+                });
+                before += run.len();
             }
-            // A span that goes on is met again on the next page.
-            rest = &rest[met - usize::from(rest[met - 1].slots().end > slots.end)..];
         }
         start += rows * entries;
     }

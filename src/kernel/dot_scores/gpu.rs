@@ -13,7 +13,6 @@ use crate::kernel::attend::gpu::{self as attend, Params, Tile, Unit, Uploaded};
 use crate::kernel::attention_mass::gpu::{CHUNK, Chunk, batches};
 use crate::kernel::{AttentionParams, Span, Spans};
 use std::collections::BTreeMap;
-use std::ops::Range;
 
 /// See [`super`].
 ///
@@ -82,17 +81,12 @@ fn record(
         let first = tiles.partition_point(|t| t.unit < index) as u32;
         let end = tiles.partition_point(|t| t.unit <= index) as u32;
         let all = [Span { start: 0, end: unit.head.rows() as u32 }];
-        let (mut rest, rows) = match spans {
+        let (chosen, rows) = match spans {
             Some(spans) => (spans[unit.index].spans(), spans[unit.index].rows()),
             None => (&all[..], unit.head.rows()),
         };
         let mut before = 0;
-        for page in unit.head.pages() {
-            let slots = page.first..page.first + page.rows;
-            let met = rest.partition_point(|s| s.slots().start < slots.end);
-            if met == 0 {
-                continue;
-            }
+        for (page, parts) in Spans::in_pages(unit.head, chosen, CHUNK) {
             let block = DeviceBlock::of(page.page, NAME)?;
             let layout = layouts.iter().position(|l| **l == **page.layout).unwrap_or_else(|| {
                 layouts.push(page.layout);
@@ -100,7 +94,7 @@ fn record(
             });
             let group = groups.entry((block.slab(), layout));
             let chunks = &mut group.or_insert_with(|| (block.buffer(), Vec::new())).1;
-            for part in rest[..met].iter().flat_map(|s| cut(s.within(&slots))) {
+            for part in parts {
                 chunks.push(Chunk {
                     page: block.word(),
                     begin: (part.start - page.first) as u32,
@@ -113,8 +107,6 @@ fn record(
                 });
                 before += part.len();
             }
-            // A span that goes on is met again on the next page.
-            rest = &rest[met - usize::from(rest[met - 1].slots().end > slots.end)..];
         }
         start += rows * unit.rows(params);
     }
@@ -135,10 +127,4 @@ fn record(
         call.dispatch("dot_scores", &constants, &block, &bindings, chunks.len())?;
     }
     Ok(scores)
-}
-
-/// In runs of up to [`CHUNK`].
-fn cut(slots: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    let end = slots.end;
-    slots.step_by(CHUNK).map(move |start| start..(start + CHUNK).min(end))
 }
