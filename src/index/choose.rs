@@ -6,8 +6,11 @@
 //! and unit.
 
 use super::Group;
-use crate::kernel::simd::math::weigh;
+use crate::kernel::simd::weights;
 use std::cmp::Ordering;
+
+/// One score of so many goes to a sample.
+const SAMPLE: usize = 16;
 
 /// What the rows of one KV head think of its units, and which are taken so far.
 #[derive(Clone, Debug, Default)]
@@ -27,7 +30,7 @@ pub struct Ranking {
     /// Score of each group of `fold` neighbouring units.
     scores: Vec<f32>,
     fold: usize,
-    /// Groups: the first `ranked` are the best ones, best first.
+    /// Groups, or none as long as nothing was put in order: the first `ranked` are the best ones, best first.
     order: Vec<u32>,
     ranked: usize,
     /// How many of them are taken.
@@ -61,8 +64,11 @@ impl Ranking {
         self.beside.clear();
         self.beside.resize(self.rows, 0.0);
         self.score(logits, zone, group, sizes);
+        // No zero is less than another.
+        if matches!(group, Group::Logit | Group::Mean) {
+            self.scores.iter_mut().for_each(|score| *score += 0.0);
+        }
         self.order.clear();
-        self.order.extend(0..self.scores.len() as u32);
     }
 
     /// Counts what weighs `beside` the units in each row (logarithms) and is never taken: it is left, and a share of all.
@@ -78,7 +84,7 @@ impl Ranking {
     }
 
     fn weigh(&mut self, logits: &[f32], zone: &[f32]) {
-        self.weights.clear();
+        // What was there is overwritten.
         self.weights.resize(logits.len(), 0.0);
         self.references.clear();
         self.all.clear();
@@ -88,13 +94,12 @@ impl Ranking {
             return;
         }
         let rows = logits.chunks_exact(self.units).zip(self.weights.chunks_exact_mut(self.units));
-        for ((logits, weights), &zone) in rows.zip(zone) {
-            let reference = logits.iter().fold(zone, |a, &b| a.max(b));
+        for ((logits, line), &zone) in rows.zip(zone) {
+            let reference = weights::largest(logits).max(zone);
             // Nothing is seen at all: any finite reference makes all weights 0.
             let reference = if reference == f32::NEG_INFINITY { 0.0 } else { reference };
-            weigh(logits, reference, weights);
+            self.all.push(weights::weigh(logits, reference, line));
             self.references.push(reference);
-            self.all.push(sum(weights));
         }
     }
 
@@ -106,13 +111,13 @@ impl Ranking {
         let mut ranks = std::mem::take(&mut self.ranks);
         for (row, &zone) in zone.iter().enumerate() {
             let logits = logits.get(row * units..(row + 1) * units).unwrap_or(&[]);
-            let weights = &self.weights[row * units..(row + 1) * units];
+            let line = &self.weights[row * units..(row + 1) * units];
             let all = self.all[row] + f64::from(zone - self.references[row]).exp();
             let share = if all > 0.0 { (1.0 / all) as f32 } else { 0.0 };
             let scores = self.scores.iter_mut();
             match group {
-                Group::Max => scores.zip(weights).for_each(|(s, w)| *s = s.max(w * share)),
-                Group::Sum => scores.zip(weights).for_each(|(s, w)| *s += w * share),
+                Group::Max => weights::keep_larger(&mut self.scores, line, share),
+                Group::Sum => weights::add_scaled(&mut self.scores, line, share),
                 Group::Logit => scores.zip(logits).for_each(|(s, x)| *s = s.max(*x)),
                 Group::Mean => scores.zip(logits).for_each(|(s, x)| *s += x / self.rows as f32),
                 Group::Union => {
@@ -153,9 +158,12 @@ impl Ranking {
 
     /// Sees to it that the first `count` groups of the order are the best ones.
     fn rank(&mut self, count: usize) {
-        let count = count.min(self.order.len());
+        let count = count.min(self.scores.len());
         if count <= self.ranked {
             return;
+        }
+        if self.order.is_empty() {
+            self.order.extend(0..self.scores.len() as u32);
         }
         let scores = &self.scores;
         let rest = &mut self.order[self.ranked..];
@@ -184,7 +192,7 @@ impl Ranking {
         units: &mut Vec<u32>,
     ) {
         units.clear();
-        while self.taken < self.order.len() {
+        while self.taken < self.scores.len() {
             if self.taken == self.ranked {
                 // More at a time the further it goes.
                 self.rank((2 * self.ranked).max(expected).max(64));
@@ -214,28 +222,45 @@ impl Ranking {
     /// taken yet, and nothing is to be taken later: what is left of weights is not kept.
     pub fn take_best(&mut self, count: usize, units: &mut Vec<u32>) {
         units.clear();
-        self.taken = self.order.len();
+        self.taken = self.scores.len();
         if count >= self.scores.len() {
             units.extend(0..self.scores.len() as u32);
-            return;
+        } else if count > 0 {
+            let (least, above) = self.last_of_best(count);
+            weights::best(&self.scores, (least, count - above), units);
         }
-        let Some(last) = count.checked_sub(1) else { return };
-        self.copy.clone_from(&self.scores);
-        let (_, &mut least, _) = self.copy.select_nth_unstable_by(last, |a, b| b.total_cmp(a));
-        let above = self.scores.iter().filter(|score| score.total_cmp(&least).is_gt()).count();
-        let mut equal = count - above;
-        for (unit, score) in self.scores.iter().enumerate() {
-            let takes = match score.total_cmp(&least) {
-                Ordering::Greater => true,
-                Ordering::Equal if equal > 0 => {
-                    equal -= 1;
-                    true
-                }
-                _ => false,
-            };
-            if takes {
-                units.push(unit as u32);
+    }
+
+    /// The lowest score of the best `count`, fewer than there are, and how many are above it.
+    fn last_of_best(&mut self, count: usize) -> (f32, usize) {
+        let (scores, copy) = (&self.scores, &mut self.copy);
+        let descending = |a: &f32, b: &f32| b.total_cmp(a);
+        copy.clear();
+        copy.extend(scores.iter().step_by(SAMPLE));
+        // Of a sample the place is about known; what lies around it there holds the score that is looked for.
+        let place = count * copy.len() / scores.len();
+        let slack = SAMPLE + 4 * place.isqrt();
+        let (mut low, mut high) = (f32::NEG_INFINITY, f32::INFINITY);
+        if place + slack < copy.len() {
+            low = *copy.select_nth_unstable_by(place + slack, descending).1;
+            if let Some(before) = place.checked_sub(slack) {
+                high = *copy[..place + slack].select_nth_unstable_by(before, descending).1;
             }
+        }
+        let mut above = weights::between(scores, (low, high), copy);
+        if above >= count || above + copy.len() < count {
+            // The sample was unlike the others.
+            copy.clone_from(scores);
+            above = 0;
+        }
+        let (better, &mut least, _) = copy.select_nth_unstable_by(count - above - 1, descending);
+        (least, above + better.iter().filter(|&&score| score > least).count())
+    }
+
+    /// Lets units weigh nothing any more: what is left is then what their [`Ranking::weights`] are.
+    pub fn spend(&mut self, units: &[u32]) {
+        for line in self.weights.chunks_exact_mut(self.units.max(1)) {
+            units.iter().for_each(|&unit| line[unit as usize] = 0.0);
         }
     }
 
@@ -281,33 +306,13 @@ impl Ranking {
 
     /// The same summed anew: no cancellation, so a bound stays a bound. `taken` is ascending.
     pub fn left_exactly(&self, row: usize, taken: &[u32]) -> f64 {
-        let weights = &self.weights[row * self.units..(row + 1) * self.units];
-        let (mut total, mut from) = (self.beside[row], 0);
-        for &unit in taken {
-            total += sum(&weights[from..unit as usize]);
-            from = unit as usize + 1;
-        }
-        total + sum(&weights[from..])
+        self.beside[row] + weights::sum_without(self.weights(row), taken)
     }
 }
 
 /// Higher score first, then lower index.
 fn best_first(scores: &[f32], a: u32, b: u32) -> Ordering {
     scores[b as usize].total_cmp(&scores[a as usize]).then(a.cmp(&b))
-}
-
-/// The sum of some weights, in `f64` from runs of `f32` that a vector unit adds.
-pub(crate) fn sum(weights: &[f32]) -> f64 {
-    let mut total = 0.0;
-    for run in weights.chunks(256) {
-        let mut lanes = [0.0f32; 16];
-        let mut chunks = run.chunks_exact(16);
-        for chunk in &mut chunks {
-            lanes.iter_mut().zip(chunk).for_each(|(l, w)| *l += w);
-        }
-        total += f64::from(lanes.iter().sum::<f32>() + chunks.remainder().iter().sum::<f32>());
-    }
-    total
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! are taken to be alike.
 
 use super::{Entries, Units};
+use crate::kernel::simd::weights;
 
 /// Units of each batch that add to the covariance of keys, about: a few thousand entries say as much of it as all.
 const SAMPLED: usize = 64;
@@ -65,11 +66,13 @@ impl Spread {
         if self.entries == 0 { 0.0 } else { trace / self.entries as f32 }
     }
 
-    /// `qᵀ Σ q`: the variance of `q·k` within a unit.
-    pub fn variance(&self, query: &[f32]) -> f32 {
-        let rows = self.sums.chunks_exact(query.len().max(1)).zip(query);
-        let total: f32 = rows.map(|(row, a)| a * dot(row, query)).sum();
-        if self.entries == 0 { 0.0 } else { (total / self.entries as f32).max(0.0) }
+    /// `qᵀ Σ q`, the variance of `q·k` within a unit, for every query of `[n, d_k]`.
+    pub fn variances(&self, queries: &[f32], out: &mut [f32]) {
+        if self.entries == 0 {
+            return out.fill(0.0);
+        }
+        weights::forms(&self.sums, queries, out);
+        out.iter_mut().for_each(|x| *x = (*x / self.entries as f32).max(0.0));
     }
 }
 

@@ -97,7 +97,8 @@ pub(super) struct ReadScratch {
     outs: Vec<f32>,
     lses: Vec<f32>,
     zone: Vec<f32>,
-    /// Per row: what its logits on means are to be raised by.
+    /// Per row: variances of its logits within units, and what logits on means are to be raised by for it.
+    variances: Vec<f32>,
     corrections: Vec<f32>,
     /// Entries of the heaviest units, by KV head, where these have codes within.
     refined: Vec<Refined>,

@@ -55,7 +55,7 @@ impl Reader<'_> {
         scratch.slots.resize_with(self.heads.len(), Vec::new);
         scratch.fresh.resize_with(self.heads.len(), Vec::new);
         scratch.ranked = held.is_none();
-        self.correct(&mut scratch.corrections);
+        self.correct(scratch);
         if let Some(held) = held {
             scratch.chosen.clone_from(held);
             self.attend(scratch, true, workspace, (out, lse), &mut report)?;

@@ -13,14 +13,15 @@ use crate::index::choose::Ranking;
 use crate::kernel::Spans;
 use crate::kernel::attend::Workspace;
 use crate::kernel::code_scores::CodeLayout;
+use crate::kernel::simd::weights::raise_runs;
 
 /// The entries of the heaviest units of a KV head.
 #[derive(Debug, Default)]
 pub(super) struct Refined {
     /// The units, ascending.
-    units: Vec<u32>,
+    pub(super) units: Vec<u32>,
     /// Where the entries of each end among those of all of them.
-    ends: Vec<u32>,
+    pub(super) ends: Vec<u32>,
     /// Their entries; the other units weigh beside them.
     pub(super) ranking: Ranking,
     /// Entries that are chosen, ascending, as the ranking counts them.
@@ -28,6 +29,12 @@ pub(super) struct Refined {
     /// The units as they are looked for, and their logits.
     heaviest: Ranking,
     promised: Vec<f32>,
+    /// What the logit of each unit's mean is without the number of its members.
+    means: Vec<f32>,
+    /// Logits of entries.
+    logits: Vec<f32>,
+    /// Of each unit in one row, what its entries weigh together.
+    pub(super) sums: Vec<f32>,
     /// Logarithm of what every row has on the other units, and of that and what it sees anyway.
     beside: Vec<f32>,
     seen: Vec<f32>,
@@ -62,23 +69,17 @@ impl Refined {
         }
     }
 
-    /// The units, each with its entries among those of all of them.
-    pub(super) fn units(&self) -> impl Iterator<Item = (usize, std::ops::Range<usize>)> + '_ {
-        let starts = std::iter::once(0).chain(self.ends.iter().map(|&end| end as usize));
-        let ends = starts.zip(&self.ends).map(|(start, &end)| start..end as usize);
-        self.units.iter().map(|&unit| unit as usize).zip(ends)
-    }
-
     /// Turns entries as the ranking counts them (ascending) into entries as the index does.
     fn name(&self, units: &HeadUnits, entries: &mut [u32]) {
-        let mut own = self.units().peekable();
+        let (mut own, mut start, mut first) =
+            (0, 0, self.units.first().map_or(0, |&unit| units.picks_of(unit as usize).start));
         for entry in entries {
-            while own.peek().is_some_and(|(_, entries)| entries.end <= *entry as usize) {
-                own.next();
+            while self.ends[own] <= *entry {
+                start = self.ends[own];
+                own += 1;
+                first = units.picks_of(self.units[own] as usize).start;
             }
-            if let Some((unit, entries)) = own.peek() {
-                *entry = (units.picks_of(*unit).start + *entry as usize - entries.start) as u32;
-            }
+            *entry = first as u32 + *entry - start;
         }
     }
 }
@@ -93,8 +94,8 @@ impl Reader<'_> {
         report: &mut ReadReport,
     ) -> Result<(), KernelError> {
         let (rows, heads) = (self.rows(), self.index.heads());
-        let ReadScratch { rankings, refined, spans, scores, queries, logits, zone, .. } = scratch;
-        let zone = &**zone;
+        let ReadScratch { rankings, refined, spans, scores, queries, logits, zone, variances, .. } = scratch;
+        let (zone, variances) = (&**zone, &**variances);
         refined.resize_with(heads.len(), Refined::default);
         let mut of_units = &**logits;
         let looking = refined.iter_mut().zip(&mut *spans).zip(heads).zip(0..).map(|(refined, h)| {
@@ -105,7 +106,8 @@ impl Reader<'_> {
         self.each(
             looking,
             |(((refined, spans), units), logits, h): (((&mut Refined, _), &HeadUnits), &[f32], usize)| {
-                self.promise(h, logits, &zone[h * rows..(h + 1) * rows], refined);
+                let own = h * rows..(h + 1) * rows;
+                self.promise(h, logits, (&zone[own.clone()], &variances[own]), refined);
                 let least = self.budget.min(units.picks());
                 let share = self.retrieval.rule.widen * least as f64 / units.picks().max(1) as f64;
                 refined.look_into(units, (share, least), spans);
@@ -129,38 +131,42 @@ impl Reader<'_> {
         self.each(
             refined.iter_mut().zip(parts).zip(0..),
             |((refined, (scores, logits)), h): (RefinedLogits<'_>, usize)| {
-                let own = h * rows..(h + 1) * rows;
                 let of = |all: &[f32], row| all.get(h * rows + row).copied().unwrap_or(0.0);
                 let (units, ranking) = (&heads[h], &rankings[h]);
+                let Refined { units: looked, ends, means, logits: raised, beside, seen, .. } = refined;
                 let entries = scores.len() / rows;
+                let raised = resize(raised, scores.len());
                 for row in 0..rows {
                     let logits = &logits[row * units.units()..(row + 1) * units.units()];
                     let (around, within) = (of(corrections, row), of(of_codes, row));
-                    for (unit, entries_of) in refined.units() {
-                        // A mean's logit is of all members together.
-                        let mean = logits[unit] - around - units.logarithms()[unit];
-                        let scores = &mut scores[row * entries..(row + 1) * entries][entries_of];
-                        match self.shape.softcap {
-                            None => scores.iter_mut().for_each(|x| *x += mean + within),
-                            Some(cap) => {
-                                let mean = cap * (mean / cap).clamp(-0.999_999, 0.999_999).atanh();
-                                scores
-                                    .iter_mut()
-                                    .for_each(|x| *x = cap * ((mean + *x) / cap).tanh() + within);
-                            }
+                    let own = row * entries..(row + 1) * entries;
+                    // A mean's logit is of all members together.
+                    let mean =
+                        |&unit: &u32| logits[unit as usize] - around - units.logarithms()[unit as usize];
+                    means.clear();
+                    match self.shape.softcap {
+                        None => {
+                            means.extend(looked.iter().map(|unit| mean(unit) + within));
+                            raise_runs(&scores[own.clone()], ends, means, &mut raised[own]);
+                        }
+                        Some(cap) => {
+                            let uncapped = |x: f32| cap * (x / cap).clamp(-0.999_999, 0.999_999).atanh();
+                            means.extend(looked.iter().map(|unit| uncapped(mean(unit))));
+                            raise_runs(&scores[own.clone()], ends, means, &mut raised[own.clone()]);
+                            raised[own].iter_mut().for_each(|x| *x = cap * (*x / cap).tanh() + within);
                         }
                     }
                 }
-                let Refined { units, beside, seen, ranking: of_entries, .. } = refined;
                 beside.clear();
                 beside.extend(
                     (0..rows)
-                        .map(|row| ranking.left_exactly(row, units).ln() as f32 + ranking.reference(row)),
+                        .map(|row| ranking.left_exactly(row, looked).ln() as f32 + ranking.reference(row)),
                 );
                 seen.clear();
-                seen.extend(zone[own].iter().zip(&*beside).map(|(&zone, &beside)| log_sum(zone, beside)));
-                of_entries.set(scores, seen, (self.retrieval.rule.group, 1), None);
-                of_entries.leave(beside);
+                let zone = &zone[h * rows..(h + 1) * rows];
+                seen.extend(zone.iter().zip(&*beside).map(|(&zone, &beside)| log_sum(zone, beside)));
+                refined.ranking.set(raised, seen, (self.retrieval.rule.group, 1), None);
+                refined.ranking.leave(beside);
             },
         );
         Ok(())
@@ -168,15 +174,13 @@ impl Reader<'_> {
 
     /// Ranks units by what the farthest of their keys may weigh: one that lies apart from the others of its unit is not in
     /// their mean.
-    fn promise(&self, h: usize, logits: &[f32], zone: &[f32], refined: &mut Refined) {
+    fn promise(&self, h: usize, logits: &[f32], (zone, variances): (&[f32], &[f32]), refined: &mut Refined) {
         let (units, rule) = (&self.index.heads()[h], &self.retrieval.rule);
-        let (spread, d_k) = (self.index.spread(h), self.shape.d_k);
-        let energy = spread.energy();
+        let energy = self.index.spread(h).energy();
         refined.promised.clear();
         if units.units() > 0 {
-            for (row, logits) in logits.chunks_exact(units.units()).enumerate() {
-                let query = &self.queries[(h * zone.len() + row) * d_k..][..d_k];
-                let along = self.shape.scale.abs() * spread.variance(query).sqrt();
+            for (logits, variance) in logits.chunks_exact(units.units()).zip(variances) {
+                let along = self.shape.scale.abs() * variance.sqrt();
                 let reach = if energy > 0.0 { rule.reach as f32 * along / energy.sqrt() } else { 0.0 };
                 let each = logits.iter().zip(units.radii()).zip(units.logarithms());
                 refined.promised.extend(each.map(|((logit, radius), count)| logit - count + reach * radius));
@@ -197,10 +201,13 @@ impl Reader<'_> {
     ) {
         let (units, mut taken) = (&self.index.heads()[h], std::mem::take(&mut refined.taken));
         self.take(h, first, known, (&mut refined.ranking, None), |_| 1, (fresh, &mut taken));
-        chosen.clone_from(&taken);
         refined.taken = taken;
         refined.name(units, fresh);
-        refined.name(units, chosen);
+        chosen.clone_from(fresh);
+        if !first {
+            chosen.clone_from(&refined.taken);
+            refined.name(units, chosen);
+        }
     }
 }
 

@@ -6,9 +6,10 @@ use super::refine::Refined;
 use super::{ReadReport, ReadScratch};
 use crate::device::page::Side;
 use crate::error::KernelError;
-use crate::index::choose::{Ranking, sum};
-use crate::index::{Role, Spread, Tail};
+use crate::index::choose::Ranking;
+use crate::index::{Role, Tail};
 use crate::kernel::attend::{LOGIT_TOLERANCE, PACKED_TOLERANCE, Workspace};
+use crate::kernel::simd::weights::{scale, sum, sum_runs};
 use crate::kernel::total_rows;
 use crate::kernel::weigh_values::WeighArgs;
 use crate::store;
@@ -16,25 +17,27 @@ use crate::store;
 /// Added to every bound: weights too small for a normal number count as none.
 const LEAST: f64 = 1e-30;
 
+/// Weights and references of a KV head to be made, what is lent, which head, and its refined units.
+type Left<'a> = ((((&'a mut [f32], &'a mut [f32]), &'a mut Vec<u32>), usize), Option<&'a mut Refined>);
+
 impl Reader<'_> {
-    /// What every row's logits on means are to be raised by; and behind, those on codes within units, if there are any.
-    pub(super) fn correct(&self, corrections: &mut Vec<f32>) {
-        corrections.clear();
-        if !self.retrieval.rule.correct {
-            return;
-        }
-        let square = self.shape.scale * self.shape.scale;
-        let queries = self.queries.chunks_exact(self.shape.d_k).enumerate();
+    /// How far every row's logits vary within units, and what logits on means are to be raised by; behind, the same of
+    /// codes within units, if there are any.
+    pub(super) fn correct(&self, scratch: &mut ReadScratch) {
+        let (rows, kinds) = (self.rows(), 1 + usize::from(self.retrieval.residuals().is_some()));
+        let correct = self.retrieval.rule.correct;
+        let lines = if correct || kinds > 1 { kinds * self.heads.len() * rows } else { 0 };
+        let variances = resize(&mut scratch.variances, lines);
+        let corrections = resize(&mut scratch.corrections, if correct { lines } else { 0 });
+        let queries = self.queries.chunks_exact(rows * self.shape.d_k).cycle();
+        let heads = (0..2).flat_map(|kind| (0..self.heads.len()).map(move |h| (kind, h)));
+        self.each(variances.chunks_exact_mut(rows).zip(queries).zip(heads), |((out, queries), (kind, h))| {
+            let spread = if kind == 0 { self.index.spread(h) } else { self.index.code_spread(h) };
+            spread.variances(queries, out);
+        });
         // Logarithmic: an exponential of the variance would be exact for normal logits, and ruinous for others.
-        let correction = |spread: &Spread, query| (0.5 * square * spread.variance(query)).ln_1p();
-        corrections.extend(
-            queries.clone().map(|(row, query)| correction(self.index.spread(row / self.rows()), query)),
-        );
-        if self.retrieval.residuals().is_some() {
-            corrections.extend(
-                queries.map(|(row, query)| correction(self.index.code_spread(row / self.rows()), query)),
-            );
-        }
+        let half = 0.5 * self.shape.scale * self.shape.scale;
+        corrections.iter_mut().zip(variances).for_each(|(x, variance)| *x = (half * *variance).ln_1p());
     }
 
     /// Joins the estimate of what was not read to what was: the mean values of units, each with the weight that its
@@ -69,9 +72,11 @@ impl Reader<'_> {
             part
         });
         let parts = parts.zip(references.chunks_exact_mut(rows)).zip(fresh).zip(0..);
-        let (rankings, refined, chosen) = (&*rankings, &*refined, &chosen.units);
-        self.each(parts, |(((weights, references), rest), h): (((&mut [f32], _), _), usize)| {
-            let refined = refined.get(h).filter(|_| own && self.retrieval.residuals().is_some());
+        let (rankings, chosen) = (&*rankings, &chosen.units);
+        let refines = own && self.retrieval.residuals().is_some();
+        let mut refined = refined.iter_mut();
+        let parts = parts.map(|part| (part, refined.next().filter(|_| refines)));
+        self.each(parts, |((((weights, references), rest), h), refined): Left<'_>| {
             self.left_weights(h, &rankings[h], refined, &chosen[h], (&mut *weights, references));
             if self.retrieval.rule.estimate < 1.0 {
                 self.keep_best(&rankings[h], &chosen[h], weights, rest);
@@ -108,7 +113,7 @@ impl Reader<'_> {
         &self,
         h: usize,
         ranking: &Ranking,
-        refined: Option<&Refined>,
+        mut refined: Option<&mut Refined>,
         chosen: &[u32],
         (weights, references): (&mut [f32], &mut [f32]),
     ) {
@@ -116,26 +121,22 @@ impl Reader<'_> {
         if units.units() == 0 {
             return;
         }
+        if let Some(Refined { ranking, taken, .. }) = &mut refined {
+            ranking.spend(taken);
+        }
         for (row, (line, reference)) in weights.chunks_exact_mut(units.units()).zip(references).enumerate() {
             line.copy_from_slice(ranking.weights(row));
             *reference = ranking.reference(row);
-            if let Some(refined) = refined {
+            if let Some(refined) = &mut refined {
                 let (of_units, of_entries) = (*reference, refined.ranking.reference(row));
                 *reference = of_units.max(of_entries);
                 if of_units < *reference {
-                    let factor = (of_units - *reference).exp();
-                    line.iter_mut().for_each(|w| *w *= factor);
+                    scale(line, (of_units - *reference).exp());
                 }
                 let factor = (of_entries - *reference).exp();
-                let entries = refined.ranking.weights(row);
-                let mut taken = refined.taken.iter().map(|&entry| entry as usize).peekable();
-                for (unit, own) in refined.units() {
-                    let (mut from, mut left) = (own.start, 0.0);
-                    while let Some(entry) = taken.next_if(|&entry| entry < own.end) {
-                        left += sum(&entries[from..entry]);
-                        from = entry + 1;
-                    }
-                    line[unit] = factor * (left + sum(&entries[from..own.end])) as f32;
+                sum_runs(refined.ranking.weights(row), &refined.ends, &mut refined.sums);
+                for (&unit, left) in refined.units.iter().zip(&refined.sums) {
+                    line[unit as usize] = factor * left;
                 }
             } else if self.retrieval.residuals().is_some() {
                 // A choice of another step: which of a unit's entries weigh more is not known now.

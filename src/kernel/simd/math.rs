@@ -4,7 +4,6 @@
 //! *Hurts* in the last bits: the exponential is within 2 units of 2⁻²⁴ of the true value (relative), see the
 //! test below.
 
-use super::Level;
 use fearless_simd::prelude::*;
 use fearless_simd::{Simd, SimdBase, SimdFloat};
 
@@ -30,25 +29,6 @@ pub(crate) fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let bits: S::i32s = (n + splat(127.0)).to_int::<S::i32s>() << 23;
     let scaled = p * bits.bitcast::<S::f32s>();
     x.simd_lt(splat(-87.3)).select(splat(0.0), scaled)
-}
-
-/// `out = exp(x − most)`, for callers outside of kernels; `most` is the largest `x` or more.
-pub(crate) fn weigh(x: &[f32], most: f32, out: &mut [f32]) {
-    dispatch!(Level::detect().token(), simd => weigh_with(simd, x, most, out));
-}
-
-#[inline(always)]
-fn weigh_with<S: Simd>(simd: S, x: &[f32], most: f32, out: &mut [f32]) {
-    let lanes = S::f32s::LEN;
-    let offset = S::f32s::splat(simd, most);
-    let (mut from, mut to) = (x.chunks_exact(lanes), out.chunks_exact_mut(lanes));
-    for (x, out) in (&mut from).zip(&mut to) {
-        exp(simd, S::f32s::from_slice(simd, x) - offset).store_slice(out);
-    }
-    for (x, out) in from.remainder().iter().zip(to.into_remainder()) {
-        let one = exp(simd, S::f32s::splat(simd, x - most));
-        *out = one.as_slice()[0];
-    }
 }
 
 /// `cap · tanh(x / cap)`, to within `cap` · 2⁻²³.

@@ -48,6 +48,7 @@ pub(crate) mod math;
 pub(crate) mod prefetch;
 pub(crate) mod tile;
 pub(crate) mod unpack;
+pub(crate) mod weights;
 pub(crate) mod widen;
 
 use crate::device::Pool;
