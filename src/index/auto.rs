@@ -33,7 +33,7 @@ const ARGS: [Arg; 9 + COMMON] = arguments(
         ),
         Arg::real(
             "widen",
-            6.0,
+            4.0,
             1.0,
             65536.0,
             "entries whose clusters are looked into, for each that is read",

@@ -55,19 +55,30 @@ impl Ranking {
         (group, fold): (Group, usize),
         sizes: Option<&dyn Fn(usize) -> usize>,
     ) {
-        self.rows = zone.len();
-        self.units = logits.len().checked_div(self.rows).unwrap_or(0);
-        assert!(self.rows * self.units == logits.len() && fold > 0, "{} logits", logits.len());
-        self.weigh(logits, zone);
-        (self.fold, self.ranked, self.taken) = (fold, 0, 0);
-        self.left.clone_from(&self.all);
-        self.beside.clear();
-        self.beside.resize(self.rows, 0.0);
+        assert!(fold > 0, "groups of no unit");
+        self.set_weights(logits, zone);
+        self.fold = fold;
         self.score(logits, zone, group, sizes);
         // No zero is less than another.
         if matches!(group, Group::Logit | Group::Mean) {
             self.scores.iter_mut().for_each(|score| *score += 0.0);
         }
+    }
+
+    /// The same without scores: for what units weigh, and not for taking any.
+    ///
+    /// # Panics
+    /// If `logits` is not a multiple of `zone`.
+    pub fn set_weights(&mut self, logits: &[f32], zone: &[f32]) {
+        self.rows = zone.len();
+        self.units = logits.len().checked_div(self.rows).unwrap_or(0);
+        assert!(self.rows * self.units == logits.len(), "{} logits", logits.len());
+        self.weigh(logits, zone);
+        (self.fold, self.ranked, self.taken) = (1, 0, 0);
+        self.left.clone_from(&self.all);
+        self.beside.clear();
+        self.beside.resize(self.rows, 0.0);
+        self.scores.clear();
         self.order.clear();
     }
 

@@ -246,10 +246,15 @@ impl Reader<'_> {
                         logits.iter_mut().for_each(|x| *x += correction);
                     }
                 }
+                let zone = &zone[h * rows..(h + 1) * rows];
+                // Entries are ranked then, by codes, and all units estimated.
+                if self.retrieval.residuals().is_some() && rule.estimate >= 1.0 {
+                    return ranking.set_weights(logits, zone);
+                }
                 let head = &self.index.heads()[h];
                 let size = |row| head.count_of(role, row);
                 let sizes: Option<&dyn Fn(usize) -> usize> = if rule.by_entry { Some(&size) } else { None };
-                ranking.set(logits, &zone[h * rows..(h + 1) * rows], (rule.group, rule.fold), sizes);
+                ranking.set(logits, zone, (rule.group, rule.fold), sizes);
             },
         );
         Ok(())

@@ -13,7 +13,7 @@ use crate::index::choose::Ranking;
 use crate::kernel::Spans;
 use crate::kernel::attend::Workspace;
 use crate::kernel::code_scores::CodeLayout;
-use crate::kernel::simd::weights::raise_runs;
+use crate::kernel::simd::weights::{add_less, raise_runs};
 
 /// The entries of the heaviest units of a KV head.
 #[derive(Debug, Default)]
@@ -177,16 +177,16 @@ impl Reader<'_> {
     fn promise(&self, h: usize, logits: &[f32], (zone, variances): (&[f32], &[f32]), refined: &mut Refined) {
         let (units, rule) = (&self.index.heads()[h], &self.retrieval.rule);
         let energy = self.index.spread(h).energy();
-        refined.promised.clear();
+        let promised = resize(&mut refined.promised, logits.len());
         if units.units() > 0 {
-            for (logits, variance) in logits.chunks_exact(units.units()).zip(variances) {
+            let lines = logits.chunks_exact(units.units()).zip(promised.chunks_exact_mut(units.units()));
+            for ((logits, promised), variance) in lines.zip(variances) {
                 let along = self.shape.scale.abs() * variance.sqrt();
                 let reach = if energy > 0.0 { rule.reach as f32 * along / energy.sqrt() } else { 0.0 };
-                let each = logits.iter().zip(units.radii()).zip(units.logarithms());
-                refined.promised.extend(each.map(|((logit, radius), count)| logit - count + reach * radius));
+                add_less(logits, (units.radii(), reach), units.logarithms(), promised);
             }
         }
-        refined.heaviest.set(&refined.promised, zone, (rule.group, 1), None);
+        refined.heaviest.set(promised, zone, (rule.group, 1), None);
     }
 
     /// [`Reader::take`] of entries of a KV head, as the index counts them.

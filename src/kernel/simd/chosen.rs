@@ -5,8 +5,8 @@
 //! those of a four that are not chosen get the logit `−∞`. Rows that share parameters with others cannot be copied:
 //! there a tile is the range of a band around chosen rows, the others again without weight.
 //!
-//! The next tile is known while one is computed, so that its rows are on their way then: lone rows are cache misses that
-//! no hardware foresees.
+//! The next two tiles are known while one is computed, and the rows of the second are on their way then: lone rows are
+//! cache misses that no hardware foresees, and those of the next tile would still be missing when they are copied.
 //!
 //! *Helps* by leaving unread what an index has ruled out. *Hurts* lone entries of packed pages: sixteen keys share every
 //! cache line of theirs.
@@ -76,7 +76,7 @@ impl<'a> Chosen<'a> {
 }
 
 /// A segment with what is known about its pages.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Place<'a> {
     segment: &'a Segment,
     /// Slot of its first entry.
@@ -122,14 +122,31 @@ impl<'a> Place<'a> {
     }
 }
 
-/// What is served next.
+/// What is served.
 #[derive(Clone, Copy, Debug)]
 enum Next<'a> {
     /// Rows where they lie.
     Tile(Tile<'a>),
-    /// The rows that wait to be copied.
-    Copies,
+    /// The rows of this gathering, to be copied.
+    Copies(usize),
     Nothing,
+}
+
+/// Rows of a segment that wait to be copied, and what of them is to be requested ahead.
+#[derive(Debug)]
+struct Gathering<'a> {
+    place: Option<Place<'a>>,
+    waiting: Waiting<'a>,
+    requests: [Requests<'a>; 2],
+}
+
+impl Gathering<'_> {
+    const NONE: Self = Self { place: None, waiting: Waiting::NONE, requests: [Requests::NONE; 2] };
+
+    fn clear(&mut self) {
+        self.waiting.clear();
+        self.requests.iter_mut().for_each(|requests| requests.count = 0);
+    }
 }
 
 /// The tiles of chosen entries of a head.
@@ -141,10 +158,11 @@ pub(crate) struct ChosenTiles<'a> {
     spans: &'a [Span],
     run: Range<usize>,
     end: usize,
-    next: Next<'a>,
-    /// Rows to be copied, and what of them is to be requested ahead.
-    waiting: Waiting<'a>,
-    requests: [Requests<'a>; 2],
+    /// What is served next and after that.
+    next: [Next<'a>; 2],
+    gatherings: [Gathering<'a>; 2],
+    /// The gathering that rows are added to. The other one may wait to be served, and is when this one is full.
+    filling: usize,
 }
 
 /// Parts of pages to be requested.
@@ -165,7 +183,7 @@ impl<'a> Requests<'a> {
         let bytes = stored.bytes(page);
         let Some(packed) = stored.packed else {
             self.pitch = None;
-            self.parts[self.count] = &bytes[from * stored.row..][..stored.row];
+            self.parts[self.count] = stored.exact_row(bytes, from);
             self.count += 1;
             return;
         };
@@ -184,8 +202,12 @@ impl<'a> Requests<'a> {
         }
     }
 
+    fn parts(&self) -> &[&'a [u8]] {
+        &self.parts[..self.count]
+    }
+
     fn ahead(&self) -> Ahead<'_> {
-        Ahead::rows(&self.parts[..self.count], self.pitch)
+        Ahead::rows(self.parts(), self.pitch)
     }
 }
 
@@ -200,11 +222,15 @@ impl<'a> ChosenTiles<'a> {
             spans: chosen.spans.get(1..).unwrap_or_default(),
             run: first.start..first.end.min(end),
             end,
-            next: Next::Nothing,
-            waiting: Waiting::NONE,
-            requests: [Requests::NONE; 2],
+            next: [Next::Nothing; 2],
+            gatherings: [Gathering::NONE; 2],
+            filling: 0,
         };
-        tiles.next = tiles.plan();
+        // Nothing is computed yet that the first tiles could be on their way meanwhile.
+        for i in 0..2 {
+            tiles.next[i] = tiles.plan();
+            [Side::Key, Side::Value].into_iter().for_each(|side| tiles.lines(i, side).all());
+        }
         tiles
     }
 
@@ -214,30 +240,39 @@ impl<'a> ChosenTiles<'a> {
     where
         'a: 't,
     {
-        let tile = match (self.next, &self.place) {
-            (Next::Tile(tile), _) => tile,
-            (Next::Copies, Some(place)) => {
-                self.requests.iter_mut().for_each(|r| r.count = 0);
+        let tile = match self.next[0] {
+            Next::Tile(tile) => tile,
+            Next::Copies(at) => {
+                let Gathering { place: Some(place), waiting, requests } = &self.gatherings[at] else {
+                    return None;
+                };
+                let rows = [requests[0].parts(), requests[1].parts()];
                 let tile = simd.vectorize(
                     #[inline(always)]
-                    || self.waiting.copy(&place.segment.layout, &place.keys, &place.values, memory),
+                    || waiting.copy(&place.segment.layout, (&place.keys, &place.values), rows, memory),
                 );
-                self.waiting.clear();
+                self.gatherings[at].clear();
                 tile
             }
-            _ => return None,
+            Next::Nothing => return None,
         };
-        self.next = self.plan();
+        self.next[0] = self.next[1];
+        self.next[1] = self.plan();
         Some(tile)
     }
 
-    /// A side of the tile after the one that was served last, to be requested ahead of its use.
+    /// A side of the tile that was found last, to be requested ahead of its use.
     #[inline(always)]
     pub(crate) fn ahead(&self, side: Side) -> Ahead<'_> {
-        match (&self.next, side) {
+        self.lines(1, side)
+    }
+
+    #[inline(always)]
+    fn lines(&self, next: usize, side: Side) -> Ahead<'_> {
+        match (&self.next[next], side) {
             (Next::Tile(tile), _) => tile.lines(side),
-            (Next::Copies, Side::Key) => self.requests[0].ahead(),
-            (Next::Copies, Side::Value) => self.requests[1].ahead(),
+            (Next::Copies(at), Side::Key) => self.gatherings[*at].requests[0].ahead(),
+            (Next::Copies(at), Side::Value) => self.gatherings[*at].requests[1].ahead(),
             (Next::Nothing, _) => Ahead::NONE,
         }
     }
@@ -271,15 +306,24 @@ impl<'a> ChosenTiles<'a> {
         }
     }
 
+    /// What waits to be copied is complete.
+    fn gathered(&mut self) -> Next<'a> {
+        let at = self.filling;
+        self.filling = 1 - at;
+        Next::Copies(at)
+    }
+
     fn plan(&mut self) -> Next<'a> {
         while self.begin() {
+            let into = &mut self.gatherings[self.filling];
             if self.place.as_ref().is_none_or(|p| self.run.start >= p.end()) {
                 // What waits to be copied is of the segment that ends here.
-                if !self.waiting.is_empty() {
-                    return Next::Copies;
+                if !into.waiting.is_empty() {
+                    return self.gathered();
                 }
                 self.enter();
             }
+            let into = &mut self.gatherings[self.filling];
             let Some(place) = &self.place else { break };
             let slot = self.run.start;
             let (page, row) = place.find(slot);
@@ -294,20 +338,23 @@ impl<'a> ChosenTiles<'a> {
                 return Next::Tile(place.tile(page, slot, row, len, u64::MAX));
             };
             let from = row & !(unit - 1);
-            if !self.waiting.ends_with(page, from) {
-                if self.waiting.is_full() || place.by_page && !self.waiting.is_of(page) {
-                    return Next::Copies;
+            if !into.waiting.ends_with(page, from) {
+                if into.waiting.is_full() || place.by_page && !into.waiting.is_of(page) {
+                    return self.gathered();
                 }
-                self.waiting.push(page, from, unit);
-                self.requests[0].push(&place.keys, page, from);
-                self.requests[1].push(&place.values, page, from);
+                if into.waiting.is_empty() {
+                    into.place = Some(place.clone());
+                }
+                into.waiting.push(page, from, unit);
+                into.requests[0].push(&place.keys, page, from);
+                into.requests[1].push(&place.values, page, from);
                 request(&page.positions[from]);
             }
             let len = run.min(from + unit - row);
-            self.waiting.choose(row - from, len);
+            into.waiting.choose(row - from, len);
             self.run.start += len;
         }
-        if self.waiting.is_empty() { Next::Nothing } else { Next::Copies }
+        if self.gatherings[self.filling].waiting.is_empty() { Next::Nothing } else { self.gathered() }
     }
 
     /// The rows of a band of a packed page from the next slot on, as long as chosen ones are near.

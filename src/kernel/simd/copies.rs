@@ -58,20 +58,32 @@ impl Stored {
         }
     }
 
+    /// An exact row.
+    #[inline(always)]
+    pub(super) fn exact_row<'a>(&self, bytes: &'a [u8], row: usize) -> &'a [u8] {
+        &bytes[row * self.row..][..self.row]
+    }
+
     /// The parameters of a packed row, if they are its own.
     #[inline(always)]
     pub(super) fn parameters<'a>(&self, bytes: &'a [u8], row: usize) -> &'a [u8] {
         &bytes[self.parameters + row * self.group..][..self.group]
     }
 
-    /// Copies rows to `to`, and gives them as rows.
+    /// Copies rows to `to`, and gives them as rows. Where each waits for itself, `found` are they.
     #[inline(always)]
-    fn copy<'t>(&self, waiting: &Waiting<'_>, to: &'t mut [f32]) -> Rows<'t> {
+    fn copy<'t>(&self, waiting: &Waiting<'_>, found: &[&[u8]], to: &'t mut [f32]) -> Rows<'t> {
         let to: &mut [u8] = cast_slice_mut(to);
         let Some(packed) = self.packed else {
-            for (i, to) in to.chunks_exact_mut(self.row).enumerate().take(waiting.len()) {
+            if waiting.shift == 0 {
+                for (from, to) in found.iter().zip(to.chunks_exact_mut(self.row.max(1))) {
+                    copy(from, to);
+                }
+                return self.rows(to);
+            }
+            for (i, to) in to.chunks_exact_mut(self.row.max(1)).enumerate().take(waiting.len()) {
                 let (page, row) = waiting.row(i);
-                copy(&self.bytes(page)[row * self.row..][..self.row], to);
+                copy(self.exact_row(self.bytes(page), row), to);
             }
             return self.rows(to);
         };
@@ -112,14 +124,21 @@ impl Stored {
     }
 }
 
-/// The same bytes elsewhere, by whole cache lines first.
+/// The same bytes elsewhere. Of the lengths that rows of halves have, without a call: that costs as much as they.
 #[inline(always)]
 fn copy(from: &[u8], to: &mut [u8]) {
-    let ((lines, rest), (to_lines, to_rest)) = (from.as_chunks::<64>(), to.as_chunks_mut::<64>());
-    for (line, to) in lines.iter().zip(to_lines) {
-        *to = *line;
+    match (from.first_chunk::<256>(), to.first_chunk_mut::<256>()) {
+        (Some(whole), Some(to)) if from.len() == 256 => *to = *whole,
+        _ => copy_lines(from, to),
     }
-    to_rest.copy_from_slice(rest);
+}
+
+#[inline(always)]
+fn copy_lines(from: &[u8], to: &mut [u8]) {
+    match (from.first_chunk::<128>(), to.first_chunk_mut::<128>()) {
+        (Some(whole), Some(to)) if from.len() == 128 => *to = *whole,
+        _ => to[..from.len()].copy_from_slice(from),
+    }
 }
 
 /// Rows that wait to be copied.
@@ -205,13 +224,13 @@ impl<'a> Waiting<'a> {
         (page, (from + at) as usize)
     }
 
-    /// Makes the copies in `memory`: a tile.
+    /// Makes the copies in `memory`: a tile. `found` are the rows of both sides, where each waits for itself.
     #[inline(always)]
     pub(super) fn copy<'t>(
         &self,
         layout: &'t PageLayout,
-        keys: &Stored,
-        values: &Stored,
+        (keys, values): (&Stored, &Stored),
+        found: [&[&[u8]]; 2],
         memory: &'t mut Copies<'_>,
     ) -> Tile<'t> {
         let len = self.len();
@@ -230,8 +249,8 @@ impl<'a> Waiting<'a> {
             slot: 0,
             positions,
             bias: any.then_some(bias),
-            keys: keys.copy(self, memory.keys),
-            values: values.copy(self, memory.values),
+            keys: keys.copy(self, found[0], memory.keys),
+            values: values.copy(self, found[1], memory.values),
             from: 0,
             len,
             chosen: if all { u64::MAX } else { self.chosen },

@@ -73,6 +73,11 @@ impl<'a> Ahead<'a> {
         Self { lines: self.all, steps: steps.max(1), ..self }
     }
 
+    /// Requests everything at once.
+    pub(crate) fn all(self) {
+        self.over(1).step();
+    }
+
     /// Takes a step.
     #[inline(always)]
     pub(crate) fn step(&mut self) {

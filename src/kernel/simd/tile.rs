@@ -41,7 +41,7 @@ pub(crate) fn page_count(head: &HeadRows) -> usize {
 }
 
 /// The pages of a head from one index to another, without walking over those before.
-pub(crate) fn pages_in(head: &HeadRows, range: Range<usize>) -> impl Iterator<Item = PageRef<'_>> {
+pub(crate) fn pages_in(head: &HeadRows, range: Range<usize>) -> impl Iterator<Item = PageRef<'_>> + Clone {
     let (mut pages_before, mut rows_before) = (0, 0);
     head.segments.iter().flat_map(move |segment| {
         let (count, capacity) = (segment.pages.len(), segment.layout.capacity);

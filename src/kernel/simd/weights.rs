@@ -3,8 +3,8 @@
 //! *Helps* because a ranking looks at every candidate in every query row several times over: in vectors that is little
 //! beside reading what was chosen. *Hurts* nothing; each call finds its level anew, so none is for a handful of numbers.
 
-use super::math::{self, exp};
 use super::Level;
+use super::math::{self, exp};
 use fearless_simd::prelude::*;
 use fearless_simd::{Simd, SimdBase, SimdMask};
 
@@ -105,6 +105,29 @@ fn keep_larger_with<S: Simd>(simd: S, target: &mut [f32], x: &[f32], factor: f32
         (S::f32s::from_slice(simd, x) * by).max(S::f32s::from_slice(simd, target)).store_slice(target);
     }
     targets.into_remainder().iter_mut().zip(xs.remainder()).for_each(|(t, x)| *t = t.max(factor * x));
+}
+
+/// `out = x + factor · y − less`.
+///
+/// # Panics
+/// If lengths differ.
+pub(crate) fn add_less(x: &[f32], (y, factor): (&[f32], f32), less: &[f32], out: &mut [f32]) {
+    assert!(x.len() == out.len() && y.len() == out.len() && less.len() == out.len(), "one of each");
+    dispatch!(Level::detect().token(), simd => add_less_with(simd, x, (y, factor), less, out));
+}
+
+#[inline(always)]
+fn add_less_with<S: Simd>(simd: S, x: &[f32], (y, factor): (&[f32], f32), less: &[f32], out: &mut [f32]) {
+    let by = S::f32s::splat(simd, factor);
+    let whole = out.len() - out.len() % S::f32s::LEN;
+    for at in (0..whole).step_by(S::f32s::LEN) {
+        let part = at..at + S::f32s::LEN;
+        let load = |from: &[f32]| S::f32s::from_slice(simd, &from[part.clone()]);
+        (load(y).mul_add(by, load(x)) - load(less)).store_slice(&mut out[part.clone()]);
+    }
+    for at in whole..out.len() {
+        out[at] = factor.mul_add(y[at], x[at]) - less[at];
+    }
 }
 
 /// `out = x + by[i]` in run `i` of `x`, which ends at `ends[i]` where the next one starts.
@@ -327,6 +350,9 @@ mod tests {
             let want: Vec<f64> = x.iter().map(|x| f64::from(x - most).exp()).collect();
             prop_assert!(weights.iter().zip(&want).all(|(w, v)| (f64::from(*w) / v - 1.0).abs() < 2e-7));
             prop_assert!((total - want.iter().sum::<f64>()).abs() <= 1e-6 * total);
+            let mut added = vec![0.0; x.len()];
+            add_less(&x, (&weights, 3.0), &x, &mut added);
+            prop_assert!(added.iter().zip(&weights).all(|(a, w)| (a - 3.0 * w).abs() <= 1e-5));
             let mut larger = x.clone();
             keep_larger(&mut larger, &weights, 3.0);
             prop_assert!(larger.iter().zip(&x).zip(&weights).all(|((l, x), w)| *l == x.max(3.0 * w)));

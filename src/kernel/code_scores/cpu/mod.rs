@@ -16,6 +16,7 @@ use crate::device::page::PageRef;
 use crate::error::KernelError;
 use crate::kernel::attend::Workspace;
 use crate::kernel::simd::gemm::PAD;
+use crate::kernel::simd::prefetch::request;
 use crate::kernel::simd::tile::{first_slot, page_count, page_of, pages_in};
 use crate::kernel::simd::{Exec, Lent, Level, both, dispatch, take};
 use crate::kernel::{Span, Spans};
@@ -26,6 +27,12 @@ const BLOCK: usize = 16;
 
 /// Most entries of a block.
 const LANES: usize = 64;
+
+/// Entries whose codes are requested before they are read.
+const AHEAD: usize = 8 * LANES;
+
+/// Words of a cache line.
+const LINE: usize = 16;
 
 /// Fewest entries that are cut in two: reading fewer takes no longer than waking a thread.
 const STRIP_MIN: usize = 2048;
@@ -239,23 +246,25 @@ impl<'a> Strip<'a> {
     }
 
     /// The entries, a block at a time.
-    fn blocks(&self) -> Blocks<'a, impl Iterator<Item = PageRef<'a>> + use<'a>> {
+    fn blocks(&self) -> Blocks<'a, impl Iterator<Item = PageRef<'a>> + Clone + use<'a>> {
         let first = page_of(self.head, self.slots.start);
-        Blocks {
+        let runs = Runs {
             words: self.context.layout.words(),
             pages: pages_in(self.head, first..page_count(self.head)),
             codes: &[],
             held: 0..0,
             spans: self.spans,
             slots: self.slots.clone(),
-            done: 0,
-        }
+        };
+        // One span is read as it lies: the hardware sees that coming.
+        let ahead = (self.spans.len() > 1).then(|| (runs.clone(), 0));
+        Blocks { runs, done: 0, ahead }
     }
 }
 
-/// Entries in order, as blocks of codes that lie together: in their page where a run of them is long enough, and copied
-/// otherwise.
-struct Blocks<'a, I> {
+/// What of some pages is chosen, as runs of slots that lie together in a page.
+#[derive(Clone)]
+struct Runs<'a, I> {
     words: usize,
     pages: I,
     /// Codes of the page that was met last.
@@ -266,36 +275,11 @@ struct Blocks<'a, I> {
     spans: &'a [Span],
     /// Slots that are left.
     slots: Range<usize>,
-    /// Entries that are gone by.
-    done: usize,
 }
 
-impl<'a, I: Iterator<Item = PageRef<'a>>> Blocks<'a, I> {
-    /// The next up to `lanes` entries: their codes, and which of all entries they are. `copies` is lent.
-    fn next<'t>(&mut self, lanes: usize, copies: &'t mut [u32]) -> Option<(&'t [u32], Range<usize>)>
-    where
-        'a: 't,
-    {
-        let (words, start, mut filled) = (self.words, self.done, 0);
-        while filled < lanes
-            && let Some(run) = self.run()
-        {
-            let from = (run.start - self.held.start) * words;
-            let len = run.len().min(lanes - filled);
-            let codes = &self.codes[from..from + len * words];
-            self.slots.start = run.start + len;
-            self.done += len;
-            if len == lanes {
-                return Some((codes, start..self.done));
-            }
-            copies[filled * words..(filled + len) * words].copy_from_slice(codes);
-            filled += len;
-        }
-        (filled > 0).then_some((&copies[..filled * words], start..self.done))
-    }
-
-    /// The next chosen slots that lie together in a page.
-    fn run(&mut self) -> Option<Range<usize>> {
+impl<'a, I: Iterator<Item = PageRef<'a>>> Runs<'a, I> {
+    /// The codes of the next up to `most` entries that lie together.
+    fn next(&mut self, most: usize) -> Option<&'a [u32]> {
         let slots = loop {
             let (span, rest) = self.spans.split_first()?;
             let slots = span.within(&self.slots);
@@ -309,6 +293,49 @@ impl<'a, I: Iterator<Item = PageRef<'a>>> Blocks<'a, I> {
             let bytes = &page.page.block.host()[..4 * self.words * page.rows];
             (self.codes, self.held) = (bytemuck::cast_slice(bytes), page.first..page.first + page.rows);
         }
-        Some(slots.start..slots.end.min(self.held.end))
+        let end = slots.end.min(self.held.end).min(slots.start.saturating_add(most));
+        self.slots.start = end;
+        Some(&self.codes[(slots.start - self.held.start) * self.words..(end - self.held.start) * self.words])
+    }
+}
+
+/// Entries in order, as blocks of codes that lie together: in their page where a run of them is long enough, and copied
+/// otherwise.
+struct Blocks<'a, I> {
+    runs: Runs<'a, I>,
+    /// Entries that are gone by.
+    done: usize,
+    /// What of many spans is requested, and how many entries were.
+    ahead: Option<(Runs<'a, I>, usize)>,
+}
+
+impl<'a, I: Iterator<Item = PageRef<'a>>> Blocks<'a, I> {
+    /// The next up to `lanes` entries: their codes, and which of all entries they are. `copies` is lent.
+    fn next<'t>(&mut self, lanes: usize, copies: &'t mut [u32]) -> Option<(&'t [u32], Range<usize>)>
+    where
+        'a: 't,
+    {
+        let (words, start, mut filled) = (self.runs.words, self.done, 0);
+        if let Some((runs, requested)) = &mut self.ahead {
+            while *requested < start + AHEAD
+                && let Some(codes) = runs.next(usize::MAX)
+            {
+                *requested += codes.len() / words;
+                codes.chunks(LINE).for_each(|line| request(&line[0]));
+                codes.last().into_iter().for_each(request);
+            }
+        }
+        while filled < lanes
+            && let Some(codes) = self.runs.next(lanes - filled)
+        {
+            let len = codes.len() / words;
+            self.done += len;
+            if len == lanes {
+                return Some((codes, start..self.done));
+            }
+            copies[filled * words..(filled + len) * words].copy_from_slice(codes);
+            filled += len;
+        }
+        (filled > 0).then_some((&copies[..filled * words], start..self.done))
     }
 }
