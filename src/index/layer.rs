@@ -280,23 +280,14 @@ impl HeadUnits {
                 // A bit per slot puts them in order faster than sorting would.
                 slots.clear();
                 slots.resize(covered.end.div_ceil(64), 0);
-                for &pick in chosen {
-                    let members =
-                        if self.single { &all[pick as usize..][..1] } else { self.list(pick as usize) };
-                    for &slot in members {
-                        slots[slot as usize / 64] |= 1 << (slot % 64);
+                let mut mark = |slot: u32| slots[slot as usize / 64] |= 1 << (slot % 64);
+                match self.single {
+                    true => chosen.iter().for_each(|&pick| mark(all[pick as usize])),
+                    false => {
+                        chosen.iter().for_each(|&pick| self.list(pick as usize).iter().for_each(|&s| mark(s)))
                     }
                 }
-                for (word, &bits) in slots.iter().enumerate() {
-                    let mut left = bits;
-                    while left != 0 {
-                        let start = left.trailing_zeros() as usize;
-                        let len = (left >> start).trailing_ones() as usize;
-                        let slot = 64 * word + start;
-                        out.push(slot..slot + len);
-                        left &= u64::MAX.checked_shl((start + len) as u32).unwrap_or(0);
-                    }
-                }
+                out.push_bits(slots);
             }
         }
         if zone {

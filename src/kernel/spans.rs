@@ -78,6 +78,43 @@ impl Spans {
         self.rows += slots.len();
     }
 
+    /// Adds the slots whose bits are set, slot 0 being the lowest of the first word.
+    ///
+    /// # Panics
+    /// If a bit is set before the last run ends, or there are more words than `u32` has slots.
+    pub fn push_bits(&mut self, words: &[u64]) {
+        assert!(words.len() <= 1 << 26, "{} words of slots", words.len());
+        let first = words.iter().position(|&word| word != 0).unwrap_or(words.len());
+        let count: usize = words[first..].iter().map(|word| word.count_ones() as usize).sum();
+        let Some(word) = words.get(first) else { return };
+        let (start, before) =
+            (64 * first as u32 + word.trailing_zeros(), self.spans.last().map_or(0, |s| s.end));
+        assert!(before <= start, "slot {start} follows slot {before}");
+        self.rows += count;
+        self.spans.reserve(count);
+        let mut last = self.spans.pop().unwrap_or(Span { start, end: start });
+        for (word, &bits) in words.iter().enumerate().skip(first) {
+            let mut left = bits;
+            while left != 0 {
+                let start = 64 * word as u32 + left.trailing_zeros();
+                // Carries through the run, and sets the bit behind it.
+                let carried = left.wrapping_add(left & left.wrapping_neg());
+                let len = match carried {
+                    0 => 64 - left.trailing_zeros(),
+                    _ => carried.trailing_zeros() - left.trailing_zeros(),
+                };
+                left &= carried;
+                if last.end == start {
+                    last.end += len;
+                } else {
+                    self.spans.push(last);
+                    last = Span { start, end: start + len };
+                }
+            }
+        }
+        self.spans.push(last);
+    }
+
     /// The runs, ascending.
     pub fn spans(&self) -> &[Span] {
         &self.spans
@@ -168,6 +205,39 @@ mod tests {
         assert_eq!([0..13, 5..10, 6..10, 5..11].map(|slots| spans.rows_in(slots)), [7, 1, 0, 2]);
         assert!(Spans::default().gaps(3).eq(std::iter::once(0..3)));
         assert!(spans.gaps(11).eq(std::iter::once(6..10)));
+    }
+
+    #[test]
+    fn bits_are_runs_as_slots_are() {
+        let sets: [&[u32]; 6] = [
+            &[],
+            &[0],
+            &[63, 64, 65, 127, 128],
+            &[5, 6, 7, 9, 62, 63],
+            &[64, 66, 67, 190, 191],
+            &(0..192).collect::<Vec<_>>(),
+        ];
+        for set in sets {
+            let mut words = [0u64; 3];
+            set.iter().for_each(|&slot| words[slot as usize / 64] |= 1 << (slot % 64));
+            // Behind what is there, joined to it where they touch.
+            for before in [0, set.first().map_or(0, |&slot| slot as usize)] {
+                let mut got: Spans = std::iter::once(0..before).collect();
+                let mut want = got.clone();
+                let fits = set.first().is_none_or(|&first| before <= first as usize);
+                assert!(fits);
+                got.push_bits(&words);
+                set.iter().for_each(|&slot| want.push(slot as usize..slot as usize + 1));
+                assert_eq!(got, want, "{set:?} behind {before}");
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "slot 3 follows slot 4")]
+    fn bits_ascend_behind_what_is_there() {
+        let mut spans: Spans = std::iter::once(0..4).collect();
+        spans.push_bits(&[0b1000]);
     }
 
     #[test]

@@ -5,8 +5,8 @@ use super::refine::Refined;
 use super::tail::left_share;
 use super::{Held, ReadReport, ReadScratch};
 use crate::backend::Backend;
-use crate::device::HeadRows;
 use crate::device::page::Side;
+use crate::device::{HeadRows, Pool};
 use crate::error::KernelError;
 use crate::geometry::LayerShape;
 use crate::index::choose::Ranking;
@@ -45,6 +45,19 @@ impl Reader<'_> {
     /// # Errors
     /// [`KernelError`].
     pub(super) fn run(
+        &self,
+        held: Option<&Held>,
+        lent: (&mut ReadScratch, &mut Workspace),
+        to: (&mut [f32], &mut [f32]),
+    ) -> Result<ReadReport, KernelError> {
+        match self.pool() {
+            // Entered once: between its stages this thread would fall asleep and be woken every time.
+            Some(pool) => pool.run(|| self.stages(held, lent, to)),
+            None => self.stages(held, lent, to),
+        }
+    }
+
+    fn stages(
         &self,
         held: Option<&Held>,
         (scratch, workspace): (&mut ReadScratch, &mut Workspace),
@@ -321,11 +334,17 @@ impl Reader<'_> {
         heads: impl Iterator<Item = T> + Send,
         work: impl Fn(T) + Sync + Send,
     ) {
-        let units: usize = self.index.heads().iter().map(|head| head.units()).sum();
-        match self.backend.workers().filter(|pool| pool.threads() > 1) {
-            Some(pool) if self.rows() * units >= SPREAD_MIN => pool.run(|| spread(heads, &work)),
-            _ => heads.for_each(work),
+        match self.pool() {
+            Some(pool) => pool.run(|| spread(heads, &work)),
+            None => heads.for_each(work),
         }
+    }
+
+    /// The threads, where there is enough for several to do.
+    fn pool(&self) -> Option<&Pool> {
+        let units: usize = self.index.heads().iter().map(|head| head.units()).sum();
+        let enough = self.rows() * units >= SPREAD_MIN;
+        self.backend.workers().filter(|pool| enough && pool.threads() > 1)
     }
 
     /// Takes units of a KV head into `fresh`, and into `chosen` with those before. `known` is the log-sum-exp of what its

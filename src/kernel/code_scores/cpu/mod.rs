@@ -278,8 +278,8 @@ struct Runs<'a, I> {
 }
 
 impl<'a, I: Iterator<Item = PageRef<'a>>> Runs<'a, I> {
-    /// The codes of the next up to `most` entries that lie together.
-    fn next(&mut self, most: usize) -> Option<&'a [u32]> {
+    /// The codes from the next entry on to the end of its page, and how many up to `most` entries are chosen of them.
+    fn next(&mut self, most: usize) -> Option<(&'a [u32], usize)> {
         let slots = loop {
             let (span, rest) = self.spans.split_first()?;
             let slots = span.within(&self.slots);
@@ -295,7 +295,7 @@ impl<'a, I: Iterator<Item = PageRef<'a>>> Runs<'a, I> {
         }
         let end = slots.end.min(self.held.end).min(slots.start.saturating_add(most));
         self.slots.start = end;
-        Some(&self.codes[(slots.start - self.held.start) * self.words..(end - self.held.start) * self.words])
+        Some((&self.codes[(slots.start - self.held.start) * self.words..], end - slots.start))
     }
 }
 
@@ -318,24 +318,40 @@ impl<'a, I: Iterator<Item = PageRef<'a>>> Blocks<'a, I> {
         let (words, start, mut filled) = (self.runs.words, self.done, 0);
         if let Some((runs, requested)) = &mut self.ahead {
             while *requested < start + AHEAD
-                && let Some(codes) = runs.next(usize::MAX)
+                && let Some((codes, len)) = runs.next(usize::MAX)
             {
-                *requested += codes.len() / words;
+                *requested += len;
+                let codes = &codes[..len * words];
                 codes.chunks(LINE).for_each(|line| request(&line[0]));
                 codes.last().into_iter().for_each(request);
             }
         }
         while filled < lanes
-            && let Some(codes) = self.runs.next(lanes - filled)
+            && let Some((codes, len)) = self.runs.next(lanes - filled)
         {
-            let len = codes.len() / words;
             self.done += len;
             if len == lanes {
-                return Some((codes, start..self.done));
+                return Some((&codes[..len * words], start..self.done));
             }
-            copies[filled * words..(filled + len) * words].copy_from_slice(codes);
+            copy(codes, len * words, &mut copies[filled * words..]);
             filled += len;
         }
         (filled > 0).then_some((&copies[..filled * words], start..self.done))
+    }
+}
+
+/// The first `len` words, by whole cache lines as far as there is room: what is too much is overwritten later, and a call
+/// would take longer than so few.
+fn copy(from: &[u32], len: usize, to: &mut [u32]) {
+    let mut done = 0;
+    while done < len {
+        match (from[done..].first_chunk::<LINE>(), to[done..].first_chunk_mut::<LINE>()) {
+            (Some(line), Some(to)) => *to = *line,
+            _ => {
+                to[done..len].copy_from_slice(&from[done..len]);
+                return;
+            }
+        }
+        done += LINE;
     }
 }
