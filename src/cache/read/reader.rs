@@ -364,9 +364,14 @@ impl Reader<'_> {
         let budget = self.budget.saturating_sub(units.zone(self.heads[h].rows()) + already);
         // What a budget is for, in units of average size.
         let expected = budget.min(units.picks()) * ranking.units() / units.picks().max(1);
+        // Of units of one size it is known how many fit.
+        let alike = match self.retrieval.residuals() {
+            Some(_) => Some(1),
+            None => self.retrieval.summary.unit().filter(|_| rule.fold == 1),
+        };
         let mut taken = 0;
-        match (rule.goal, known, self.thresholds.zip(rule.calibration)) {
-            (_, _, Some((thresholds, calibration))) => {
+        match (rule.goal, known, self.thresholds.zip(rule.calibration), alike) {
+            (_, _, Some((thresholds, calibration)), _) => {
                 let most = (self.budget as f64 * calibration.cap) as usize;
                 let budget = most.saturating_sub(units.zone(self.heads[h].rows()));
                 let threshold = thresholds.unit * self.rows() as f32;
@@ -376,7 +381,7 @@ impl Reader<'_> {
                 };
                 ranking.take(1, count, wanted, fresh);
             }
-            (Some(goal), Some(known), None) if first => {
+            (Some(goal), Some(known), None, _) if first => {
                 // As far as the estimates want it.
                 let enough = |ranking: &Ranking| {
                     (0..known.len()).all(|row| {
@@ -391,7 +396,7 @@ impl Reader<'_> {
                 };
                 ranking.take(1, count, wanted, fresh);
             }
-            (Some(goal), Some(known), None) => {
+            (Some(goal), Some(known), None, _) => {
                 // What is left, against what was really read; if it is too much, as much again.
                 let judge = bounds.filter(|_| goal.certified).unwrap_or(ranking);
                 let met = |row: usize| {
@@ -409,7 +414,7 @@ impl Reader<'_> {
                 };
                 ranking.take(1, count, wanted, fresh);
             }
-            _ if self.retrieval.residuals().is_some() => ranking.take_best(budget, fresh),
+            (.., Some(size)) => ranking.take_best(budget / size, fresh),
             _ => {
                 let wanted = |n, _: &Ranking| {
                     taken += n;

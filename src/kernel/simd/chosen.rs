@@ -348,7 +348,6 @@ impl<'a> ChosenTiles<'a> {
                 into.waiting.push(page, from, unit);
                 into.requests[0].push(&place.keys, page, from);
                 into.requests[1].push(&place.values, page, from);
-                request(&page.positions[from]);
             }
             let len = run.min(from + unit - row);
             into.waiting.choose(row - from, len);

@@ -8,6 +8,7 @@
 //! what is read, from and to the first cache levels.
 
 use super::gemm::PAD;
+use super::prefetch::request;
 use super::take;
 use super::tile::{TILE, Tile};
 use crate::device::Encoding;
@@ -151,15 +152,27 @@ pub(super) struct Waiting<'a> {
     shift: u32,
     /// Which rows of the tile are chosen.
     chosen: u64,
+    /// Positions and β of rows that wait each for itself, and whether any has a β.
+    positions: [i32; TILE],
+    bias: [f32; TILE],
+    biased: bool,
 }
 
 impl<'a> Waiting<'a> {
     /// None.
-    pub(super) const NONE: Self = Self { from: [None; TILE], count: 0, shift: 0, chosen: 0 };
+    pub(super) const NONE: Self = Self {
+        from: [None; TILE],
+        count: 0,
+        shift: 0,
+        chosen: 0,
+        positions: [0; TILE],
+        bias: [0.0; TILE],
+        biased: false,
+    };
 
     /// Forgets all.
     pub(super) fn clear(&mut self) {
-        (self.count, self.chosen) = (0, 0);
+        (self.count, self.chosen, self.biased) = (0, 0, false);
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -188,6 +201,13 @@ impl<'a> Waiting<'a> {
     pub(super) fn push(&mut self, page: &'a Page, from: usize, unit: usize) {
         self.shift = unit.trailing_zeros();
         self.from[self.count] = Some((page, from as u32));
+        if unit == 1 {
+            self.positions[self.count] = page.positions[from];
+            self.bias[self.count] = page.bias.as_ref().map_or(0.0, |bias| bias[from]);
+            self.biased |= page.bias.is_some();
+        } else {
+            request(&page.positions[from]);
+        }
         self.count += 1;
     }
 
@@ -236,12 +256,17 @@ impl<'a> Waiting<'a> {
         let len = self.len();
         let positions = &mut cast_slice_mut::<f32, i32>(memory.positions)[..len];
         let bias = &mut memory.bias[..len];
-        let mut any = false;
-        for (i, (position, bias)) in positions.iter_mut().zip(&mut *bias).enumerate() {
-            let (page, row) = self.row(i);
-            *position = page.positions[row];
-            *bias = page.bias.as_ref().map_or(0.0, |b| b[row]);
-            any |= page.bias.is_some();
+        let mut any = self.biased;
+        if self.shift == 0 {
+            positions.copy_from_slice(&self.positions[..len]);
+            bias.copy_from_slice(&self.bias[..len]);
+        } else {
+            for (i, (position, bias)) in positions.iter_mut().zip(&mut *bias).enumerate() {
+                let (page, row) = self.row(i);
+                *position = page.positions[row];
+                *bias = page.bias.as_ref().map_or(0.0, |b| b[row]);
+                any |= page.bias.is_some();
+            }
         }
         let all = self.chosen == u64::MAX >> (TILE - len);
         Tile {
