@@ -202,6 +202,12 @@ impl<'a> Requests<'a> {
         }
     }
 
+    /// Requests the last part.
+    #[inline(always)]
+    fn last(&self) {
+        self.parts().last().into_iter().for_each(|part| Ahead::new(part).all());
+    }
+
     fn parts(&self) -> &[&'a [u8]] {
         &self.parts[..self.count]
     }
@@ -269,11 +275,20 @@ impl<'a> ChosenTiles<'a> {
 
     #[inline(always)]
     fn lines(&self, next: usize, side: Side) -> Ahead<'_> {
-        match (&self.next[next], side) {
-            (Next::Tile(tile), _) => tile.lines(side),
-            (Next::Copies(at), Side::Key) => self.gatherings[*at].requests[0].ahead(),
-            (Next::Copies(at), Side::Value) => self.gatherings[*at].requests[1].ahead(),
-            (Next::Nothing, _) => Ahead::NONE,
+        let at = match &self.next[next] {
+            Next::Tile(tile) => return tile.lines(side),
+            Next::Copies(at) => *at,
+            Next::Nothing => return Ahead::NONE,
+        };
+        let Gathering { waiting, requests: [keys, values], .. } = &self.gatherings[at];
+        match side {
+            // Their keys are on their way since they were found.
+            _ if waiting.each_for_itself() => {
+                let (first, second) = values.parts().split_at(values.count / 2);
+                Ahead::rows(if side == Side::Key { first } else { second }, None)
+            }
+            Side::Key => keys.ahead(),
+            Side::Value => values.ahead(),
         }
     }
 
@@ -348,6 +363,10 @@ impl<'a> ChosenTiles<'a> {
                 into.waiting.push(page, from, unit);
                 into.requests[0].push(&place.keys, page, from);
                 into.requests[1].push(&place.values, page, from);
+                // Finding rows takes about as long as computing on them: half of the requests go here.
+                if unit == 1 {
+                    into.requests[0].last();
+                }
             }
             let len = run.min(from + unit - row);
             into.waiting.choose(row - from, len);

@@ -76,7 +76,7 @@ impl Stored {
     fn copy<'t>(&self, waiting: &Waiting<'_>, found: &[&[u8]], to: &'t mut [f32]) -> Rows<'t> {
         let to: &mut [u8] = cast_slice_mut(to);
         let Some(packed) = self.packed else {
-            if waiting.shift == 0 {
+            if waiting.each_for_itself() {
                 for (from, to) in found.iter().zip(to.chunks_exact_mut(self.row.max(1))) {
                     copy(from, to);
                 }
@@ -196,6 +196,11 @@ impl<'a> Waiting<'a> {
         self.from[0].filter(|_| self.count > 0).is_none_or(|(p, _)| std::ptr::eq(p, page))
     }
 
+    /// Whether rows are copied one by one.
+    pub(super) fn each_for_itself(&self) -> bool {
+        self.shift == 0
+    }
+
     /// Adds `unit` rows, 1 or [`UNIT`] as all before, of which none is chosen yet.
     #[inline(always)]
     pub(super) fn push(&mut self, page: &'a Page, from: usize, unit: usize) {
@@ -257,7 +262,7 @@ impl<'a> Waiting<'a> {
         let positions = &mut cast_slice_mut::<f32, i32>(memory.positions)[..len];
         let bias = &mut memory.bias[..len];
         let mut any = self.biased;
-        if self.shift == 0 {
+        if self.each_for_itself() {
             positions.copy_from_slice(&self.positions[..len]);
             bias.copy_from_slice(&self.bias[..len]);
         } else {

@@ -74,6 +74,7 @@ impl<'a> Ahead<'a> {
     }
 
     /// Requests everything at once.
+    #[inline(always)]
     pub(crate) fn all(self) {
         self.over(1).step();
     }
