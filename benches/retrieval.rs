@@ -1,4 +1,4 @@
-//! A decode step that reads by index beside one that reads everything, and what keeping the index costs.
+//! A decode step that reads by index beside one that reads everything, and what making and keeping the index costs.
 //!
 //! `cargo bench --bench retrieval` on a quiet machine. One layer, 8 KV heads, d 128, G 4, f16 rows. Keys and values drift
 //! through the text as a real model's do, so that pages and clusters have something in common; how good a choice is no
@@ -146,9 +146,55 @@ fn fixed(c: &mut Criterion) {
     }
 }
 
+/// What a decoded token costs to store and to index: most add nothing to an index but themselves, and one of many makes
+/// units of all that waited.
+fn append(c: &mut Criterion) {
+    let mut group = c.benchmark_group("retrieval/append");
+    let tokens = 32 << 10;
+    for recipe in [
+        "full",
+        "auto",
+        "auto(pieces=0)",
+        "pages",
+        "quest(dense=0)",
+        "lserve",
+        "squeezed",
+        "squeezed(levels=2)",
+        "clusterkv(dense=0)",
+        "retroinfer",
+        "pq",
+        "a2ats",
+    ] {
+        let mut random = Random::new(3);
+        let mut states = [vec![0.0; HEADS * DIM], vec![0.0; HEADS * DIM]];
+        let mut built = None;
+        let mut most = Duration::ZERO;
+        group.bench_function(recipe, |b| {
+            let (cache, id) = built.get_or_insert_with(|| prompted(recipe, 2048, tokens));
+            b.iter_custom(|times| {
+                let each = (0..times).map(|_| {
+                    let [k, v] = states.each_mut().map(|state| drift(&mut random, state, 1));
+                    let view = |x| TensorView::token_major(x, 1, HEADS, DIM).unwrap();
+                    let began = Instant::now();
+                    let mut step = cache.begin(*id, 1).unwrap();
+                    step.append(0, view(&k[..]), view(&v[..])).unwrap();
+                    step.commit(1).unwrap();
+                    let took = began.elapsed();
+                    most = most.max(took);
+                    took
+                });
+                each.sum()
+            });
+        });
+        if built.is_some() {
+            println!("{recipe}: at most {:.2} ms for a token", 1e3 * most.as_secs_f64());
+        }
+    }
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(20).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(2));
-    targets = decode, fixed
+    targets = decode, fixed, append
 }
 criterion_main!(benches);

@@ -70,7 +70,7 @@ impl Clusters {
     #[must_use]
     pub fn coded(mut self, codes: Codes) -> Self {
         self.tables.push(Table { role: Role::Residual(codes.layout()), encoding: DType::F32.into() });
-        Self { codes: Some(codes), ..self }
+        Self { codes: Some(codes.within()), ..self }
     }
 
     /// Reads the arguments that every index of clusters declares: `size`, `store`, `segment`, `update`, `rounds`.
@@ -92,7 +92,11 @@ impl Summary for Clusters {
         &self.tables
     }
 
-    fn take(&self, pending: usize, open: bool, _: bool) -> usize {
+    fn take(&self, pending: usize, open: bool, learnt: bool) -> usize {
+        // Queries are there when the prompt ends: until then entries wait where they are stored anyway.
+        if open && !learnt && self.queries() > 0 {
+            return 0;
+        }
         if pending >= self.segment {
             return self.segment;
         }
@@ -107,20 +111,19 @@ impl Summary for Clusters {
         self.update - 1
     }
 
-    fn summarise(
-        &self,
-        backend: &dyn Backend,
-        shape: &LayerShape,
-        entries: &Entries<'_>,
-        book: Option<&Codebook>,
-    ) -> Result<Units, KernelError> {
+    fn queries(&self) -> usize {
+        self.codes.as_ref().map_or(0, Codes::queries)
+    }
+
+    fn summarise(&self, lesson: &Lesson<'_>, book: Option<&Codebook>) -> Result<Units, KernelError> {
+        let Lesson { backend, shape, entries, .. } = *lesson;
         let points = self.points(shape, entries);
         let count = entries.count.div_ceil(self.size);
         let (mut owners, means) = cluster(backend, &points, count, self.rounds, self.cosine)?;
         if self.fan == 0 {
             let mut units = units(shape, entries, &owners, count);
             if let Some(codes) = &self.codes {
-                encode(codes, backend, shape, entries, book, &mut units)?;
+                encode(codes, lesson, book, &mut units)?;
             }
             return Ok(units);
         }
@@ -386,12 +389,11 @@ fn units(shape: &LayerShape, entries: &Entries<'_>, owners: &[u32], count: usize
 /// Adds the codes of what keys have beside the means of their units, by the codebook there is or by one learnt here.
 fn encode(
     codes: &Codes,
-    backend: &dyn Backend,
-    shape: &LayerShape,
-    entries: &Entries<'_>,
+    lesson: &Lesson<'_>,
     book: Option<&Codebook>,
     units: &mut Units,
 ) -> Result<(), KernelError> {
+    let Lesson { shape, entries, .. } = *lesson;
     let d = shape.d_k;
     let mut keys = Vec::with_capacity(entries.keys.len());
     let mut rest = units.members.as_slice();
@@ -408,11 +410,9 @@ fn encode(
         units.radii.push(radius.sqrt());
     }
     let residuals = Entries { keys: &keys, ..*entries };
-    let lesson = Lesson { backend, shape, entries: &residuals, queries: &[], asked: &[] };
-    let learnt = if book.is_none() { codes.learn(&lesson)? } else { None };
-    let encoded = codes.summarise(backend, shape, &residuals, book.or(learnt.as_ref()))?;
+    let encoded = codes.summarise(&Lesson { entries: &residuals, ..*lesson }, book)?;
     units.rows.extend(encoded.rows);
-    units.book = learnt;
+    units.book = encoded.book;
     Ok(())
 }
 

@@ -460,20 +460,16 @@ impl LayerIndex {
                 backend.gather(&mut GatherArgs { head, slots: &slots, target })?;
                 let positions = positions(head, from..from + take);
                 let entries = Entries { keys: &keys, values: &values, positions: &positions, count: take };
-                if !learnt {
-                    let (rows, asked) = match retrieval.summary.queries() {
-                        0 => (&[][..], &[][..]),
-                        _ => {
-                            let (rows, asked) = recorded.get_or_insert_with(growth.queries);
-                            let group = shape.group() * asked.len() * shape.d_k;
-                            (&rows[h * group..(h + 1) * group], &asked[..])
-                        }
-                    };
-                    let lesson = Lesson { backend, shape, entries: &entries, queries: rows, asked };
-                    self.books[h] = retrieval.summary.learn(&lesson)?.map(Arc::new);
-                }
-                let mut units =
-                    retrieval.summary.summarise(backend, shape, &entries, self.books[h].as_deref())?;
+                let (queries, asked) = match retrieval.summary.queries() {
+                    asks if asks == 0 || learnt => (&[][..], &[][..]),
+                    _ => {
+                        let (rows, asked) = recorded.get_or_insert_with(growth.queries);
+                        let group = shape.group() * asked.len() * shape.d_k;
+                        (&rows[h * group..(h + 1) * group], &asked[..])
+                    }
+                };
+                let lesson = Lesson { backend, shape, entries: &entries, queries, asked };
+                let mut units = retrieval.summary.summarise(&lesson, self.books[h].as_deref())?;
                 if let Some(book) = units.book.take() {
                     self.books[h] = Some(Arc::new(book));
                 }

@@ -146,17 +146,17 @@ pub struct Entries<'a> {
     pub count: usize,
 }
 
-/// What a KV head learns from, once.
+/// What units of a KV head are made of, and, the first time, what is learnt from.
 #[derive(Clone, Copy, Debug)]
 pub struct Lesson<'a> {
     /// Where kernels run.
     pub backend: &'a dyn Backend,
     /// The layer.
     pub shape: &'a LayerShape,
-    /// Its first entries.
+    /// The entries.
     pub entries: &'a Entries<'a>,
     /// `[G, W, d_k]`: the last queries of the heads that share the KV head, as far as they were recorded
-    /// ([`Summary::queries`]).
+    /// ([`Summary::queries`]), as long as nothing is learnt.
     pub queries: &'a [f32],
     /// `[W]`: where these stand in the text.
     pub asked: &'a [i32],
@@ -175,7 +175,7 @@ pub struct Units {
     pub rows: Vec<UnitRows>,
     /// Where entries have codes within units: how far the farthest key of each lies from its mean.
     pub radii: Vec<f32>,
-    /// What was learnt on the way, where nothing had been before.
+    /// What was learnt, where nothing had been before.
     pub book: Option<Codebook>,
 }
 
@@ -207,7 +207,7 @@ pub trait Summary: Debug + Send + Sync {
     fn tables(&self) -> &[Table];
 
     /// How many of `pending` entries behind the last unit the next call of [`Summary::summarise`] is to take; 0 while there
-    /// are too few. `open` says that more of the prompt may follow, `learnt` that [`Summary::learn`] was called before. A
+    /// are too few. `open` says that more of the prompt may follow, `learnt` that the KV head has a codebook. A
     /// caller asks again until it gets 0, so that adding entries one by one or all at once gives the same units wherever
     /// the method allows it.
     fn take(&self, pending: usize, open: bool, learnt: bool) -> usize;
@@ -226,7 +226,7 @@ pub trait Summary: Debug + Send + Sync {
         Ok(())
     }
 
-    /// Last queries of every layer that [`Summary::learn`] asks for.
+    /// Last queries of every layer that codebooks are learnt from.
     fn queries(&self) -> usize {
         0
     }
@@ -236,25 +236,12 @@ pub trait Summary: Debug + Send + Sync {
         None
     }
 
-    /// What is learnt from the first entries of a KV head before any is summarised, and kept.
+    /// Cuts entries into units. Every entry is a member of one. `book` is what was learnt before: where codes have none,
+    /// these are the first entries and [`Units::book`] is learnt from them.
     ///
     /// # Errors
     /// [`KernelError`].
-    fn learn(&self, _lesson: &Lesson<'_>) -> Result<Option<Codebook>, KernelError> {
-        Ok(None)
-    }
-
-    /// Cuts entries into units. Every entry is a member of one. `book` is what was learnt.
-    ///
-    /// # Errors
-    /// [`KernelError`].
-    fn summarise(
-        &self,
-        backend: &dyn Backend,
-        shape: &LayerShape,
-        entries: &Entries<'_>,
-        book: Option<&Codebook>,
-    ) -> Result<Units, KernelError>;
+    fn summarise(&self, lesson: &Lesson<'_>, book: Option<&Codebook>) -> Result<Units, KernelError>;
 }
 
 /// A complete index: what a recipe names.

@@ -1,10 +1,8 @@
 //! Pages of consecutive entries: their means, their bounds, or both.
 
-use super::{Codebook, Entries, Role, Summary, Table, UnitRows, Units};
-use crate::backend::Backend;
+use super::{Codebook, Lesson, Role, Summary, Table, UnitRows, Units};
 use crate::device::encoding::{Encoding, Format};
 use crate::error::KernelError;
-use crate::geometry::LayerShape;
 use crate::view::DType;
 use half::{bf16, f16};
 
@@ -73,13 +71,8 @@ impl Summary for Pages {
         self.step - 1
     }
 
-    fn summarise(
-        &self,
-        _: &dyn Backend,
-        shape: &LayerShape,
-        entries: &Entries<'_>,
-        _: Option<&Codebook>,
-    ) -> Result<Units, KernelError> {
+    fn summarise(&self, lesson: &Lesson<'_>, _: Option<&Codebook>) -> Result<Units, KernelError> {
+        let Lesson { shape, entries, .. } = *lesson;
         let units = entries.count / self.page;
         let rows = self.tables.iter().map(|table| {
             let (d_k, d_v) = table.role.dims(shape);

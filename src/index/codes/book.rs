@@ -29,6 +29,8 @@ pub struct Codebook {
     metrics: Vec<Option<Metric>>,
     /// Where queries are put, if keys are taken back to position 0.
     distance: Option<i32>,
+    /// Whether it is of what keys have beside the means of their units.
+    within: bool,
     /// Whether it was given and not learnt.
     given: bool,
 }
@@ -40,11 +42,17 @@ pub(super) fn product(a: &[f32], b: &[f32]) -> f32 {
 
 impl Codebook {
     /// A codebook without words, about `center`, for queries at `distance`.
-    pub(super) fn new(layout: CodeLayout, levels: usize, center: Vec<f32>, distance: Option<i32>) -> Self {
+    pub(super) fn new(
+        layout: CodeLayout,
+        levels: usize,
+        center: Vec<f32>,
+        distance: Option<i32>,
+        within: bool,
+    ) -> Self {
         let words = Vec::with_capacity(levels * center.len());
         let halves = Vec::with_capacity(layout.codes * levels);
         let metrics = Vec::with_capacity(layout.codes);
-        Self { layout, levels, center, words, halves, metrics, distance, given: false }
+        Self { layout, levels, center, words, halves, metrics, distance, within, given: false }
     }
 
     /// The next piece: `[levels, dims]`, relative to the center.
@@ -86,6 +94,11 @@ impl Codebook {
     /// The distance that queries are put at, if keys are taken back to position 0.
     pub fn distance(&self) -> Option<i32> {
         self.distance
+    }
+
+    /// Whether it is of what keys have beside the means of their units, not of keys.
+    pub fn within(&self) -> bool {
+        self.within
     }
 
     /// The same, for sequences that are given it and learn none.

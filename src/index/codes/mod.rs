@@ -48,6 +48,8 @@ pub struct Codes {
     queries: usize,
     /// Where queries are put, if keys are encoded without their rotary embedding.
     distance: Option<i32>,
+    /// Whether it is not keys that are encoded but what they have beside the means of their units.
+    within: bool,
     tables: [Table; 1],
 }
 
@@ -58,7 +60,7 @@ impl Codes {
         let layout = CodeLayout { codes: pieces, bits };
         let tables = [Table { role: Role::Code(layout), encoding: DType::F32.into() }];
         let train = ((PER_CODEWORD * levels).min(train), train);
-        Self { layout, levels, per: 0, train, rounds, queries: 0, distance: None, tables }
+        Self { layout, levels, per: 0, train, rounds, queries: 0, distance: None, within: false, tables }
     }
 
     /// How codes lie.
@@ -78,6 +80,12 @@ impl Codes {
     #[must_use]
     pub fn aware(self, queries: usize) -> Self {
         Self { queries, ..self }
+    }
+
+    /// The same of what keys have beside the means of their units.
+    #[must_use]
+    pub fn within(self) -> Self {
+        Self { within: true, ..self }
     }
 
     /// The same of keys without their rotary embedding, for queries at a constant distance.
@@ -155,7 +163,28 @@ impl Summary for Codes {
         self.distance
     }
 
-    fn learn(&self, lesson: &Lesson<'_>) -> Result<Option<Codebook>, KernelError> {
+    fn summarise(&self, lesson: &Lesson<'_>, book: Option<&Codebook>) -> Result<Units, KernelError> {
+        let Lesson { backend, shape, entries, .. } = *lesson;
+        let learnt = if book.is_none() { Some(self.learn(lesson)?) } else { None };
+        let Some(book) = book.or(learnt.as_ref()) else { unreachable!("one of both is there") };
+        let count = entries.count;
+        let mut rows = UnitRows::default();
+        let keys = self.keys(backend, shape, entries)?;
+        let found = book.encode(backend, &keys)?;
+        let mut codes = vec![0; self.layout.codes];
+        let mut words = vec![0; self.layout.words()];
+        for i in 0..count {
+            codes.iter_mut().zip(found.chunks_exact(count)).for_each(|(code, found)| *code = found[i]);
+            self.layout.pack(&codes, &mut words);
+            rows.keys.extend(words.iter().map(|&word| f32::from_bits(word)));
+        }
+        Ok(Units { counts: vec![1; count], rows: vec![rows], book: learnt, ..Units::default() })
+    }
+}
+
+impl Codes {
+    /// A codebook from some entries and, where they say enough, recorded queries.
+    fn learn(&self, lesson: &Lesson<'_>) -> Result<Codebook, KernelError> {
         let Lesson { backend, shape, entries, .. } = *lesson;
         let d = shape.d_k;
         let keys = self.keys(backend, shape, entries)?;
@@ -170,7 +199,7 @@ impl Summary for Codes {
             0 => self.levels,
             per => self.levels.min(entries.count / per).max(1),
         };
-        let mut book = Codebook::new(self.layout, levels, center, self.distance);
+        let mut book = Codebook::new(self.layout, levels, center, self.distance, self.within);
         for m in 0..self.layout.codes {
             let dims = book.piece(m).len();
             let mut rows = Vec::with_capacity(entries.count * dims);
@@ -191,29 +220,7 @@ impl Summary for Codes {
             // The mean of rows times L is the mean of the rows, times L: nothing has to be divided by it.
             book.push(&means_of(&rows, dims, &owners, levels), Some(metric));
         }
-        Ok(Some(book))
-    }
-
-    fn summarise(
-        &self,
-        backend: &dyn Backend,
-        shape: &LayerShape,
-        entries: &Entries<'_>,
-        book: Option<&Codebook>,
-    ) -> Result<Units, KernelError> {
-        let Some(book) = book else { unreachable!("codebooks are learnt before entries are encoded") };
-        let count = entries.count;
-        let mut rows = UnitRows::default();
-        let keys = self.keys(backend, shape, entries)?;
-        let found = book.encode(backend, &keys)?;
-        let mut codes = vec![0; self.layout.codes];
-        let mut words = vec![0; self.layout.words()];
-        for i in 0..count {
-            codes.iter_mut().zip(found.chunks_exact(count)).for_each(|(code, found)| *code = found[i]);
-            self.layout.pack(&codes, &mut words);
-            rows.keys.extend(words.iter().map(|&word| f32::from_bits(word)));
-        }
-        Ok(Units { counts: vec![1; count], rows: vec![rows], ..Units::default() })
+        Ok(book)
     }
 }
 

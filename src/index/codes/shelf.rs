@@ -3,7 +3,7 @@
 use super::Codebook;
 use crate::error::RecipeError;
 use crate::geometry::ModelShape;
-use crate::index::Retrieval;
+use crate::index::{Retrieval, Role};
 use std::sync::Arc;
 
 /// Codebooks of the KV heads of all layers, from [`crate::KvCache::codebooks`] to
@@ -28,8 +28,12 @@ impl Codebooks {
                 change: "take them from a cache of the same model and recipe".to_owned(),
             })
         };
-        let coded = |index: &Retrieval| index.summary.tables().iter().find_map(|table| table.role.codes());
-        let Some((summary, layout)) = index.and_then(|index| Some((&index.summary, coded(index)?))) else {
+        let coded = |index: &Retrieval| {
+            let mut tables = index.summary.tables().iter();
+            tables.find_map(|table| Some((table.role.codes()?, matches!(table.role, Role::Residual(_)))))
+        };
+        let Some((summary, (layout, within))) = index.and_then(|index| Some((&index.summary, coded(index)?)))
+        else {
             return conflict("the recipe".to_owned(), "it has no index of codes".to_owned());
         };
         if self.layers.len() != shape.layers() {
@@ -53,6 +57,11 @@ impl Codebooks {
                         format!("an index of {} indices of {} bits", layout.codes, layout.bits),
                         why,
                     );
+                }
+                if book.within() != within {
+                    let of = |within| if within { "what keys have beside means of units" } else { "keys" };
+                    let why = format!("they are of {}", of(book.within()));
+                    return conflict(format!("codes of {}", of(within)), why);
                 }
                 if book.distance() != summary.distance() {
                     let place = |distance: Option<i32>| distance.map_or("true".to_owned(), |d| d.to_string());

@@ -14,6 +14,9 @@ use std::sync::Arc;
 
 const OWN: &str = "train=240,rounds=5,sinks=4,recent=20,min_context=0";
 
+/// Codes within clusters.
+const WITHIN: &str = "size=4,segment=64,update=16,pieces=8,recent=20,min_context=0";
+
 /// Queries that the recipes record of a prompt: all of it.
 const WINDOW: u64 = PROMPT;
 
@@ -268,6 +271,13 @@ fn codebooks_that_are_given_are_used_and_others_are_refused() {
         let said = refused(shape, recipe, &books);
         assert!(said.contains(why), "{recipe}: {said}");
     }
+    // Codes of one layout, but of something else.
+    let within = format!("auto({WITHIN})");
+    let (cache, id) = prompted(&within, &backend, &[PROMPT]);
+    let books = cache.codebooks(id).unwrap();
+    build(model(), &within, &books).unwrap();
+    let said = refused(model(), "pq(pieces=8)", &books);
+    assert!(said.contains("what keys have beside means of units"), "{said}");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! left of a cluster is weighed by them.
 
 use super::naive::{Naive, Row, dot, mean_of, naive, units, wide};
-use super::{BUDGET, PROMPT, prompted, queries};
+use super::{BUDGET, PROMPT, argument, prompted, queries};
 use crate::support::{backends, distance, entries, feed};
 use kvsieve::geometry::Slot;
 use kvsieve::index::{Codebook, Group, ReadRule, Tail};
@@ -27,8 +27,9 @@ struct Weights {
 }
 
 impl Refined {
-    /// The nearest codewords of every piece, each tried in turn.
-    fn new(naive: &Naive<'_>, book: &Codebook, widen: f64) -> Self {
+    /// The nearest codewords of every piece, each tried in turn: nearest in logits of the queries that were recorded, where
+    /// the book knows them.
+    fn new(naive: &Naive<'_>, book: &Codebook, window: &[Vec<f32>], widen: f64) -> Self {
         let (layout, d) = (book.layout(), naive.shape.d_k);
         let codewords: Vec<Vec<f64>> = (0..book.levels() as u16)
             .map(|level| {
@@ -48,7 +49,14 @@ impl Refined {
                 for m in 0..layout.codes {
                     let piece = m * d / layout.codes..(m + 1) * d / layout.codes;
                     let far = |word: &&Vec<f64>| -> f64 {
-                        piece.clone().map(|x| (word[x] - rest[x]).powi(2)).sum::<f64>()
+                        let error = || piece.clone().map(|x| word[x] - rest[x]);
+                        let logit = |query: &Vec<f32>| {
+                            piece.clone().zip(error()).map(|(x, e)| f64::from(query[x]) * e).sum::<f64>()
+                        };
+                        match book.aware() {
+                            true => window.iter().map(|query| logit(query).powi(2)).sum(),
+                            false => error().map(|e| e * e).sum(),
+                        }
                     };
                     let best = codewords.iter().min_by(|a, b| far(a).total_cmp(&far(b))).unwrap();
                     near[piece.clone()].copy_from_slice(&best[piece]);
@@ -180,20 +188,21 @@ impl Refined {
     }
 }
 
-/// Checks what a step read of one KV head, given the units that it chose from, the queries that share the head, and their
-/// outputs one after another; gives the mass that is left, on average, or nothing if two units tie.
+/// Checks what a step read of one KV head, given the units that it chose from, the queries that share the head, their
+/// outputs one after another, and the recorded queries of a prompt; gives the mass that is left, on average, or nothing if two units tie.
 pub fn check(
     (cache, id): (&KvCache, SequenceId),
     (layer, head): (usize, usize),
     units_before: &[Vec<usize>],
     asked: &[(Vec<f32>, i32)],
     out: &[f32],
+    window: &[Vec<f32>],
     (widen, tolerance): (f64, f64),
 ) -> Option<f64> {
     let all = entries(cache, id, layer, head);
     let naive = naive((cache, id), (layer, head), &all, units_before);
     let books = cache.codebooks(id).unwrap();
-    let refined = Refined::new(&naive, books.layer(layer)[head].as_ref().unwrap(), widen);
+    let refined = Refined::new(&naive, books.layer(layer)[head].as_ref().unwrap(), window, widen);
     let rows: Vec<Row> = asked.iter().map(|(query, at)| naive.row(query, *at)).collect();
     let asked_for: Vec<Vec<f32>> = asked.iter().map(|(query, _)| query.clone()).collect();
     let (looked, gap) = refined.looked_into(&naive, &rows, &asked_for);
@@ -233,8 +242,8 @@ pub fn check(
 #[test]
 fn what_codes_promise_is_read_and_the_rest_of_a_cluster_is_weighed_by_them() {
     for (own, widen) in [
-        ("size=4,segment=64,pieces=8,widen=1.2", 1.2),
-        ("size=8,segment=128,pieces=5,widen=2,group=max,rank=unit,correct=no", 2.0),
+        ("size=4,segment=64,pieces=8,widen=1.2,queries=100", 1.2),
+        ("size=8,segment=128,pieces=5,widen=2,aware=no,group=max,rank=unit,correct=no", 2.0),
         ("size=6,segment=300,pieces=16,widen=1,group=logit", 1.0),
         ("size=6,segment=300,pieces=16,widen=1.6,tail=ignore", 1.6),
     ] {
@@ -243,6 +252,17 @@ fn what_codes_promise_is_read_and_the_rest_of_a_cluster_is_weighed_by_them() {
             // Processors round tables of codewords to bytes.
             let tolerance = if backend.name() == "cpu" { 0.1 } else { 2e-4 };
             let (mut cache, id) = prompted(&recipe, &backend, &[200, PROMPT - 200]);
+            let recorded: u64 = argument(&recipe, "queries").map_or(256, |n| n.parse().unwrap());
+            let windows = [0, 1].map(|head| -> Vec<Vec<f32>> {
+                let shape = cache.shape().layer(1);
+                let each =
+                    (PROMPT - recorded..PROMPT).flat_map(|t| queries(shape, 1, head, &[(t, t as i32)]));
+                each.map(|(query, _)| query).collect()
+            });
+            let books = cache.codebooks(id).unwrap();
+            let aware =
+                |book: &Option<_>| book.as_ref().is_some_and(|book: &std::sync::Arc<Codebook>| book.aware());
+            assert_eq!(books.layer(1).iter().all(aware), !own.contains("aware=no"), "{recipe}");
             let mut checked = 0;
             for token in PROMPT..PROMPT + 8 {
                 let before = [0, 1].map(|head| units(&cache, id, 1, head));
@@ -251,7 +271,7 @@ fn what_codes_promise_is_read_and_the_rest_of_a_cluster_is_weighed_by_them() {
                     let shape = cache.shape().layer(1);
                     let asked = queries(shape, 1, head, &[(token, token as i32)]);
                     let out = &out[1][head * 3 * 16..(head + 1) * 3 * 16];
-                    check((&cache, id), (1, head), units, &asked, out, (widen, tolerance))
+                    check((&cache, id), (1, head), units, &asked, out, &windows[head], (widen, tolerance))
                 });
                 let missing: Option<Vec<f64>> = missing.collect();
                 let Some(missing) = missing else { continue };
