@@ -1,5 +1,5 @@
 //! The combination that measurements on a real model support: small clusters of keys and values together, and a code for
-//! what every key has beside the mean of its cluster, made so that logits err little. The entries that promise most are read; the rest is estimated from
+//! what every key has beside the mean of its cluster. The entries that promise most are read; the rest is estimated from
 //! codes, means, and how keys vary around both.
 //!
 //! *Helps* any long context: at equal bytes its error is a fraction of that of pages (`docs/policies/auto.md`). *Hurts*
@@ -45,7 +45,7 @@ const ARGS: [Arg; 11 + COMMON] = arguments(
             64.0,
             "how far beyond its mean a cluster is looked for, in spreads of its farthest key",
         ),
-        Arg::word("aware", &["yes", "no"], "whether recorded queries say which keys are alike"),
+        Arg::word("aware", &["no", "yes"], "whether recorded queries say which keys are alike"),
         Arg::count("queries", 256, 1, 4096, "with aware=yes: last queries of the prompt that say so"),
         Arg::real("values", 0.5, 0.0, 16.0, "how much values count beside keys when entries are clustered"),
     ],
@@ -67,7 +67,7 @@ pub const ENTRY: Entry = Entry {
     name: "auto",
     summary: "reads the entries whose codes within clusters promise most, and estimates the others",
     source: "measured here; clusters as RetroInfer's, arXiv:2505.02922, with values in them, and codes within",
-    needs: "the last queries of the prompt; nothing with aware=no or pieces=0",
+    needs: "nothing; with aware=yes the last queries of the prompt",
     args: &ARGS,
     build: Build::Index { build },
 };

@@ -35,7 +35,8 @@ pub struct Ranking {
     ranked: usize,
     /// How many of them are taken.
     taken: usize,
-    /// Ranks by row, for [`Group::Union`].
+    /// One row's logits and its best units, for [`Group::Union`].
+    each: Vec<f32>,
     ranks: Vec<u32>,
     /// Scores in some order.
     copy: Vec<f32>,
@@ -44,7 +45,7 @@ pub struct Ranking {
 impl Ranking {
     /// Takes in the logits of a KV head's units (`[rows, units]`) and of what every row reads anyway (`zone [rows]`, a
     /// log-sum-exp), and scores groups of `fold` units; with `sizes`, by one member's weight instead of all's. Nothing is
-    /// taken yet.
+    /// taken yet, and no more than `most` units are to be.
     ///
     /// # Panics
     /// If `logits` is not a multiple of `zone`, or `fold` is 0.
@@ -52,13 +53,13 @@ impl Ranking {
         &mut self,
         logits: &[f32],
         zone: &[f32],
-        (group, fold): (Group, usize),
+        (group, fold, most): (Group, usize, usize),
         sizes: Option<&dyn Fn(usize) -> usize>,
     ) {
         assert!(fold > 0, "groups of no unit");
         self.set_weights(logits, zone);
         self.fold = fold;
-        self.score(logits, zone, group, sizes);
+        self.score(logits, zone, (group, most), sizes);
         // No zero is less than another.
         if matches!(group, Group::Logit | Group::Mean) {
             self.scores.iter_mut().for_each(|score| *score += 0.0);
@@ -114,7 +115,13 @@ impl Ranking {
         }
     }
 
-    fn score(&mut self, logits: &[f32], zone: &[f32], group: Group, sizes: Option<&dyn Fn(usize) -> usize>) {
+    fn score(
+        &mut self,
+        logits: &[f32],
+        zone: &[f32],
+        (group, most): (Group, usize),
+        sizes: Option<&dyn Fn(usize) -> usize>,
+    ) {
         let units = self.units;
         self.scores.clear();
         let start = if matches!(group, Group::Sum | Group::Mean) { 0.0 } else { f32::NEG_INFINITY };
@@ -132,12 +139,15 @@ impl Ranking {
                 Group::Logit => scores.zip(logits).for_each(|(s, x)| *s = s.max(*x)),
                 Group::Mean => scores.zip(logits).for_each(|(s, x)| *s += x / self.rows as f32),
                 Group::Union => {
-                    ranks.clear();
-                    ranks.extend(0..units as u32);
                     let one = |unit: u32| {
                         logits[unit as usize] - sizes.map_or(0.0, |n| (n(unit as usize) as f32).ln())
                     };
-                    ranks.sort_unstable_by(|&a, &b| one(b).total_cmp(&one(a)).then(a.cmp(&b)));
+                    self.each.clear();
+                    // No zero is less than another.
+                    self.each.extend((0..units as u32).map(|unit| one(unit) + 0.0));
+                    best_of(&self.each, most, &mut self.copy, &mut ranks);
+                    let each = &self.each;
+                    ranks.sort_unstable_by(|&a, &b| best_first(each, a, b));
                     // Rank and row in one number: at equal rank the first row's unit comes first.
                     for (rank, &unit) in ranks.iter().enumerate() {
                         let turn = -((rank * self.rows + row) as f32);
@@ -232,40 +242,8 @@ impl Ranking {
     /// Takes the best `count` units (all, if there are not so many), each for itself; gives them, ascending. Nothing must be
     /// taken yet, and nothing is to be taken later: what is left of weights is not kept.
     pub fn take_best(&mut self, count: usize, units: &mut Vec<u32>) {
-        units.clear();
         self.taken = self.scores.len();
-        if count >= self.scores.len() {
-            units.extend(0..self.scores.len() as u32);
-        } else if count > 0 {
-            let (least, above) = self.last_of_best(count);
-            weights::best(&self.scores, (least, count - above), units);
-        }
-    }
-
-    /// The lowest score of the best `count`, fewer than there are, and how many are above it.
-    fn last_of_best(&mut self, count: usize) -> (f32, usize) {
-        let (scores, copy) = (&self.scores, &mut self.copy);
-        let descending = |a: &f32, b: &f32| b.total_cmp(a);
-        copy.clear();
-        copy.extend(scores.iter().step_by(SAMPLE));
-        // Of a sample the place is about known; what lies around it there holds the score that is looked for.
-        let place = count * copy.len() / scores.len();
-        let slack = SAMPLE + 4 * place.isqrt();
-        let (mut low, mut high) = (f32::NEG_INFINITY, f32::INFINITY);
-        if place + slack < copy.len() {
-            low = *copy.select_nth_unstable_by(place + slack, descending).1;
-            if let Some(before) = place.checked_sub(slack) {
-                high = *copy[..place + slack].select_nth_unstable_by(before, descending).1;
-            }
-        }
-        let mut above = weights::between(scores, (low, high), copy);
-        if above >= count || above + copy.len() < count {
-            // The sample was unlike the others.
-            copy.clone_from(scores);
-            above = 0;
-        }
-        let (better, &mut least, _) = copy.select_nth_unstable_by(count - above - 1, descending);
-        (least, above + better.iter().filter(|&&score| score > least).count())
+        best_of(&self.scores, count, &mut self.copy, units);
     }
 
     /// Lets units weigh nothing any more: what is left is then what their [`Ranking::weights`] are.
@@ -321,6 +299,43 @@ impl Ranking {
     }
 }
 
+/// The best `count` (all, if there are not so many), ascending by index; of equals the first. `copy` is lent.
+fn best_of(scores: &[f32], count: usize, copy: &mut Vec<f32>, best: &mut Vec<u32>) {
+    best.clear();
+    if count >= scores.len() {
+        best.extend(0..scores.len() as u32);
+    } else if count > 0 {
+        let (least, above) = last_of_best(scores, count, copy);
+        weights::best(scores, (least, count - above), best);
+    }
+}
+
+/// The lowest score of the best `count`, fewer than there are and not none, and how many are above it.
+fn last_of_best(scores: &[f32], count: usize, copy: &mut Vec<f32>) -> (f32, usize) {
+    let descending = |a: &f32, b: &f32| b.total_cmp(a);
+    copy.clear();
+    copy.extend(scores.iter().step_by(SAMPLE));
+    // Of a sample the place is about known; what lies around it there holds the score that is looked for.
+    let place = count * copy.len() / scores.len();
+    let slack = SAMPLE + 4 * place.isqrt();
+    let (mut low, mut high) = (f32::NEG_INFINITY, f32::INFINITY);
+    if place + slack < copy.len() {
+        low = *copy.select_nth_unstable_by(place + slack, descending).1;
+        if let Some(before) = place.checked_sub(slack) {
+            high = *copy[..place + slack].select_nth_unstable_by(before, descending).1;
+        }
+    }
+    let mut above = weights::between(scores, (low, high), copy);
+    if above >= count || above + copy.len() < count {
+        // The sample was unlike the others.
+        copy.clear();
+        copy.extend_from_slice(scores);
+        above = 0;
+    }
+    let (better, &mut least, _) = copy.select_nth_unstable_by(count - above - 1, descending);
+    (least, above + better.iter().filter(|&&score| score > least).count())
+}
+
 /// Higher score first, then lower index.
 fn best_first(scores: &[f32], a: u32, b: u32) -> Ordering {
     scores[b as usize].total_cmp(&scores[a as usize]).then(a.cmp(&b))
@@ -348,7 +363,7 @@ mod tests {
         let zone = [-9.0f32, 20.0];
         let chosen = |group| {
             let mut ranking = Ranking::default();
-            ranking.set(&logits, &zone, (group, 1), None);
+            ranking.set(&logits, &zone, (group, 1, usize::MAX), None);
             take(&mut ranking, 2)
         };
         assert_eq!(chosen(Group::Max), [1, 2]);
@@ -361,7 +376,7 @@ mod tests {
     #[test]
     fn folded_units_are_taken_together_by_the_best_of_them() {
         let mut ranking = Ranking::default();
-        ranking.set(&[0.0, 1.0, 3.0, -4.0, 2.0], &[0.0], (Group::Logit, 2), None);
+        ranking.set(&[0.0, 1.0, 3.0, -4.0, 2.0], &[0.0], (Group::Logit, 2, usize::MAX), None);
         assert_eq!(take(&mut ranking, 3), [2, 3, 4]);
     }
 
@@ -370,12 +385,25 @@ mod tests {
         let logits: Vec<f32> = (0..300).map(|i| ((i * 37) % 23) as f32 * 0.1).collect();
         for count in [0, 1, 7, 150, 299, 300, 400] {
             let mut ranking = Ranking::default();
-            ranking.set(&logits, &[0.0], (Group::Sum, 1), None);
+            ranking.set(&logits, &[0.0], (Group::Sum, 1, usize::MAX), None);
             let want = take(&mut ranking, count);
-            ranking.set(&logits, &[0.0], (Group::Sum, 1), None);
+            ranking.set(&logits, &[0.0], (Group::Sum, 1, usize::MAX), None);
             let mut got = Vec::new();
             ranking.take_best(count, &mut got);
             assert_eq!(got, want, "{count}");
+        }
+    }
+
+    #[test]
+    fn rows_that_name_no_more_than_are_taken_name_the_same() {
+        let logits: Vec<f32> = (0..900).map(|i| ((i * 137) % 293) as f32 * 0.1).collect();
+        let choice = |most: usize, count: usize| {
+            let mut ranking = Ranking::default();
+            ranking.set(&logits, &[0.0; 3], (Group::Union, 1, most), Some(&|unit| 1 + unit % 3));
+            take(&mut ranking, count)
+        };
+        for count in [1, 2, 40, 299, 300] {
+            assert_eq!(choice(count, count), choice(usize::MAX, count), "{count}");
         }
     }
 
@@ -384,7 +412,7 @@ mod tests {
         let logits: Vec<f32> = (0..300).map(|i| ((i * 37) % 101) as f32 * 0.1 - 6.0).collect();
         let zone = [1.5f32];
         let mut ranking = Ranking::default();
-        ranking.set(&logits, &zone, (Group::Max, 1), None);
+        ranking.set(&logits, &zone, (Group::Max, 1, usize::MAX), None);
         let taken = take(&mut ranking, 140);
         let reference = f64::from(ranking.reference(0));
         let want: f64 = (0..300u32)

@@ -281,10 +281,10 @@ impl HeadUnits {
                 slots.clear();
                 slots.resize(covered.end.div_ceil(64), 0);
                 let mut mark = |slot: u32| slots[slot as usize / 64] |= 1 << (slot % 64);
-                match self.single {
-                    true => chosen.iter().for_each(|&pick| mark(all[pick as usize])),
-                    false => {
-                        chosen.iter().for_each(|&pick| self.list(pick as usize).iter().for_each(|&s| mark(s)))
+                for &pick in chosen {
+                    match self.single {
+                        true => mark(all[pick as usize]),
+                        false => self.list(pick as usize).iter().for_each(|&slot| mark(slot)),
                     }
                 }
                 out.push_bits(slots);

@@ -91,7 +91,7 @@ impl KvCache {
                 let (logits, behind) = left.split_at(group * table.rows());
                 left = behind;
                 let size = |row| head.count_of(role, row);
-                ranking.set(logits, &zone, (Group::Sum, 1), Some(&size));
+                ranking.set(logits, &zone, (Group::Sum, 1, usize::MAX), Some(&size));
                 sums.iter_mut().zip(ranking.scores()).for_each(|(sum, score)| *sum += score);
             }
         }

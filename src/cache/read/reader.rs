@@ -249,6 +249,9 @@ impl Reader<'_> {
             part
         });
         let (corrections, zone) = (&scratch.corrections, &scratch.zone);
+        // Units have an entry each, or more. Those that a tail covers are as many again, and a threshold knows no number.
+        let bounded = rule.calibration.is_none() && rule.estimate >= 1.0;
+        let most = if bounded { self.budget.saturating_mul(rule.fold) } else { usize::MAX };
         self.each(
             rankings.iter_mut().zip(parts).zip(0..),
             |((ranking, logits), h): ((&mut Ranking, &mut [f32]), _)| {
@@ -267,7 +270,7 @@ impl Reader<'_> {
                 let head = &self.index.heads()[h];
                 let size = |row| head.count_of(role, row);
                 let sizes: Option<&dyn Fn(usize) -> usize> = if rule.by_entry { Some(&size) } else { None };
-                ranking.set(logits, zone, (rule.group, rule.fold), sizes);
+                ranking.set(logits, zone, (rule.group, rule.fold, most), sizes);
             },
         );
         Ok(())

@@ -165,7 +165,7 @@ impl Reader<'_> {
                 seen.clear();
                 let zone = &zone[h * rows..(h + 1) * rows];
                 seen.extend(zone.iter().zip(&*beside).map(|(&zone, &beside)| log_sum(zone, beside)));
-                refined.ranking.set(raised, seen, (self.retrieval.rule.group, 1), None);
+                refined.ranking.set(raised, seen, (self.retrieval.rule.group, 1, self.budget), None);
                 refined.ranking.leave(beside);
             },
         );
@@ -186,7 +186,7 @@ impl Reader<'_> {
                 add_less(logits, (units.radii(), reach), units.logarithms(), promised);
             }
         }
-        refined.heaviest.set(promised, zone, (rule.group, 1), None);
+        refined.heaviest.set(promised, zone, (rule.group, 1, usize::MAX), None);
     }
 
     /// [`Reader::take`] of entries of a KV head, as the index counts them.

@@ -242,8 +242,8 @@ pub fn check(
 #[test]
 fn what_codes_promise_is_read_and_the_rest_of_a_cluster_is_weighed_by_them() {
     for (own, widen) in [
-        ("size=4,segment=64,pieces=8,widen=1.2,queries=100", 1.2),
-        ("size=8,segment=128,pieces=5,widen=2,aware=no,group=max,rank=unit,correct=no", 2.0),
+        ("size=4,segment=64,pieces=8,widen=1.2,aware=yes,queries=100", 1.2),
+        ("size=8,segment=128,pieces=5,widen=2,group=max,rank=unit,correct=no", 2.0),
         ("size=6,segment=300,pieces=16,widen=1,group=logit", 1.0),
         ("size=6,segment=300,pieces=16,widen=1.6,tail=ignore", 1.6),
     ] {
@@ -262,7 +262,7 @@ fn what_codes_promise_is_read_and_the_rest_of_a_cluster_is_weighed_by_them() {
             let books = cache.codebooks(id).unwrap();
             let aware =
                 |book: &Option<_>| book.as_ref().is_some_and(|book: &std::sync::Arc<Codebook>| book.aware());
-            assert_eq!(books.layer(1).iter().all(aware), !own.contains("aware=no"), "{recipe}");
+            assert_eq!(books.layer(1).iter().all(aware), own.contains("aware=yes"), "{recipe}");
             let mut checked = 0;
             for token in PROMPT..PROMPT + 8 {
                 let before = [0, 1].map(|head| units(&cache, id, 1, head));
