@@ -133,7 +133,11 @@ fn decode(c: &mut Criterion) {
 fn fixed(c: &mut Criterion) {
     let mut group = c.benchmark_group("retrieval/fixed");
     for tokens in [32 << 10, 128 << 10] {
-        for recipe in ["squeezed(rounds=4,segment=2048)", "squeezed(levels=2,rounds=4,segment=2048)"] {
+        for recipe in [
+            "squeezed(rounds=4,segment=2048)",
+            "squeezed(levels=2,rounds=4,segment=2048)",
+            "squeezed(levels=2,fan=20,rounds=4,segment=2048)",
+        ] {
             let mut random = Random::new(2);
             let rows = [HEADS * GROUP, HEADS, HEADS].map(|heads| random.rows(heads * DIM, 1.0, DType::F32));
             let mut out = vec![0.0; HEADS * GROUP * DIM];

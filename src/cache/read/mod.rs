@@ -104,6 +104,8 @@ pub(super) struct ReadScratch {
     refined: Vec<Refined>,
     /// Logits from codes.
     scores: Vec<f32>,
+    /// Per row: a share of the mass.
+    shares: Vec<f64>,
     /// Weights of units that the tail covers, by KV head and row, and what they are relative to.
     weights: Vec<f32>,
     references: Vec<f32>,

@@ -10,11 +10,12 @@ use crate::device::{HeadRows, Pool};
 use crate::error::KernelError;
 use crate::geometry::LayerShape;
 use crate::index::choose::Ranking;
-use crate::index::{Codebook, Group, LayerIndex, Retrieval, Role, Tail, Thresholds, windowed};
+use crate::index::{Codebook, Group, HeadUnits, LayerIndex, Retrieval, Role, Tail, Thresholds, windowed};
 use crate::kernel::attend::{AttendLane, Share, Workspace};
 use crate::kernel::code_scores::{CodeArgs, CodeLayout};
 use crate::kernel::dot_scores::DotArgs;
 use crate::kernel::merge_partials::MergeArgs;
+use crate::kernel::simd::weights::best;
 use crate::kernel::{AttentionParams, Spans, total_rows};
 use crate::store;
 
@@ -37,6 +38,9 @@ pub(super) struct Reader<'a> {
     /// Where a threshold decides, what it is.
     pub(super) thresholds: Option<Thresholds>,
 }
+
+/// The groups of a KV head, its spans, what is lent, what is left in each row, and the units.
+type LookedUp<'a> = ((((&'a Ranking, &'a mut Spans), &'a mut Vec<u32>), &'a mut [f32]), &'a HeadUnits);
 
 impl Reader<'_> {
     /// Attention over what the index chooses into `out [Hq, T, d_v]` and `lse [Hq, T]`; the choice stays in
@@ -187,17 +191,16 @@ impl Reader<'_> {
     ) -> Result<(), KernelError> {
         self.score(table, false, scratch, rankings, workspace, report)?;
         let rows = self.rows();
-        for (h, (ranking, spans)) in rankings.iter().zip(&mut scratch.spans).enumerate() {
-            let units = &self.index.heads()[h];
-            let passes = |group: usize| ranking.scores()[group] >= threshold * rows as f32;
+        let heads = rankings.iter().zip(&mut scratch.spans).zip(&mut scratch.fresh);
+        let heads = heads.zip(scratch.zone.chunks_exact_mut(rows)).zip(self.index.heads());
+        self.each(heads, |((((ranking, spans), passed), zone), units): LookedUp<'_>| {
+            best(ranking.scores(), (threshold * rows as f32, usize::MAX), passed);
             spans.clear();
-            (0..ranking.scores().len()).filter(|&g| passes(g)).for_each(|g| spans.push(units.group(g)));
-            for row in 0..rows {
-                let weights = ranking.weights(row).iter().enumerate();
-                let left: f32 = weights.filter(|&(g, _)| !passes(g)).map(|(_, w)| w).sum();
-                scratch.zone[h * rows + row] = left.ln() + ranking.reference(row);
+            passed.iter().for_each(|&group| spans.push(units.group(group as usize)));
+            for (row, zone) in zone.iter_mut().enumerate() {
+                *zone = ranking.left_exactly(row, passed).ln() as f32 + ranking.reference(row);
             }
-        }
+        });
         self.score(0, true, scratch, rankings, workspace, report)
     }
 
@@ -378,6 +381,11 @@ impl Reader<'_> {
                 let most = (self.budget as f64 * calibration.cap) as usize;
                 let budget = most.saturating_sub(units.zone(self.heads[h].rows()));
                 let threshold = thresholds.unit * self.rows() as f32;
+                best(ranking.scores(), (threshold, usize::MAX), fresh);
+                if fresh.iter().map(|&unit| count(unit as usize)).sum::<usize>() <= budget {
+                    chosen.extend_from_slice(fresh);
+                    return;
+                }
                 let wanted = |n, ranking: &Ranking| {
                     taken += n;
                     taken <= budget && ranking.next_score() >= threshold

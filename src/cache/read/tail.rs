@@ -175,41 +175,51 @@ impl Reader<'_> {
     }
 
     /// What the rankings say of the units that were not read.
-    pub(super) fn account(&self, scratch: &ReadScratch, lse: &[f32], report: &mut ReadReport) {
-        let (rule, rows) = (&self.retrieval.rule, self.rows());
+    pub(super) fn account(&self, scratch: &mut ReadScratch, lse: &[f32], report: &mut ReadReport) {
+        let rule = &self.retrieval.rule;
         let roles = self.retrieval.summary.tables();
-        let refines = self.retrieval.residuals().is_some();
+        let ReadScratch { rankings, bounds, refined, chosen, zone, shares, .. } = scratch;
         // Groups that were not looked into weigh what they weigh.
         let groups = self.thresholds.is_some() && self.retrieval.table(Role::Group).is_some();
-        let each = |rankings: &[Ranking], slack: &dyn Fn(usize, usize) -> f64, add: &mut dyn FnMut(f64)| {
-            for (h, ranking) in rankings.iter().enumerate() {
-                let refined = scratch.refined.get(h).filter(|_| refines);
-                let (ranking, chosen) = match refined {
-                    Some(refined) => (&refined.ranking, &refined.taken),
-                    None => (ranking, &scratch.chosen.units[h]),
-                };
-                for row in 0..rows {
-                    let beside = if groups { scratch.zone[h * rows + row] } else { f32::NEG_INFINITY };
-                    add(left_share(ranking, row, chosen, (lse[h * rows + row], beside), slack(h, row)));
-                }
-            }
-        };
+        let beside = |row: usize| if groups { zone[row] } else { f32::NEG_INFINITY };
         // A tail that covers a part of the units knows of that part only.
         let estimates = matches!(roles[0].role, Role::Mean | Role::Code(_));
         if estimates && (rule.tail == Tail::Ignore || rule.estimate < 1.0) {
-            let mut total = 0.0;
-            each(&scratch.rankings, &|_, _| 0.0, &mut |share| total += share);
-            report.missing = Some((total / lse.len() as f64) as f32);
+            let choice = |h: usize| match self.retrieval.residuals() {
+                Some(_) => (&refined[h].ranking, &*refined[h].taken),
+                None => (&rankings[h], &*chosen.units[h]),
+            };
+            self.shares(choice, |row| (lse[row], beside(row)), |_, _| 0.0, shares);
+            report.missing = Some((shares.iter().sum::<f64>() / lse.len() as f64) as f32);
         }
         let bounds = match roles[0].role {
-            Role::Bound => &scratch.rankings,
-            _ if self.bounds_beside().is_some() => &scratch.bounds,
+            Role::Bound => &*rankings,
+            _ if self.bounds_beside().is_some() => &*bounds,
             Role::Mean | Role::Group | Role::Code(_) | Role::Residual(_) => return,
         };
-        let mut most = 0.0f64;
-        each(bounds, &|h, row| self.slack(h, row), &mut |share| most = most.max(share));
+        let choice = |h: usize| (&bounds[h], &*chosen.units[h]);
+        self.shares(choice, |row| (lse[row], beside(row)), |h, row| self.slack(h, row), shares);
+        let most = shares.iter().copied().fold(0.0, f64::max);
         // Rounded up to the next number that the report can hold.
         report.missing_at_most = Some(((most + LEAST) as f32).next_up().min(1.0));
+    }
+
+    /// [`left_share`] of every row.
+    fn shares<'r>(
+        &self,
+        choice: impl Fn(usize) -> (&'r Ranking, &'r [u32]) + Sync,
+        seen: impl Fn(usize) -> (f32, f32) + Sync,
+        slack: impl Fn(usize, usize) -> f64 + Sync,
+        out: &mut Vec<f64>,
+    ) {
+        let rows = self.rows();
+        out.resize(self.heads.len() * rows, 0.0);
+        self.each(out.chunks_exact_mut(rows).zip(0..), |(out, h): (&mut [f64], usize)| {
+            let (ranking, chosen) = choice(h);
+            for (row, out) in out.iter_mut().enumerate() {
+                *out = left_share(ranking, row, chosen, seen(h * rows + row), slack(h, row));
+            }
+        });
     }
 
     /// How much a logit on a row of bounds, and the log-sum-exp it is compared with, may be off in row `row` of a KV
