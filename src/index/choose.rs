@@ -302,6 +302,7 @@ impl Ranking {
 /// The best `count` (all, if there are not so many), ascending by index; of equals the first. `copy` is lent.
 fn best_of(scores: &[f32], count: usize, copy: &mut Vec<f32>, best: &mut Vec<u32>) {
     best.clear();
+    best.reserve(count.min(scores.len()));
     if count >= scores.len() {
         best.extend(0..scores.len() as u32);
     } else if count > 0 {
@@ -314,6 +315,8 @@ fn best_of(scores: &[f32], count: usize, copy: &mut Vec<f32>, best: &mut Vec<u32
 fn last_of_best(scores: &[f32], count: usize, copy: &mut Vec<f32>) -> (f32, usize) {
     let descending = |a: &f32, b: &f32| b.total_cmp(a);
     copy.clear();
+    // As much as it may come to, so that it grows when scores do and not whenever more of them are alike.
+    copy.reserve(scores.len());
     copy.extend(scores.iter().step_by(SAMPLE));
     // Of a sample the place is about known; what lies around it there holds the score that is looked for.
     let place = count * copy.len() / scores.len();

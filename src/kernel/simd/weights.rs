@@ -164,6 +164,7 @@ fn raise_runs_with<S: Simd>(simd: S, x: &[f32], ends: &[u32], by: &[f32], out: &
 /// If runs end behind `x`.
 pub(crate) fn sum_runs(x: &[f32], ends: &[u32], out: &mut Vec<f32>) {
     out.clear();
+    out.reserve(ends.len());
     dispatch!(Level::detect().token(), simd => sum_runs_with(simd, x, ends, out));
 }
 
