@@ -69,8 +69,9 @@ impl Clusters {
     /// The same with codes of entries within clusters.
     #[must_use]
     pub fn coded(mut self, codes: Codes) -> Self {
-        self.tables.push(Table { role: Role::Residual(codes.layout()), encoding: DType::F32.into() });
-        Self { codes: Some(codes.within()), ..self }
+        let codes = codes.within();
+        self.tables.extend_from_slice(codes.tables());
+        Self { codes: Some(codes), ..self }
     }
 
     /// Reads the arguments that every index of clusters declares: `size`, `store`, `segment`, `update`, `rounds`.
@@ -92,11 +93,7 @@ impl Summary for Clusters {
         &self.tables
     }
 
-    fn take(&self, pending: usize, open: bool, learnt: bool) -> usize {
-        // Queries are there when the prompt ends: until then entries wait where they are stored anyway.
-        if open && !learnt && self.queries() > 0 {
-            return 0;
-        }
+    fn take(&self, pending: usize, open: bool, _: bool) -> usize {
         if pending >= self.segment {
             return self.segment;
         }

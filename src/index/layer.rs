@@ -450,8 +450,10 @@ impl LayerIndex {
             loop {
                 let from = self.heads[h].covered().end;
                 let learnt = self.books[h].is_some();
+                let asks = retrieval.summary.queries() > 0 && !learnt;
                 let take = retrieval.summary.take(end.saturating_sub(from), open, learnt);
-                if take == 0 {
+                // Queries are there when the prompt ends: until then entries wait where they are stored anyway.
+                if take == 0 || open && asks {
                     break;
                 }
                 let slots: Vec<u32> = (from as u32..(from + take) as u32).collect();
@@ -460,9 +462,9 @@ impl LayerIndex {
                 backend.gather(&mut GatherArgs { head, slots: &slots, target })?;
                 let positions = positions(head, from..from + take);
                 let entries = Entries { keys: &keys, values: &values, positions: &positions, count: take };
-                let (queries, asked) = match retrieval.summary.queries() {
-                    asks if asks == 0 || learnt => (&[][..], &[][..]),
-                    _ => {
+                let (queries, asked) = match asks {
+                    false => (&[][..], &[][..]),
+                    true => {
                         let (rows, asked) = recorded.get_or_insert_with(growth.queries);
                         let group = shape.group() * asked.len() * shape.d_k;
                         (&rows[h * group..(h + 1) * group], &asked[..])

@@ -226,7 +226,7 @@ pub trait Summary: Debug + Send + Sync {
         Ok(())
     }
 
-    /// Last queries of every layer that codebooks are learnt from.
+    /// Last queries of every layer that codebooks are learnt from: nothing is summarised before the prompt that they end.
     fn queries(&self) -> usize {
         0
     }

@@ -75,14 +75,3 @@ impl Spread {
         out.iter_mut().for_each(|x| *x = (*x / self.entries as f32).max(0.0));
     }
 }
-
-/// `a·b`, in lanes that a compiler turns into vectors.
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; 16];
-    let (a, b) = (a.chunks_exact(16), b.chunks_exact(16));
-    let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b).sum();
-    for (a, b) in a.zip(b) {
-        lanes.iter_mut().zip(a.iter().zip(b)).for_each(|(l, (a, b))| *l += a * b);
-    }
-    lanes.iter().sum::<f32>() + rest
-}

@@ -252,7 +252,8 @@ impl Reader<'_> {
             part
         });
         let (corrections, zone) = (&scratch.corrections, &scratch.zone);
-        // Units have an entry each, or more. Those that a tail covers are as many again, and a threshold knows no number.
+        // Units have an entry each, or more, so a budget bounds their number; a threshold bounds none, and a tail that covers
+        // the best of the others ranks these too.
         let bounded = rule.calibration.is_none() && rule.estimate >= 1.0;
         let most = if bounded { self.budget.saturating_mul(rule.fold) } else { usize::MAX };
         self.each(

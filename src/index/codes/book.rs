@@ -4,7 +4,6 @@ use super::aware::Metric;
 use crate::backend::Backend;
 use crate::error::KernelError;
 use crate::index::clusters::products;
-use crate::index::spread::dot;
 use crate::kernel::code_scores::CodeLayout;
 use std::ops::Range;
 
@@ -35,9 +34,18 @@ pub struct Codebook {
     given: bool,
 }
 
-/// `a·b`: pieces of few dimensions are no work for vectors.
+/// `a·b`: pieces of few dimensions are no work for vectors; others go in lanes that a compiler turns into them.
 pub(super) fn product(a: &[f32], b: &[f32]) -> f32 {
-    if a.len() < 16 { a.iter().zip(b).map(|(a, b)| a * b).sum() } else { dot(a, b) }
+    let mut lanes = [0.0f32; 16];
+    let (a, b) = (a.chunks_exact(16), b.chunks_exact(16));
+    let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b).sum();
+    if a.len() == 0 {
+        return rest;
+    }
+    for (a, b) in a.zip(b) {
+        lanes.iter_mut().zip(a.iter().zip(b)).for_each(|(l, (a, b))| *l += a * b);
+    }
+    lanes.iter().sum::<f32>() + rest
 }
 
 impl Codebook {

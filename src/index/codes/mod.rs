@@ -48,8 +48,6 @@ pub struct Codes {
     queries: usize,
     /// Where queries are put, if keys are encoded without their rotary embedding.
     distance: Option<i32>,
-    /// Whether it is not keys that are encoded but what they have beside the means of their units.
-    within: bool,
     tables: [Table; 1],
 }
 
@@ -60,7 +58,7 @@ impl Codes {
         let layout = CodeLayout { codes: pieces, bits };
         let tables = [Table { role: Role::Code(layout), encoding: DType::F32.into() }];
         let train = ((PER_CODEWORD * levels).min(train), train);
-        Self { layout, levels, per: 0, train, rounds, queries: 0, distance: None, within: false, tables }
+        Self { layout, levels, per: 0, train, rounds, queries: 0, distance: None, tables }
     }
 
     /// How codes lie.
@@ -84,8 +82,9 @@ impl Codes {
 
     /// The same of what keys have beside the means of their units.
     #[must_use]
-    pub fn within(self) -> Self {
-        Self { within: true, ..self }
+    pub fn within(mut self) -> Self {
+        self.tables[0].role = Role::Residual(self.layout);
+        self
     }
 
     /// The same of keys without their rotary embedding, for queries at a constant distance.
@@ -125,8 +124,7 @@ impl Summary for Codes {
         let (least, most) = self.train;
         match learnt {
             true => pending.min(BATCH),
-            // Queries are there when the prompt ends: until then entries wait where they are stored anyway.
-            false if open && (self.queries > 0 || pending < most) => 0,
+            false if open && pending < most => 0,
             false if pending < least => 0,
             false => pending.min(most),
         }
@@ -199,7 +197,8 @@ impl Codes {
             0 => self.levels,
             per => self.levels.min(entries.count / per).max(1),
         };
-        let mut book = Codebook::new(self.layout, levels, center, self.distance, self.within);
+        let within = matches!(self.tables[0].role, Role::Residual(_));
+        let mut book = Codebook::new(self.layout, levels, center, self.distance, within);
         for m in 0..self.layout.codes {
             let dims = book.piece(m).len();
             let mut rows = Vec::with_capacity(entries.count * dims);

@@ -128,17 +128,20 @@ impl Stored {
 /// The same bytes elsewhere. Of the lengths that rows of halves have, without a call: that costs as much as they.
 #[inline(always)]
 fn copy(from: &[u8], to: &mut [u8]) {
-    match (from.first_chunk::<256>(), to.first_chunk_mut::<256>()) {
-        (Some(whole), Some(to)) if from.len() == 256 => *to = *whole,
-        _ => copy_lines(from, to),
+    if !(copied::<256>(from, to) || copied::<128>(from, to)) {
+        to[..from.len()].copy_from_slice(from);
     }
 }
 
+/// Copies `from` if it is so many bytes.
 #[inline(always)]
-fn copy_lines(from: &[u8], to: &mut [u8]) {
-    match (from.first_chunk::<128>(), to.first_chunk_mut::<128>()) {
-        (Some(whole), Some(to)) if from.len() == 128 => *to = *whole,
-        _ => to[..from.len()].copy_from_slice(from),
+fn copied<const N: usize>(from: &[u8], to: &mut [u8]) -> bool {
+    match (<&[u8; N]>::try_from(from), to.first_chunk_mut()) {
+        (Ok(from), Some(to)) => {
+            *to = *from;
+            true
+        }
+        _ => false,
     }
 }
 

@@ -114,7 +114,7 @@ fn line(byte: *const u8) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // Into the second level, which takes a tile of both sides; the first holds what is computed on.
+        // Into the second level, which takes some tiles of both sides; the first holds what is computed on.
         // SAFETY: SSE is part of x86-64, and a prefetch reads nothing that the program could observe.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(byte.cast()) };
     }
