@@ -189,7 +189,8 @@ impl Refined {
 }
 
 /// Checks what a step read of one KV head, given the units that it chose from, the queries that share the head, their
-/// outputs one after another, and the recorded queries of a prompt; gives the mass that is left, on average, or nothing if two units tie.
+/// outputs one after another, and the recorded queries of a prompt; gives the mass that is left, on average, or nothing if
+/// two units tie.
 pub fn check(
     (cache, id): (&KvCache, SequenceId),
     (layer, head): (usize, usize),

@@ -155,9 +155,9 @@ fn on_a_real_trace_entries_are_the_naive_ones_and_what_is_missing_is_known() {
         let tolerance = if backend.name() == "cpu" { 0.1 } else { 1e-3 };
         for number in [0, 20] {
             let layer = layer(number);
-            for widen in [1.3, 8.0] {
+            for (widen, aware) in [(1.3, "no"), (8.0, "yes")] {
                 let recipe = format!(
-                    "auto(size=8,segment=128,update=16,recent=20,pieces=16,store=f32,widen={widen},min_context=0)"
+                    "auto(size=8,segment=128,update=16,recent=20,pieces=16,aware={aware},store=f32,widen={widen},min_context=0)"
                 );
                 let (mut cache, id) = layer.cache(&recipe, &backend);
                 let steps = if backend.name() == "cpu" { layer.tokens() } else { layer.prompt + 2 };
