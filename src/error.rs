@@ -399,6 +399,26 @@ pub enum CacheError {
         /// The last compaction.
         compacted: Position,
     },
+    /// A truncation or removal that would take away part of what an entry speaks for.
+    #[error(
+        "positions {start}..{end} cannot be forgotten: layer {layer}, KV head {head} holds an entry at position {position} into which positions {first} to {last} were merged; keep a fork from before the merge, forget all or none of them, or drop reduce= from the recipe"
+    )]
+    SplitsMerge {
+        /// Start of what is to be forgotten.
+        start: i32,
+        /// Its end, exclusive.
+        end: i32,
+        /// Layer.
+        layer: usize,
+        /// KV head.
+        head: usize,
+        /// Position of the entry.
+        position: i32,
+        /// Lowest position it speaks for.
+        first: i32,
+        /// Highest position it speaks for.
+        last: i32,
+    },
     /// A range of positions that is reversed, or outside what can be.
     #[error("range {start}..{end} of a sequence whose next position is {next}")]
     PositionRange {

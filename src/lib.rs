@@ -59,6 +59,7 @@ pub mod kernel;
 pub mod plan;
 pub mod policy;
 pub mod recipe;
+pub mod reduce;
 pub mod store;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

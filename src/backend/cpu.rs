@@ -166,6 +166,14 @@ impl Backend for Cpu {
         kernel::gather::cpu::run(&self.exec, args)
     }
 
+    fn nearest(&self, args: &mut NearestArgs<'_>) -> Result<(), KernelError> {
+        kernel::nearest::cpu::run(&self.exec, args)
+    }
+
+    fn merge_rows(&self, args: &mut MergeRowsArgs<'_>) -> Result<(), KernelError> {
+        kernel::merge_rows::cpu::run(&self.exec, args)
+    }
+
     fn pack(&self, args: &mut PackArgs<'_>) -> Result<(), KernelError> {
         kernel::pack::cpu::run(&self.exec, args)
     }

@@ -184,6 +184,14 @@ impl Backend for Gpu {
         kernel::gather::gpu::run(&self.context, args)
     }
 
+    fn nearest(&self, args: &mut NearestArgs<'_>) -> Result<(), KernelError> {
+        kernel::nearest::gpu::run(&self.context, args)
+    }
+
+    fn merge_rows(&self, args: &mut MergeRowsArgs<'_>) -> Result<(), KernelError> {
+        kernel::merge_rows::gpu::run(&self.context, args)
+    }
+
     fn pack(&self, args: &mut PackArgs<'_>) -> Result<(), KernelError> {
         kernel::pack::gpu::run(&self.context, args)
     }

@@ -28,6 +28,8 @@ use crate::kernel::code_scores::CodeArgs;
 use crate::kernel::dot_scores::DotArgs;
 use crate::kernel::gather::GatherArgs;
 use crate::kernel::merge_partials::MergeArgs;
+use crate::kernel::merge_rows::MergeRowsArgs;
+use crate::kernel::nearest::NearestArgs;
 use crate::kernel::pack::PackArgs;
 use crate::kernel::pool::PoolArgs;
 use crate::kernel::rope::RopeArgs;
@@ -180,6 +182,18 @@ pub trait Backend: Debug + Send + Sync {
     /// # Errors
     /// [`KernelError`].
     fn gather(&self, args: &mut GatherArgs<'_>) -> Result<(), KernelError>;
+
+    /// [`crate::kernel::nearest`].
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    fn nearest(&self, args: &mut NearestArgs<'_>) -> Result<(), KernelError>;
+
+    /// [`crate::kernel::merge_rows`].
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    fn merge_rows(&self, args: &mut MergeRowsArgs<'_>) -> Result<(), KernelError>;
 
     /// [`crate::kernel::pack`].
     ///

@@ -117,6 +117,14 @@ impl Backend for Reference {
         kernel::gather::reference::run(args)
     }
 
+    fn nearest(&self, args: &mut NearestArgs<'_>) -> Result<(), KernelError> {
+        kernel::nearest::reference::run(args)
+    }
+
+    fn merge_rows(&self, args: &mut MergeRowsArgs<'_>) -> Result<(), KernelError> {
+        kernel::merge_rows::reference::run(args)
+    }
+
     fn pack(&self, args: &mut PackArgs<'_>) -> Result<(), KernelError> {
         kernel::pack::reference::run(args)
     }

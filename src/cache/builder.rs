@@ -13,6 +13,7 @@ use crate::device::page::PageLayout;
 use crate::error::{Error, RecipeError};
 use crate::geometry::{KeyPhase, ModelShape};
 use crate::index::{Codebook, Codebooks, Retrieval, TableStorage};
+use crate::plan::MERGED;
 use crate::policy::Policy;
 use crate::recipe::{Budget, PositionMode, Recipe};
 use crate::store::{Packed, Storage};
@@ -155,7 +156,11 @@ impl CacheBuilder {
             .into_iter()
             .map(|heads| heads.into_iter().map(|book| book.map(given)).collect());
         let codebooks = Codebooks { layers: layers.collect() };
-        let columns = ColumnLayout::new(recipe.policy.columns());
+        let mut columns = recipe.policy.columns();
+        if recipe.reduce.is_some() && !columns.contains(&MERGED) {
+            columns.push(MERGED);
+        }
+        let columns = ColumnLayout::new(columns);
         let mut cache = KvCache {
             shape: Arc::new(self.shape),
             needs: needs(&recipe),
@@ -210,6 +215,7 @@ impl KvCache {
     ) -> Result<(), RecipeError> {
         let policy = &recipe.policy;
         policy.check(shape)?;
+        recipe.reduce.as_ref().map_or(Ok(()), |reduce| reduce.check(shape))?;
         if policy.compresses() {
             check_budget(recipe, budget)?;
         }
@@ -230,13 +236,14 @@ impl KvCache {
     }
 }
 
-/// What policy and index want to be recorded.
+/// What policy, reducer and index want to be recorded.
 fn needs(recipe: &Recipe) -> crate::policy::Needs {
     let needs = recipe.policy.needs();
     let asked = recipe.index.as_ref().map_or(0, |index| {
         index.rule.calibration.map_or(0, |calibration| calibration.queries).max(index.summary.queries())
     });
-    let queries = needs.queries.max(asked);
+    let mixed = recipe.reduce.as_ref().map_or(0, |reduce| reduce.needs().queries);
+    let queries = needs.queries.max(asked).max(mixed);
     crate::policy::Needs { queries, ..needs }
 }
 

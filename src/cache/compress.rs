@@ -14,9 +14,10 @@ use crate::kernel::attention_mass::MassArgs;
 use crate::kernel::rope::{RopeArgs, RopeTarget};
 use crate::kernel::window_scores::{WindowArgs, WindowReduce};
 use crate::kernel::{AttentionParams, total_rows};
-use crate::plan::LayerPlan;
+use crate::plan::{HeadPlan, LayerPlan, MERGED};
 use crate::policy::{Feed, FeedKind, LayerScores, LayerView, QueryWindow, TargetRequest, seen_by};
 use crate::recipe::{Budget, PositionMode};
+use crate::reduce::Reduced;
 use crate::store::{self, SharedPositions};
 
 /// Query rows scored at once for [`FeedKind::Rows`]: bounds the buffer of weights to this many rows.
@@ -269,9 +270,9 @@ impl KvCache {
             let oldest = i32::try_from(oldest.max(0)).unwrap_or(i32::MAX);
             let heads = sequence.layers[layer].iter().map(|head| {
                 let (rows, gone) = (head.rows(), store::rows_below(head, oldest));
-                crate::plan::HeadPlan { rows, keep: (gone as u32..rows as u32).collect() }
+                HeadPlan::new(rows, (gone as u32..rows as u32).collect())
             });
-            let plan = LayerPlan { heads: heads.collect() };
+            let plan = LayerPlan::from(heads.collect::<Vec<_>>());
             changed |= self.apply(id, layer, &plan, shared)?;
         }
         Ok(changed)
@@ -326,6 +327,7 @@ impl KvCache {
             target,
             queries,
             columns: &self.columns,
+            remembered: &sequence.remembered[layer],
             backend: &*self.backend,
         }
     }
@@ -335,9 +337,29 @@ impl KvCache {
         let heads = &sequence.layers[layer];
         let (rows, positions) = sequence.queries[layer].head_major(self.shape.layer(layer).query_heads);
         let view = self.view(sequence, layer, target, QueryWindow { rows: &rows, positions: &positions });
-        let plan = self.recipe.policy.plan(&view)?;
+        let mut plan = self.recipe.policy.plan(&view)?;
         let name = self.recipe.policy.name();
-        plan.validate(name, layer, heads.iter().map(HeadRows::rows))?;
+        let validate =
+            |plan: &LayerPlan, name: &str| plan.validate(name, layer, heads.iter().map(HeadRows::rows));
+        validate(&plan, name)?;
+        if let Some(reduce) =
+            self.recipe.reduce.as_ref().filter(|_| !plan.heads.iter().all(HeadPlan::is_identity))
+        {
+            let Reduced { merges, remember } = reduce.reduce(&view, &plan)?;
+            plan.heads.iter_mut().zip(merges).for_each(|(head, merges)| head.merges = merges);
+            plan.remember = remember;
+            validate(&plan, reduce.name())?;
+        }
+        if self.columns.find(MERGED.name).is_none() && plan.heads.iter().any(|head| !head.merges.is_empty()) {
+            return Err(PolicyError::Custom {
+                policy: name.to_owned(),
+                message: format!(
+                    "its plan mixes entries, but its columns lack plan::MERGED ({:?})",
+                    MERGED.name
+                ),
+            }
+            .into());
+        }
         let total: usize = heads.iter().map(HeadRows::rows).sum();
         let allowed = (target * heads.len()).min(total);
         if plan.kept() > allowed {
@@ -391,8 +413,11 @@ impl KvCache {
         let Some(sequence) = self.sequences.get_mut(&id.0) else { return Ok(false) };
         for layers in sequence.stores() {
             for (head, plan) in layers[layer].iter_mut().zip(&plan.heads) {
-                store::compact(backend, head, &plan.keep, shared)?;
+                store::compact(backend, head, plan, &self.columns, shared)?;
             }
+        }
+        if !plan.remember.is_empty() {
+            sequence.remembered[layer].clone_from(&plan.remember);
         }
         let dropped = plan.heads.iter().map(|plan| plan.rows - plan.keep.len()).sum::<usize>();
         if dropped > 0 {
@@ -406,7 +431,7 @@ impl KvCache {
 
     /// Gives the entries of every head the positions 0, 1, 2, … and the next token the one after.
     fn renumber(&mut self, id: SequenceId, shared: &mut SharedPositions) -> Result<(), Error> {
-        let (backend, shape) = (&*self.backend, &self.shape);
+        let (backend, shape, columns) = (&*self.backend, &self.shape, &self.columns);
         let Some(sequence) = self.sequences.get_mut(&id.0) else { return Ok(()) };
         let mut next = 0;
         (0..shape.layers()).for_each(|layer| sequence.clear_index(layer));
@@ -414,7 +439,11 @@ impl KvCache {
             for (layer, heads) in layers.iter_mut().enumerate() {
                 for head in heads {
                     next = next.max(head.rows() as i32);
-                    store::renumber(backend, shape.layer(layer), head, shared, |slot, _| slot as i32)?;
+                    // A position that no entry has any more becomes that of the entry before it.
+                    let old: Vec<i32> = head.pages().flat_map(|page| page.positions().to_vec()).collect();
+                    let extent = |p| old.partition_point(|&old| old <= p).saturating_sub(1) as i32;
+                    let slot = |slot, _| slot as i32;
+                    store::renumber(backend, shape.layer(layer), head, shared, columns, slot, extent)?;
                 }
             }
         }

@@ -30,12 +30,13 @@ pub use step::{PartialWorkspace, SPECULATIVE_TOKENS, Step};
 
 use crate::backend::Backend;
 use crate::columns::ColumnLayout;
+use crate::device::page::{HeadRows, PageRef};
 use crate::error::{CacheError, Error};
 use crate::geometry::{ModelShape, Position, RowCount, Slot};
 use crate::index::{Codebooks, LayerIndex, TableStorage};
 use crate::policy::FeedKind;
 use crate::recipe::{Budget, Recipe};
-use crate::store::Storage;
+use crate::store::{self, Storage};
 use scratch::{Pending, Scratch};
 use sequence::{LayerCounters, LayerReads, QueryLog, Sequence, Watched};
 use std::collections::BTreeMap;
@@ -126,6 +127,7 @@ impl KvCache {
             reads: (0..layers).map(|l| self.new_reads(l)).collect(),
             queries: self.shape.iter().map(QueryLog::new).collect(),
             counters: vec![LayerCounters::default(); layers],
+            remembered: vec![Vec::new(); layers],
             next: 0,
             prompt_tokens: 0,
             prefill_open: true,
@@ -188,10 +190,40 @@ impl KvCache {
     /// # Errors
     /// [`CacheError::NoSequence`], [`CacheError::NoLayer`]; [`CacheError::Length`] for a head that is not.
     pub fn positions(&self, id: SequenceId, layer: usize, head: usize) -> Result<Vec<Position>, CacheError> {
-        let heads = self.heads(id, layer)?;
-        let rows =
-            heads.get(head).ok_or(CacheError::Length { buffer: "KV head", got: head, want: heads.len() })?;
+        let rows = self.head(id, layer, head)?;
         Ok(rows.pages().flat_map(|p| p.positions().iter().map(|&p| Position(p))).collect())
+    }
+
+    /// The log-mass bias β of every entry of one KV head, as [`KvCache::positions`] lists them: what a host with its own
+    /// attention adds to the logit. 0 but for entries into which others were merged.
+    ///
+    /// # Errors
+    /// As [`KvCache::positions`].
+    pub fn biases(&self, id: SequenceId, layer: usize, head: usize) -> Result<Vec<f32>, CacheError> {
+        let rows = self.head(id, layer, head)?;
+        let of = |page: PageRef<'_>| page.bias().map_or_else(|| vec![0.0; page.rows], <[f32]>::to_vec);
+        Ok(rows.pages().flat_map(of).collect())
+    }
+
+    /// The lowest and the highest position that every entry of one KV head speaks for, as [`KvCache::positions`] lists
+    /// them: its own twice, but for entries into which others were merged.
+    ///
+    /// # Errors
+    /// As [`KvCache::positions`].
+    pub fn extents(
+        &self,
+        id: SequenceId,
+        layer: usize,
+        head: usize,
+    ) -> Result<Vec<(Position, Position)>, CacheError> {
+        let extents = store::extents(self.head(id, layer, head)?, &self.columns);
+        Ok(extents.map(|(_, extent)| (Position(extent.first), Position(extent.last))).collect())
+    }
+
+    /// One KV head of a layer.
+    fn head(&self, id: SequenceId, layer: usize, head: usize) -> Result<&HeadRows, CacheError> {
+        let heads = self.heads(id, layer)?;
+        heads.get(head).ok_or(CacheError::Length { buffer: "KV head", got: head, want: heads.len() })
     }
 
     /// What the last decode step read of a layer, by index or whole; `None` before the first, and for recipes without
@@ -251,7 +283,7 @@ impl KvCache {
     }
 
     /// The rows a layer reads.
-    fn heads(&self, id: SequenceId, layer: usize) -> Result<&[crate::device::HeadRows], CacheError> {
+    fn heads(&self, id: SequenceId, layer: usize) -> Result<&[HeadRows], CacheError> {
         let layers = self.shape.layers();
         if layer >= layers {
             return Err(CacheError::NoLayer { layer, layers });

@@ -11,8 +11,8 @@ use crate::device::HeadRows;
 use crate::error::{CacheError, Error, RecipeError};
 use crate::geometry::{KeyPhase, Position, Slot};
 use crate::kernel::gather::{GatherArgs, GatherTarget};
-use crate::plan::{HeadPlan, LayerPlan};
-use crate::store::{self, SharedPositions};
+use crate::plan::{HeadPlan, LayerPlan, MERGED};
+use crate::store::{self, Extent, SharedPositions};
 use std::ops::Range;
 
 /// What becomes of the positions behind a removed span.
@@ -76,13 +76,15 @@ impl KvCache {
     ///
     /// # Errors
     /// [`CacheError::PastCompaction`] if entries below `to` were evicted because of tokens at or above it;
+    /// [`CacheError::SplitsMerge`] if an entry below `to` has taken up one at or above it;
     /// [`CacheError::PositionRange`] if `to` is negative or beyond the end.
     pub fn truncate(&mut self, id: SequenceId, to: Position) -> Result<(), Error> {
-        let sequence = self.sequence_mut(id)?;
-        let next = sequence.next;
+        let next = self.sequence(id)?.next;
         if to.0 < 0 || to.0 > next {
             return Err(CacheError::PositionRange { start: to.0, end: next, next }.into());
         }
+        self.check_merged(id, to.0..next)?;
+        let sequence = self.sequence_mut(id)?;
         if let Some(compacted) = sequence.compacted.filter(|&c| to.0 < c) {
             return Err(CacheError::PastCompaction { to, compacted: Position(compacted) }.into());
         }
@@ -104,7 +106,8 @@ impl KvCache {
     /// Forgets the tokens at positions `range` (half-open), for instance a finished sub-task.
     ///
     /// # Errors
-    /// [`CacheError::PositionRange`] for a reversed or outlying range; with [`RemoveMode::Renumber`], a
+    /// [`CacheError::PositionRange`] for a reversed or outlying range; [`CacheError::SplitsMerge`] if an entry speaks for
+    /// positions on both sides of an end of the range, or may: of merged positions the lowest and the highest are known; with [`RemoveMode::Renumber`], a
     /// [`RecipeError::Conflict`] if a layer's keys are rotated and its rotary embedding is unknown, or keys behind
     /// the range are packed.
     pub fn remove(&mut self, id: SequenceId, range: Range<Position>, mode: RemoveMode) -> Result<(), Error> {
@@ -120,25 +123,27 @@ impl KvCache {
         if start == end {
             return Ok(());
         }
+        self.check_merged(id, start..end)?;
         let mut shared = SharedPositions::default();
         for layer in self.shape.owners().collect::<Vec<_>>() {
             let heads = self.sequence(id)?.layers[layer].iter().map(|head| {
                 let rows = head.rows() as u32;
                 let (from, to) = (store::rows_below(head, start) as u32, store::rows_below(head, end) as u32);
-                HeadPlan { rows: rows as usize, keep: (0..from).chain(to..rows).collect() }
+                HeadPlan::new(rows as usize, (0..from).chain(to..rows).collect())
             });
-            let plan = LayerPlan { heads: heads.collect() };
-            let backend = &*self.backend;
+            let plan = LayerPlan::from(heads.collect::<Vec<_>>());
+            let (backend, columns) = (&*self.backend, &self.columns);
             let Some(sequence) = self.sequences.get_mut(&id.0) else {
                 return Err(CacheError::NoSequence(id.0).into());
             };
             sequence.clear_index(layer);
             let heads = sequence.stores().flat_map(|layers| layers[layer].iter_mut().zip(&plan.heads));
             for (head, plan) in heads {
-                store::compact(backend, head, &plan.keep, &mut shared)?;
+                store::compact(backend, head, plan, columns, &mut shared)?;
                 if mode == RemoveMode::Renumber {
                     let shift = |_, p| if p >= end { p - (end - start) } else { p };
-                    store::renumber(backend, self.shape.layer(layer), head, &mut shared, shift)?;
+                    let layer = self.shape.layer(layer);
+                    store::renumber(backend, layer, head, &mut shared, columns, shift, |p| shift(0, p))?;
                 }
             }
         }
@@ -157,6 +162,30 @@ impl KvCache {
             if let Some(compacted) = &mut sequence.compacted {
                 *compacted =
                     if *compacted >= end { *compacted - (end - start) } else { (*compacted).min(start) };
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses to forget part of what an entry speaks for.
+    fn check_merged(&self, id: SequenceId, range: Range<i32>) -> Result<(), Error> {
+        if self.columns.find(MERGED.name).is_none() {
+            return Ok(());
+        }
+        for (layer, heads) in self.sequence(id)?.layers.iter().enumerate() {
+            for (head, rows) in heads.iter().enumerate() {
+                let splits = |&(_, extent): &(i32, Extent)| {
+                    let meets = extent.first < range.end && extent.last >= range.start;
+                    meets && !(range.contains(&extent.first) && range.contains(&extent.last))
+                };
+                if let Some((position, Extent { first, last })) =
+                    store::extents(rows, &self.columns).find(splits)
+                {
+                    let Range { start, end } = range;
+                    return Err(
+                        CacheError::SplitsMerge { start, end, layer, head, position, first, last }.into()
+                    );
+                }
             }
         }
         Ok(())
@@ -201,7 +230,8 @@ impl KvCache {
     }
 
     /// Copies one KV head's entries, oldest first, into dense `f32` buffers: `keys [rows, d_k]`,
-    /// `values [rows, d_v]`, `rows` as [`KvCache::stored`] says.
+    /// `values [rows, d_v]`, `rows` as [`KvCache::stored`] says. With a reducer in the recipe attention over them also needs
+    /// [`KvCache::biases`].
     ///
     /// # Errors
     /// [`CacheError::Length`] for a buffer or head index that does not fit; device errors.
@@ -213,9 +243,7 @@ impl KvCache {
         keys: &mut [f32],
         values: &mut [f32],
     ) -> Result<(), Error> {
-        let heads = self.heads(id, layer)?;
-        let rows =
-            heads.get(head).ok_or(CacheError::Length { buffer: "KV head", got: head, want: heads.len() })?;
+        let rows = self.head(id, layer, head)?;
         let (shape, count) = (self.shape.layer(layer), rows.rows());
         let fits = |buffer, got, want| {
             if got == want { Ok(()) } else { Err(CacheError::Length { buffer, got, want }) }

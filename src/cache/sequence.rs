@@ -115,6 +115,8 @@ pub(super) struct Sequence {
     /// Recorded queries per layer.
     pub(super) queries: Vec<QueryLog>,
     pub(super) counters: Vec<LayerCounters>,
+    /// What the last plan of each layer wanted remembered.
+    pub(super) remembered: Vec<Vec<f32>>,
     /// What the end of the prompt made of an index that calibrates.
     pub(super) thresholds: Option<Thresholds>,
     /// Position of the next token.

@@ -3,6 +3,7 @@
 
 use super::{KvCache, RemoveMode, SequenceId};
 use crate::backend::{Backend, Cpu, Reference};
+use crate::columns::ColumnLayout;
 use crate::device::page::{PageRef, Side};
 use crate::geometry::{LayerShape, ModelShape, Position, Rotary, RotaryLayout};
 use crate::recipe::Budget;
@@ -189,7 +190,8 @@ fn writing_shared_positions_does_not_reach_siblings() {
         let shape = cache.shape.layer(0).clone();
         let alone = cache.fork(id).unwrap();
         let head = &mut cache.sequences.get_mut(&alone.0).unwrap().layers[0][0];
-        store::renumber(&*backend, &shape, head, &mut SharedPositions::default(), |_, p| p + 7).unwrap();
+        let (shared, columns) = (&mut SharedPositions::default(), &ColumnLayout::default());
+        store::renumber(&*backend, &shape, head, shared, columns, |_, p| p + 7, |p| p + 7).unwrap();
         let moved = all_positions(&cache, alone);
         assert!(moved[0].iter().map(|p| p.0).eq(7..307));
         assert_eq!(moved[1..], before[1..]);

@@ -14,6 +14,8 @@ pub mod code_scores;
 pub mod dot_scores;
 pub mod gather;
 pub mod merge_partials;
+pub mod merge_rows;
+pub mod nearest;
 pub mod pack;
 pub mod pool;
 pub mod rope;

@@ -137,6 +137,8 @@ pub struct LayerView<'a> {
     pub queries: QueryWindow<'a>,
     /// Layout of the declared columns.
     pub columns: &'a ColumnLayout,
+    /// What the last plan of this layer that was applied wanted remembered; empty before.
+    pub remembered: &'a [f32],
     /// Where the pages live and kernels run.
     pub backend: &'a dyn Backend,
 }

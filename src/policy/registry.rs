@@ -1,4 +1,4 @@
-//! The table of everything a recipe can name: scorers, allocators, whole policies and indexes, each with its
+//! The table of everything a recipe can name: scorers, allocators, whole policies, reducers and indexes, each with its
 //! arguments, source and needs.
 //!
 //! *Helps* because the recipe parser, the command line, the documentation and the conformance suite iterate
@@ -12,6 +12,7 @@ use super::schedule::Schedule;
 use super::{Allocator, Policy, Scorer, allocate, score, whole};
 use crate::error::RecipeError;
 use crate::index::{self, Retrieval};
+use crate::reduce::{self, Reducer};
 use std::fmt;
 use std::sync::Arc;
 
@@ -244,6 +245,11 @@ pub enum Build {
         /// Makes it.
         build: fn(&Args) -> Result<Arc<dyn Policy>, RecipeError>,
     },
+    /// A reducer; named alone it is that reducer behind the scorer `snapkv`.
+    Reduce {
+        /// Makes it.
+        build: fn(&Args) -> Result<Arc<dyn Reducer>, RecipeError>,
+    },
     /// An index; named alone it is that index over the policy `full`.
     Index {
         /// Makes it.
@@ -258,6 +264,7 @@ impl Build {
             Self::Score { .. } => "scorer",
             Self::Allocate { .. } => "allocator",
             Self::Whole { .. } => "policy",
+            Self::Reduce { .. } => "reducer",
             Self::Index { .. } => "index",
         }
     }
@@ -300,9 +307,10 @@ impl Default for Registry {
 }
 
 impl Registry {
-    /// Everything the crate ships: whole policies, scorers, allocators, indexes.
+    /// Everything the crate ships: whole policies, scorers, allocators, reducers, indexes.
     pub fn builtin() -> Self {
-        Self { entries: [whole::ENTRIES, score::ENTRIES, allocate::ENTRIES, index::ENTRIES].concat() }
+        let tables = [whole::ENTRIES, score::ENTRIES, allocate::ENTRIES, reduce::ENTRIES, index::ENTRIES];
+        Self { entries: tables.concat() }
     }
 
     /// The same with one entry more. It takes the place of an entry of its name.

@@ -82,9 +82,9 @@ pub fn top(
     let heads = heads.map(|(&rows, &count)| {
         let (keep, tail) = rest.split_at(count);
         rest = tail;
-        HeadPlan { rows, keep: keep.to_vec() }
+        HeadPlan::new(rows, keep.to_vec())
     });
-    Ok(LayerPlan { heads: heads.collect() })
+    Ok(heads.collect::<Vec<_>>().into())
 }
 
 #[cfg(test)]

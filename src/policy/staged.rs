@@ -125,7 +125,7 @@ impl Policy for Staged {
     fn plan(&self, view: &LayerView<'_>) -> Result<LayerPlan, PolicyError> {
         let lengths = view.lengths();
         if lengths.iter().all(|&len| len <= view.target) {
-            return Ok(LayerPlan { heads: lengths.into_iter().map(HeadPlan::identity).collect() });
+            return Ok(lengths.into_iter().map(HeadPlan::identity).collect::<Vec<_>>().into());
         }
         let scores = self.scorer.score(view)?;
         select::check_scores(&self.name, view, &scores)?;

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! recipe := term ('+' term)*
-//! term   := name | name(arg=value, …)                    a policy, a scorer, an allocator or an index
-//!         | score=name(…) | alloc=name(…) | index=name(…)
+//! term   := name | name(arg=value, …)                    a policy, a scorer, an allocator, a reducer or an index
+//!         | score=name(…) | alloc=name(…) | reduce=name(…) | index=name(…)
 //!                                                        the same, by stage
 //!         | k=store | v=store                            how keys and values are stored
 //!         | layers=span(heads=span,group=N,k=store,v=store)
@@ -17,7 +17,7 @@
 //! span   := N | A..B | A.. | ..B                         half-open, negative numbers count from the last
 //! ```
 //! Later terms override earlier ones; `when=` terms add up, and together replace what the policy brings.
-//! An allocator without a scorer works on `snapkv`, an index without a policy on `full`. White space is free between tokens. A scorer protects
+//! An allocator or a reducer without a scorer works on `snapkv`, an index without a policy on `full`. White space is free between tokens. A scorer protects
 //! entries of its own (the window of `snapkv`); `sinks` and `recent` can add to that, not take away.
 //!
 //! *Helps* because one line in a log, a command or a C call names everything that was chosen. *Hurts* where
@@ -46,6 +46,7 @@ use crate::index::Retrieval;
 use crate::policy::Policy;
 use crate::policy::registry::Registry;
 use crate::policy::schedule::Schedule;
+use crate::reduce::Reducer;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -69,6 +70,10 @@ pub struct Recipe {
     terms: (Arc<dyn Policy>, String),
     /// The schedule that needs no `when=` term.
     default_schedule: Schedule,
+    /// What becomes of entries that do not stay; `None` drops them.
+    pub reduce: Option<Arc<dyn Reducer>>,
+    /// The reducer that was parsed, with its canonical term.
+    reduce_term: Option<(Arc<dyn Reducer>, String)>,
     /// Which entries a decode step reads; `None` reads all.
     pub index: Option<Arc<Retrieval>>,
     /// The index that was parsed, with its canonical term.
@@ -91,6 +96,8 @@ impl Recipe {
             policy,
             terms,
             default_schedule: schedule,
+            reduce: None,
+            reduce_term: None,
             index: None,
             index_term: None,
             precision: Precision::default(),
@@ -136,6 +143,13 @@ impl Recipe {
         self
     }
 
+    /// The same with entries that do not stay mixed into those that do.
+    #[must_use]
+    pub fn reduce(mut self, reduce: Arc<dyn Reducer>) -> Self {
+        self.reduce = Some(reduce);
+        self
+    }
+
     /// The same with decode steps that read what an index chooses.
     #[must_use]
     pub fn index(mut self, index: Arc<Retrieval>) -> Self {
@@ -170,6 +184,14 @@ impl Recipe {
                 with: self.policy.name().to_owned(),
                 why: "its KV heads keep different numbers of entries, but a query has one position".into(),
                 change: "use alloc=uniform, or drop positions=renumber".into(),
+            });
+        }
+        if let Some(reduce) = self.reduce.as_ref().filter(|_| !self.policy.compresses()) {
+            return Err(RecipeError::Conflict {
+                what: format!("reduce={}", reduce.name()),
+                with: self.policy.name().to_owned(),
+                why: "nothing leaves that could be mixed into what stays".into(),
+                change: "name a policy that drops entries (snapkv, h2o), or drop the reducer".into(),
             });
         }
         if let Some(index) = self.index.as_ref().filter(|_| self.policy.compresses()) {
@@ -208,6 +230,10 @@ impl fmt::Display for Recipe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (parsed, terms) = &self.terms;
         f.write_str(if Arc::ptr_eq(parsed, &self.policy) { terms } else { self.policy.name() })?;
+        if let Some(reduce) = &self.reduce {
+            let parsed = self.reduce_term.as_ref().filter(|(parsed, _)| Arc::ptr_eq(parsed, reduce));
+            write!(f, "+reduce={}", parsed.map_or(reduce.name(), |(_, term)| term))?;
+        }
         if let Some(index) = &self.index {
             let parsed = self.index_term.as_ref().filter(|(parsed, _)| Arc::ptr_eq(parsed, index));
             write!(f, "+index={}", parsed.map_or(index.name, |(_, term)| term))?;

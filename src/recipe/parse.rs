@@ -13,8 +13,20 @@ use std::sync::Arc;
 /// Longer than any sensible recipe, short enough that errors can quote it.
 const MAX_LEN: usize = 4096;
 
-const STAGES: &[&str] =
-    &["score", "alloc", "index", "k", "v", "layers", "exact", "sinks", "recent", "when", "positions"];
+const STAGES: &[&str] = &[
+    "score",
+    "alloc",
+    "reduce",
+    "index",
+    "k",
+    "v",
+    "layers",
+    "exact",
+    "sinks",
+    "recent",
+    "when",
+    "positions",
+];
 const EVERY: &[Arg] = &[Arg::count("n", 16, 1, usize::MAX, "tokens between compressions")];
 const OVER: &[Arg] =
     &[Arg::count("slack", 32, 0, usize::MAX, "entries above the target before it compresses")];
@@ -167,6 +179,7 @@ impl Reader<'_> {
 struct Draft {
     policy: Option<(Entry, Args)>,
     alloc: Option<(Entry, Args)>,
+    reduce: Option<(Entry, Args)>,
     index: Option<(Entry, Args)>,
     sinks: Option<usize>,
     recent: Option<usize>,
@@ -276,6 +289,10 @@ impl Draft {
                 let entry = registry.lookup("allocator", name, |b| matches!(b, Build::Allocate { .. }))?;
                 self.choose(entry, term)?;
             }
+            "reduce" => {
+                let entry = registry.lookup("reducer", name, |b| matches!(b, Build::Reduce { .. }))?;
+                self.choose(entry, term)?;
+            }
             "index" => {
                 let entry = registry.lookup("index", name, |b| matches!(b, Build::Index { .. }))?;
                 self.choose(entry, term)?;
@@ -352,17 +369,18 @@ impl Draft {
         match entry.build {
             Build::Score { .. } | Build::Whole { .. } => self.policy = chosen,
             Build::Allocate { .. } => self.alloc = chosen,
+            Build::Reduce { .. } => self.reduce = chosen,
             Build::Index { .. } => self.index = chosen,
         }
         Ok(())
     }
 
     fn finish(self, reader: &Reader<'_>, registry: &Registry) -> Result<Recipe, RecipeError> {
-        let (entry, args) = match (self.policy.clone(), &self.alloc) {
+        let (entry, args) = match (self.policy.clone(), self.alloc.is_some() || self.reduce.is_some()) {
             (Some(policy), _) => policy,
-            (None, Some(_)) => default_args(registry, score::snapkv::ENTRY.name)?,
-            (None, None) if self.index.is_some() => default_args(registry, whole::full::ENTRY.name)?,
-            (None, None) => {
+            (None, true) => default_args(registry, score::snapkv::ENTRY.name)?,
+            (None, false) if self.index.is_some() => default_args(registry, whole::full::ENTRY.name)?,
+            (None, false) => {
                 return Err(reader.error(1, "expected a policy among the terms, for example full or snapkv"));
             }
         };
@@ -398,7 +416,7 @@ impl Draft {
                     .recent(self.recent.unwrap_or(0));
                 (Arc::new(staged), schedule)
             }
-            Build::Allocate { .. } | Build::Index { .. } => {
+            Build::Allocate { .. } | Build::Reduce { .. } | Build::Index { .. } => {
                 return Err(RecipeError::Unknown {
                     kind: "scorer",
                     name: entry.name.to_owned(),
@@ -412,10 +430,18 @@ impl Draft {
             }
             _ => None,
         };
+        let reduce_term = match &self.reduce {
+            Some((Entry { build: Build::Reduce { build }, .. }, args)) => {
+                Some((build(args)?, args.to_string()))
+            }
+            _ => None,
+        };
         let recipe = Recipe {
             terms: (policy.clone(), terms),
             policy,
             default_schedule: schedule,
+            reduce: reduce_term.as_ref().map(|(reduce, _)| Arc::clone(reduce)),
+            reduce_term,
             index: index_term.as_ref().map(|(index, _)| Arc::clone(index)),
             index_term,
             precision: self.precision,

@@ -1,4 +1,5 @@
-//! Dropping entries: what stays is moved together, segment by segment, and the pages left over are freed.
+//! Dropping entries: what stays is moved together, segment by segment, and the pages left over are freed. Entries that take
+//! up some of those dropped are written anew on the way.
 //!
 //! Every run keeps its encoding. Exact pages that lose nothing at a run's start stay where they are, so that what is
 //! shared stays shared. Packed pages that lose nothing stay wherever they are, because moving packed rows rounds them
@@ -6,43 +7,50 @@
 //! not full yet are taken from their exact copies where there are any.
 
 use super::SharedPositions;
+use super::merge::Merged;
 use crate::backend::Backend;
+use crate::columns::ColumnLayout;
 use crate::device::page::{HeadRows, Page, PageLayout, Segment};
 use crate::error::KernelError;
 use crate::kernel::gather::{self, GatherArgs, GatherTarget};
 use crate::kernel::pack::PackArgs;
+use crate::plan::HeadPlan;
 use std::sync::Arc;
 
 /// Pages that a packed run may have more than its rows need, before all behind the first loss are packed anew.
 pub(super) const SPARE_PAGES: usize = 1;
 
-/// Keeps the given ascending slots and frees the pages left over.
+/// Keeps what a plan keeps, mixes into it what the plan mixes, and frees the pages left over.
 ///
 /// # Errors
 /// [`KernelError`]; the head then has the entries it had.
 pub fn compact(
     backend: &dyn Backend,
     head: &mut HeadRows,
-    keep: &[u32],
+    plan: &HeadPlan,
+    columns: &ColumnLayout,
     shared: &mut SharedPositions,
 ) -> Result<(), KernelError> {
-    if keep.len() == head.rows() {
+    if plan.is_identity() {
         return Ok(());
     }
     super::seal::reopen(backend, head)?;
+    let merged = &Merged::of(backend, head, &plan.merges, columns)?;
     let mut segments = Vec::with_capacity(head.segments.len());
-    let (mut first, mut keep) = (0, keep);
+    let (mut first, mut keep) = (0, &plan.keep[..]);
     for run in head.segments.chunk_by(|a, b| a.layout == b.layout) {
         let rows: usize = run.iter().map(|s| s.rows).sum();
         let (here, rest) = keep.split_at(keep.partition_point(|&slot| (slot as usize) < first + rows));
         let local: Vec<u32> = here.iter().map(|&slot| slot - first as u32).collect();
         (first, keep) = (first + rows, rest);
-        if local.len() == rows {
+        let touched = |page: &Page, rows| merged.touches(&page.positions[..rows]);
+        if local.len() == rows && !run.iter().flat_map(Segment::pages).any(|(page, rows)| touched(page, rows))
+        {
             segments.extend_from_slice(run);
         } else if !local.is_empty() && run[0].layout.is_exact() {
-            segments.push(compact_exact(backend, run, &local, shared)?);
+            segments.push(compact_exact(backend, run, &local, merged, shared)?);
         } else if !local.is_empty() {
-            compact_packed(backend, run, &local, shared, &mut segments)?;
+            compact_packed(backend, run, &local, merged, shared, &mut segments)?;
         }
     }
     head.segments = segments;
@@ -53,15 +61,17 @@ fn compact_exact(
     backend: &dyn Backend,
     run: &[Segment],
     keep: &[u32],
+    merged: &Merged,
     shared: &mut SharedPositions,
 ) -> Result<Segment, KernelError> {
     let layout = &run[0].layout;
     let untouched = keep.iter().enumerate().take_while(|&(i, &slot)| i == slot as usize).count();
     // Only the pages of the first segment are known to be full up to the last.
     let whole = (untouched / layout.capacity).min(run[0].rows / layout.capacity);
+    let whole = run[0].pages[..whole].iter().take_while(|page| !merged.touches(&page.positions)).count();
     let source = HeadRows::new(run.to_vec());
     let mut pages = run[0].pages[..whole].to_vec();
-    pages.extend(copy_rows(backend, &source, &keep[whole * layout.capacity..], layout, shared)?);
+    pages.extend(copy_rows(backend, &source, &keep[whole * layout.capacity..], layout, merged, shared)?);
     Ok(Segment { layout: Arc::clone(layout), pages, rows: keep.len() })
 }
 
@@ -71,11 +81,13 @@ struct Kept<'a> {
     rows: usize,
     /// Slots within the page.
     keep: Vec<u32>,
+    /// Whether any of them takes something up.
+    touched: bool,
 }
 
 impl Kept<'_> {
     fn whole(&self) -> bool {
-        self.keep.len() == self.rows
+        self.keep.len() == self.rows && !self.touched
     }
 }
 
@@ -83,6 +95,7 @@ fn compact_packed(
     backend: &dyn Backend,
     run: &[Segment],
     keep: &[u32],
+    merged: &Merged,
     shared: &mut SharedPositions,
     out: &mut Vec<Segment>,
 ) -> Result<(), KernelError> {
@@ -91,7 +104,9 @@ fn compact_packed(
     let mut pages = Vec::new();
     for (page, rows) in run.iter().flat_map(Segment::pages) {
         let (here, rest) = keep.split_at(keep.partition_point(|&slot| (slot as usize) < first + rows));
-        pages.push(Kept { page, rows, keep: here.iter().map(|&slot| slot - first as u32).collect() });
+        let keep_here = here.iter().map(|&slot| slot - first as u32).collect();
+        let touched = merged.touches(&page.positions[..rows]);
+        pages.push(Kept { page, rows, keep: keep_here, touched });
         (first, keep) = (first + rows, rest);
     }
     pages.retain(|p| !p.keep.is_empty());
@@ -106,11 +121,11 @@ fn compact_packed(
         }
     };
     if stretches().map(needed).sum::<usize>() <= total.div_ceil(layout.capacity) + SPARE_PAGES {
-        return stretches().try_for_each(|part| repack(backend, layout, part, shared, out));
+        return stretches().try_for_each(|part| repack(backend, layout, part, merged, shared, out));
     }
     let (front, rest) = pages.split_at(pages.iter().take_while(|p| stays(p)).count());
-    repack(backend, layout, front, shared, out)?;
-    repack(backend, layout, rest, shared, out)
+    repack(backend, layout, front, merged, shared, out)?;
+    repack(backend, layout, rest, merged, shared, out)
 }
 
 /// Appends what stays of consecutive pages to `out`, packed anew if any of them loses something.
@@ -118,6 +133,7 @@ fn repack(
     backend: &dyn Backend,
     layout: &Arc<PageLayout>,
     part: &[Kept<'_>],
+    merged: &Merged,
     shared: &mut SharedPositions,
     out: &mut Vec<Segment>,
 ) -> Result<(), KernelError> {
@@ -133,7 +149,7 @@ fn repack(
         first += p.rows as u32;
         segments.push(Segment { layout: Arc::clone(layout), pages: vec![Arc::clone(p.page)], rows: p.rows });
     }
-    let pages = copy_rows(backend, &HeadRows::new(segments), &slots, layout, shared)?;
+    let pages = copy_rows(backend, &HeadRows::new(segments), &slots, layout, merged, shared)?;
     let mut left = slots.len();
     for page in pages {
         let rows = left.min(layout.capacity);
@@ -153,19 +169,21 @@ pub(super) fn push_page(out: &mut Vec<Segment>, layout: &Arc<PageLayout>, page: 
     last.rows += rows;
 }
 
-/// The given slots in fresh pages of `layout`, packed if that is; positions are shared with the pages made before.
+/// The given slots in fresh pages of `layout`, packed if that is, as they are after merging; positions are shared with the
+/// pages made before.
 pub(super) fn copy_rows(
     backend: &dyn Backend,
     source: &HeadRows,
     slots: &[u32],
     layout: &Arc<PageLayout>,
+    merged: &Merged,
     shared: &mut SharedPositions,
 ) -> Result<Vec<Arc<Page>>, KernelError> {
     let mut pages = Vec::with_capacity(slots.len().div_ceil(layout.capacity));
     for _ in 0..slots.len().div_ceil(layout.capacity) {
         pages.push(backend.allocate(layout)?);
     }
-    if layout.is_exact() && source.segments.iter().all(|s| s.layout == *layout) {
+    if merged.is_empty() && layout.is_exact() && source.segments.iter().all(|s| s.layout == *layout) {
         let target = GatherTarget::Pages { layout, pages: &mut pages };
         backend.gather(&mut GatherArgs { head: source, slots, target })?;
     } else {
@@ -177,6 +195,8 @@ pub(super) fn copy_rows(
             let values = &mut values[..slots.len() * layout.d_v];
             let target = GatherTarget::Dense { keys: &mut *keys, values: &mut *values };
             backend.gather(&mut GatherArgs { head: source, slots, target })?;
+            merged.put(&page.positions[..slots.len()], keys, values);
+            merged.mark(page, slots.len());
             if layout.is_exact() {
                 backend.write_rows(layout, page, 0, keys, values)?;
             } else {

@@ -4,7 +4,7 @@
 //! a fork, a policy or a rollback never has to think of them. *Hurts* when two sequences that share a page
 //! both write to it: the first to write copies that page (one, not the context).
 //!
-//! [`append`] writes exact entries at the end; [`compact`] drops entries; [`seal`] packs what lies between the sinks
+//! [`append`] writes exact entries at the end; [`compact`] drops entries and mixes them into others; [`seal`] packs what lies between the sinks
 //! and the recent tail. What makes pages that stay as they are takes a [`SharedPositions`]: pages made with the same one
 //! share the arrays of equal positions.
 //!
@@ -12,20 +12,23 @@
 //! head; every page of a segment but the last is full; entries beyond `rows` are never read.
 
 mod compact;
+mod merge;
 mod positions;
 mod seal;
 
 pub use compact::compact;
+pub use merge::{Extent, extents};
 pub use positions::SharedPositions;
 pub use seal::{Packed, Storage, block_bytes, page_bytes, seal};
 
 use crate::backend::Backend;
-use crate::columns::ColumnsMut;
+use crate::columns::{ColumnLayout, ColumnsMut};
 use crate::device::page::{HeadRows, Page, PageLayout, Segment, Side};
 use crate::error::{DeviceError, KernelError};
 use crate::geometry::{KeyPhase, LayerShape, Rotary};
 use crate::kernel::Spans;
 use crate::kernel::rope::{RopeArgs, RopeTarget};
+use crate::plan::MERGED;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -153,8 +156,8 @@ pub fn rows_below(head: &HeadRows, position: i32) -> usize {
 
 /// Gives every entry a new position and turns its key by the difference.
 ///
-/// `new_position` must be ascending over the head's positions. Pages that become equal to earlier ones share their
-/// positions.
+/// `new_position` must be ascending over the head's positions. What an entry speaks for (its [`Extent`]) moves along as
+/// `new_extent` says. Pages that become equal to earlier ones share their positions.
 ///
 /// # Errors
 /// [`KernelError`]. Pages already done are then renumbered and the others not, so the caller must drop the
@@ -164,9 +167,12 @@ pub fn renumber(
     shape: &LayerShape,
     head: &mut HeadRows,
     shared: &mut SharedPositions,
+    columns: &ColumnLayout,
     new_position: impl Fn(usize, i32) -> i32,
+    new_extent: impl Fn(i32) -> i32,
 ) -> Result<(), KernelError> {
     seal::reopen(backend, head)?;
+    let merged = columns.find(MERGED.name).map(|(at, _)| at);
     let rotary = shape.rotary.as_ref().filter(|_| shape.key_phase == KeyPhase::PostRope);
     let mut angles = AngleCache::default();
     let mut slot = 0;
@@ -180,10 +186,24 @@ pub fn renumber(
                 .map(|(i, &p)| new_position(slot + i, p) - p)
                 .collect();
             slot += rows;
-            if deltas.iter().all(|&d| d == 0) {
+            let stays = deltas.iter().all(|&d| d == 0);
+            let width = layout.column_words;
+            let merged = merged.filter(|at| (0..rows).any(|i| page.columns[i * width + at] != 0));
+            // An entry that stays may speak for one that moves.
+            if stays && merged.is_none() {
                 continue;
             }
             let page = unshare(backend, &layout, page)?;
+            for i in merged.iter().flat_map(|at| (0..rows).map(move |i| i * width + at)) {
+                let Extent { first, last } = Extent::of(0, [page.columns[i], page.columns[i + 1]]);
+                if page.columns[i] != 0 {
+                    let moved = Extent { first: new_extent(first), last: new_extent(last) };
+                    page.columns[i..i + 2].copy_from_slice(&moved.words());
+                }
+            }
+            if stays {
+                continue;
+            }
             page.positions_mut().iter_mut().zip(&deltas).for_each(|(p, d)| *p += d);
             if let Some(rotary) = rotary {
                 let table = angles.table(rotary, &deltas);

@@ -8,6 +8,7 @@
 //! of the last page until it is full.
 
 use super::compact::{copy_rows, push_page};
+use super::merge::Merged;
 use super::{COUNTERS, SharedPositions, positions_bytes, unshare};
 use crate::backend::Backend;
 use crate::device::encoding::Encoding;
@@ -131,7 +132,7 @@ pub fn seal(
     let mut add = |slots: std::ops::Range<usize>, layout: &Arc<PageLayout>| -> Result<(), KernelError> {
         let mut left = slots.len();
         let slots: Vec<u32> = slots.map(|s| s as u32).collect();
-        for page in copy_rows(backend, &source, &slots, layout, shared)? {
+        for page in copy_rows(backend, &source, &slots, layout, &Merged::default(), shared)? {
             let rows = left.min(layout.capacity);
             left -= rows;
             push_page(&mut sealed.segments, layout, page, rows);
@@ -147,7 +148,7 @@ pub fn seal(
             [run] if end.is_multiple_of(layout.capacity) => run.pages[end / layout.capacity..].to_vec(),
             _ => {
                 let slots: Vec<u32> = (end as u32..rows as u32).collect();
-                copy_rows(backend, &source, &slots, &layout, shared)?
+                copy_rows(backend, &source, &slots, &layout, &Merged::default(), shared)?
             }
         };
         let rest = Segment { layout, pages, rows: rows - end };

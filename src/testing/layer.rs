@@ -167,6 +167,7 @@ impl<'a> LayerCase<'a> {
             target,
             queries: QueryWindow { rows: &self.queries, positions: &self.query_positions },
             columns: &self.columns,
+            remembered: &[],
             backend: self.backend,
         }
     }

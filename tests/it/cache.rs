@@ -28,6 +28,20 @@ const RECIPES: &[&str] = &[
     "random(seed=7)+when=chunk+when=over(slack=0)",
 ];
 
+/// Recipes whose entries take up others, so that what is stored is no single token's.
+const MERGING: &[&str] = &[
+    "snapkv(window=8,kernel=3)+reduce=value_merge+when=chunk+when=every(n=5)",
+    "snapkv(window=8,kernel=3)+value_merge(window=8)+when=chunk+when=over(slack=3)+k=f16+v=bf16",
+    "h2o+value_merge(window=0,threshold=0.2,fraction=0.5)",
+    "knorm+value_merge(window=4,mass=no)+when=chunk+when=over(slack=2)+positions=renumber",
+    "snapkv(window=4)+keepkv(window=4,threshold=0.2)+when=chunk+when=over(slack=3)",
+    "snapkv(window=8)+kvmerger(threshold=0.1)+when=chunk+when=over(slack=3)+k=f16",
+    "h2o+lookm(mode=average,mass=yes)+when=chunk+when=over(slack=4)",
+    "streaming(sinks=2)+cam(window=4,spread=3)+when=chunk+when=over(slack=2)",
+    "tova+d2o",
+    "tova+adakv+value_merge(window=4)+k=int8+v=int4(center,hadamard)+exact=f16(sinks=2,tail=0)",
+];
+
 fn build(shape: &ModelShape, recipe: &str, budget: usize, backend: &Arc<dyn Backend>) -> KvCache {
     KvCache::builder(shape.clone())
         .recipe(recipe)
@@ -42,7 +56,7 @@ fn build(shape: &ModelShape, recipe: &str, budget: usize, backend: &Arc<dyn Back
 fn relativity_every_recipe_chunking_and_backend() {
     let shape = small_model(2, 4, 2, 8);
     for backend in backends() {
-        for recipe in RECIPES {
+        for recipe in RECIPES.iter().chain(MERGING) {
             for chunk in [1, 7, 40] {
                 let what = format!("{recipe} on {} in chunks of {chunk}", backend.name());
                 let mut cache = build(&shape, recipe, 16, &backend);
@@ -286,6 +300,7 @@ fn windows_caps_sinks_and_shared_layers() {
                     for h in 0..6 {
                         let mut all = before[layer][h / 3].clone();
                         all.extend(tokens.iter().enumerate().map(|(i, &t)| Entry {
+                            bias: 0.0,
                             position: start + i as i32,
                             key: placed(Kind::Key, l, t, owner, h / 3, start + i as i32),
                             value: placed(Kind::Value, l, t, owner, h / 3, start + i as i32),

@@ -71,6 +71,16 @@ fn weigh_values() {
 }
 
 #[test]
+fn nearest() {
+    conforms(conformance::nearest);
+}
+
+#[test]
+fn merge_rows() {
+    conforms(conformance::merge_rows);
+}
+
+#[test]
 fn row_norms() {
     conforms(conformance::row_norms);
 }

@@ -12,6 +12,7 @@ mod hostile;
 mod peers;
 mod policies;
 mod recipes;
+mod reducers;
 mod retrieval;
 mod state_machine;
 mod storage;

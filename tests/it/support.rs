@@ -132,10 +132,11 @@ pub fn feed_layer(
     out
 }
 
-/// One stored entry as the host knows it: its key as placed, its value, its position.
+/// One stored entry as the host knows it: its key as placed, its value, its position, its log-mass bias.
 #[derive(Clone, Debug)]
 pub struct Entry {
     pub position: i32,
+    pub bias: f32,
     pub key: Vec<f32>,
     pub value: Vec<f32>,
 }
@@ -157,7 +158,7 @@ pub fn dense(
         if let Some(c) = shape.softcap {
             x = f64::from(c) * (x / f64::from(c)).tanh();
         }
-        logits.push(if seen { x } else { f64::NEG_INFINITY });
+        logits.push(if seen { x + f64::from(e.bias) } else { f64::NEG_INFINITY });
     }
     let sink = shape.sink_logits.as_ref().map_or(f64::NEG_INFINITY, |s| f64::from(s[query_head]));
     let max = logits.iter().copied().fold(sink, f64::max);
@@ -188,10 +189,12 @@ pub fn entries(cache: &KvCache, id: SequenceId, layer: usize, head: usize) -> Ve
     let (mut keys, mut values) =
         (vec![f32::NAN; positions.len() * l.d_k], vec![f32::NAN; positions.len() * l.d_v]);
     cache.gather(id, layer, head, &mut keys, &mut values).unwrap();
+    let biases = cache.biases(id, layer, head).unwrap();
     positions
         .iter()
+        .zip(biases)
         .zip(keys.chunks_exact(l.d_k).zip(values.chunks_exact(l.d_v)))
-        .map(|(p, (k, v))| Entry { position: p.0, key: k.to_vec(), value: v.to_vec() })
+        .map(|((p, bias), (k, v))| Entry { position: p.0, bias, key: k.to_vec(), value: v.to_vec() })
         .collect()
 }
 
@@ -274,6 +277,7 @@ fn feed_checked(cache: &mut KvCache, id: SequenceId, tokens: &[u64], checked: &[
             let round = |dtype: DType, row: Vec<f32>| row.into_iter().map(|x| stored(dtype, x)).collect();
             let mut all = before[layer][head].clone();
             all.extend(tokens.iter().zip(start..).map(|(&t, position)| Entry {
+                bias: 0.0,
                 position,
                 key: round(exact.0, placed(Kind::Key, l, t, layer, head, position)),
                 value: round(exact.1, placed(Kind::Value, l, t, layer, head, position)),

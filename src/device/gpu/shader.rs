@@ -13,6 +13,8 @@ pub(crate) const SHADERS: &[(&str, &str)] = &[
     ("dot_scores", include_str!("../../../shaders/dot_scores.wgsl")),
     ("gather", include_str!("../../../shaders/gather.wgsl")),
     ("merge_partials", include_str!("../../../shaders/merge_partials.wgsl")),
+    ("merge_rows", include_str!("../../../shaders/merge_rows.wgsl")),
+    ("nearest", include_str!("../../../shaders/nearest.wgsl")),
     ("pool", include_str!("../../../shaders/pool.wgsl")),
     ("rope", include_str!("../../../shaders/rope.wgsl")),
     ("row_norms", include_str!("../../../shaders/row_norms.wgsl")),
@@ -169,6 +171,10 @@ mod tests {
         matches::<kernel::attention_mass::gpu::Chunk>("dot_scores", "Chunk");
         matches::<kernel::merge_partials::gpu::Params>("merge_partials", "Params");
         matches::<kernel::merge_partials::gpu::Row>("merge_partials", "Row");
+        matches::<kernel::merge_rows::gpu::Params>("merge_rows", "Params");
+        matches::<kernel::merge_rows::gpu::Sum>("merge_rows", "Sum");
+        matches::<kernel::merge_rows::gpu::Weight>("merge_rows", "Weight");
+        matches::<kernel::nearest::gpu::Params>("nearest", "Params");
         matches::<kernel::row_norms::gpu::Params>("row_norms", "Params");
         matches::<kernel::row_norms::gpu::Chunk>("row_norms", "Chunk");
         matches::<kernel::pool::gpu::Params>("pool", "Params");

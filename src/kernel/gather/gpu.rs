@@ -49,13 +49,14 @@ struct Packed {
     len: usize,
 }
 
-/// Records the copy of `slots` into a packed buffer.
+/// Records the copy of `slots` into a packed buffer: as they lie, or `widen`ed to so many dimensions of keys and of
+/// values, all or none.
 fn record(
     call: &mut Call<'_>,
     head: &HeadRows,
     slots: &[u32],
     packed: &Packed,
-    widen: bool,
+    widen: Option<(usize, usize)>,
 ) -> Result<Scratch, KernelError> {
     let sources: Vec<_> = head.pages().collect();
     let mut layouts: Vec<&PageLayout> = Vec::new();
@@ -76,8 +77,8 @@ fn record(
         let layout = layouts[layout];
         let words = |bytes: usize| (bytes / 4) as u32;
         let params = Params {
-            d_k: layout.d_k as u32,
-            d_v: layout.d_v as u32,
+            d_k: widen.map_or(layout.d_k, |(d_k, _)| d_k) as u32,
+            d_v: widen.map_or(layout.d_v, |(_, d_v)| d_v) as u32,
             k_words: words(layout.row_bytes(Side::Key)),
             v_words: words(layout.row_bytes(Side::Value)),
             v_offset: words(layout.v_offset()),
@@ -85,7 +86,7 @@ fn record(
             capacity: layout.capacity as u32,
             count: entries.len() as u32,
             first: 0,
-            widen: u32::from(widen),
+            widen: u32::from(widen.is_some()),
             values: packed.values as u32,
             positions: packed.positions as u32,
             biases: packed.biases as u32,
@@ -118,7 +119,7 @@ fn into_pages(
         let packed =
             Packed { values: n * k, positions: n * (k + v), biases: n * (k + v + 1), len: n * (k + v + 2) };
         let mut call = Call::new(context, NAME);
-        let buffer = record(&mut call, head, slots, &packed, false)?;
+        let buffer = record(&mut call, head, slots, &packed, None)?;
         for (i, page) in pages.iter_mut().enumerate() {
             let first = i * layout.capacity;
             let rows = layout.capacity.min(n - first);
@@ -150,7 +151,7 @@ fn into_pages(
 
 /// Turns rows back that are stored rotated: `rows [slots, d]`.
 fn turn_back(head: &HeadRows, slots: &[u32], side: Side, rows: &mut [f32]) {
-    if !head.rotated(side) {
+    if rows.is_empty() || !head.rotated(side) {
         return;
     }
     let sources: Vec<_> = head.pages().collect();
@@ -176,7 +177,7 @@ fn into_dense(
         let n = slots.len();
         let packed = Packed { values: n * d_k, positions: 0, biases: 0, len: n * (d_k + d_v) };
         let mut call = Call::new(context, NAME);
-        let buffer = record(&mut call, head, slots, &packed, true)?;
+        let buffer = record(&mut call, head, slots, &packed, Some((d_k, d_v)))?;
         call.read(&buffer);
         let back = call.finish()?;
         let (from_k, from_v) = back.floats(0)[..packed.len].split_at(packed.values);
@@ -186,6 +187,31 @@ fn into_dense(
     turn_back(head, slots, Side::Key, keys);
     turn_back(head, slots, Side::Value, values);
     Ok(())
+}
+
+/// Rows of any slots for a shader of another kernel: `keys [slots, d_k]`, then `values [slots, d_v]`, widened, where a side
+/// that is not wanted has 0 dimensions. Rows that are stored rotated among others that are not come by way of the host,
+/// which turns them back.
+///
+/// # Errors
+/// [`KernelError`].
+pub(crate) fn widened(
+    context: &Context,
+    call: &mut Call<'_>,
+    head: &HeadRows,
+    slots: &[u32],
+    (d_k, d_v): (usize, usize),
+) -> Result<Scratch, KernelError> {
+    let n = slots.len();
+    let packed = Packed { values: n * d_k, positions: 0, biases: 0, len: n * (d_k + d_v) };
+    let turned = |side, d| d > 0 && head.rotated(side);
+    if !turned(Side::Key, d_k) && !turned(Side::Value, d_v) {
+        return record(call, head, slots, &packed, Some((d_k, d_v)));
+    }
+    let mut rows = vec![0.0; packed.len];
+    let (keys, values) = rows.split_at_mut(packed.values);
+    into_dense(context, head, slots, keys, values)?;
+    Ok(call.load(&rows))
 }
 
 /// See [`super`].

@@ -16,8 +16,9 @@ pub(crate) fn largest(x: &[f32]) -> f32 {
     dispatch!(Level::detect().token(), simd => largest_with(simd, x))
 }
 
+/// The same inside a kernel.
 #[inline(always)]
-fn largest_with<S: Simd>(simd: S, x: &[f32]) -> f32 {
+pub(crate) fn largest_with<S: Simd>(simd: S, x: &[f32]) -> f32 {
     let (chunks, rest) = x.split_at(x.len() - x.len() % S::f32s::LEN);
     let mut most = S::f32s::splat(simd, f32::NEG_INFINITY);
     for chunk in chunks.chunks_exact(S::f32s::LEN) {

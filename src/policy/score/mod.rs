@@ -71,7 +71,7 @@ impl GroupAggregate {
 }
 
 /// The last `count` recorded queries, `[Hq, count, d_k]`, with their positions; fewer if fewer were recorded.
-fn last_queries<'a>(
+pub(crate) fn last_queries<'a>(
     policy: &str,
     view: &LayerView<'a>,
     count: usize,

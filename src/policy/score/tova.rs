@@ -114,7 +114,9 @@ mod tests {
         let backend = Reference::default();
         let weights = [[0.4, 0.3, 0.2, 0.1], [0.1, 0.6, 0.2, 0.1]].map(|w| vec![w.to_vec()]);
         let mut case = LayerCase::attention(&backend, 2, Vec::new(), &weights).unwrap();
-        crate::store::compact(&backend, &mut case.heads[0], &[0, 2, 3], &mut Default::default()).unwrap();
+        let plan = crate::plan::HeadPlan::new(4, vec![0, 2, 3]);
+        let columns = &Default::default();
+        crate::store::compact(&backend, &mut case.heads[0], &plan, columns, &mut Default::default()).unwrap();
         let scores = Tova::default().score(&case.view(2)).unwrap();
         // Head 0 now spreads over what it still holds: .4/.7, .2/.7, .1/.7.
         close(

@@ -42,6 +42,6 @@ impl Policy for Full {
     }
 
     fn plan(&self, view: &LayerView<'_>) -> Result<LayerPlan, PolicyError> {
-        Ok(LayerPlan { heads: view.lengths().into_iter().map(HeadPlan::identity).collect() })
+        Ok(view.lengths().into_iter().map(HeadPlan::identity).collect::<Vec<_>>().into())
     }
 }

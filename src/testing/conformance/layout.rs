@@ -4,6 +4,7 @@
 
 use super::{Effort, Failure, KernelReport, compare, expect_length_error, expect_same_bits, expect_written};
 use crate::backend::{Backend, Reference};
+use crate::columns::ColumnLayout;
 use crate::device::encoding::{Format, Packing};
 use crate::device::page::{HeadRows, Page, PageLayout, Segment, Side};
 use crate::error::KernelError;
@@ -13,6 +14,7 @@ use crate::kernel::pack::{self, PackArgs};
 use crate::kernel::rope::{self, RopeArgs, RopeTarget};
 use crate::kernel::row_norms::{self, NormArgs};
 use crate::kernel::total_rows;
+use crate::plan::HeadPlan;
 use crate::store::{self, NewRows, SharedPositions};
 use crate::testing::Random;
 use crate::testing::cache::{CacheSpec, SegmentSpec, packings, poisoned};
@@ -214,7 +216,9 @@ fn words(backend: &dyn Backend, dims: usize) -> Result<f64, Failure> {
     expect("appended to a fork", &fork, &forked)?;
     expect("what it was forked from", &head, all)?;
     let keep: Vec<u32> = (0..50).filter(|slot| slot % 3 != 1).collect();
-    store::compact(backend, &mut fork, &keep, &mut SharedPositions::default())?;
+    let plan = HeadPlan::new(50, keep.clone());
+    let (columns, shared) = (&ColumnLayout::default(), &mut SharedPositions::default());
+    store::compact(backend, &mut fork, &plan, columns, shared)?;
     forked = keep.iter().flat_map(|&slot| &forked[slot as usize * dims..][..dims]).copied().collect();
     expect("compacted", &fork, &forked)?;
     let mut norms = poisoned(fork.rows());

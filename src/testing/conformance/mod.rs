@@ -8,12 +8,14 @@
 mod attention;
 mod codes;
 mod layout;
+mod merging;
 mod selection;
 mod weighing;
 
 pub use attention::{attend, attention_mass, dot_scores, merge_partials, window_scores};
 pub use codes::code_scores;
 pub use layout::{gather, pack, rope, row_norms, storage};
+pub use merging::{merge_rows, nearest};
 pub use selection::{pool, top_k};
 pub use weighing::weigh_values;
 
@@ -162,7 +164,7 @@ impl fmt::Display for Report {
 
 /// Every kernel on `backend`.
 pub fn run(backend: &dyn Backend, effort: Effort) -> Report {
-    let kernels: [fn(&dyn Backend, Effort) -> KernelReport; 14] = [
+    let kernels: [fn(&dyn Backend, Effort) -> KernelReport; 16] = [
         storage,
         pack,
         attend,
@@ -176,6 +178,8 @@ pub fn run(backend: &dyn Backend, effort: Effort) -> Report {
         pool,
         top_k,
         gather,
+        nearest,
+        merge_rows,
         rope,
     ];
     Report {

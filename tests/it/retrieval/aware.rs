@@ -80,7 +80,7 @@ fn what_is_chosen_is_what_codes_by_a_naive_implementation_choose() {
                         }
                         let nearest = words.iter().min_by(|a, b| far(&key, a).total_cmp(&far(&key, b)));
                         let Entry { position, value, .. } = entry.clone();
-                        Entry { position, key: nearest.unwrap().clone(), value }
+                        Entry { bias: 0.0, position, key: nearest.unwrap().clone(), value }
                     })
                     .collect();
                 let of = (1, head);

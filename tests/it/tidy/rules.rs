@@ -36,6 +36,10 @@ const SIBLINGS: &[(&str, &str)] = &[
     ("policy", "index"),
     ("index", "policy"),
     ("recipe", "index"),
+    // The same of reducers, which see what policies see.
+    ("policy", "reduce"),
+    ("reduce", "policy"),
+    ("recipe", "reduce"),
     // A recipe names storage.
     ("recipe", "codec"),
     // An index searches encoded entries.
