@@ -15,6 +15,8 @@ use kvsieve::kernel::attend::{AttendLane, Share, Workspace};
 use kvsieve::kernel::code_scores::{CodeArgs, CodeLayout};
 use kvsieve::kernel::dot_scores::DotArgs;
 use kvsieve::kernel::gather::{GatherArgs, GatherTarget};
+use kvsieve::kernel::merge_rows::{MergeRowsArgs, Merges, Source, Target};
+use kvsieve::kernel::nearest::NearestArgs;
 use kvsieve::kernel::row_norms::NormArgs;
 use kvsieve::kernel::top_k::TopKArgs;
 use kvsieve::kernel::window_scores::{WindowArgs, WindowReduce};
@@ -341,6 +343,35 @@ fn others(c: &mut Criterion) {
                 &mut WindowArgs { heads: &heads, queries, positions, reduce, out: &mut sums },
             )
             .unwrap();
+        });
+    });
+    // A quarter of one KV head stays.
+    let (into, from): (Vec<u32>, Vec<u32>) = (0..ENTRIES as u32).partition(|slot| slot % 4 == 0);
+    let (mut nearest, mut cosines) = (vec![0; from.len()], vec![0.0; from.len()]);
+    group.throughput(Throughput::Elements(2 * 128 * (into.len() * from.len()) as u64));
+    group.bench_function("nearest/quarter_of_one_head", |b| {
+        b.iter(|| {
+            let mut args = NearestArgs {
+                heads: &heads[..1],
+                from: &[&from],
+                into: &[&into],
+                nearest: &mut nearest,
+                cosines: &mut cosines,
+            };
+            cpu.nearest(&mut args).unwrap();
+        });
+    });
+    let mut merges = Merges::default();
+    for (&slot, from) in into.iter().zip(from.chunks(3)) {
+        let sources = from.iter().map(|&slot| Source { slot, key: 0.0, value: 0.25 });
+        merges.push(Target { slot, sources: 0, key: 1.0, value: 0.25, bias: 0.0 }, sources);
+    }
+    let mut merged = vec![0.0; into.len() * 128];
+    group.throughput(Throughput::Bytes(bytes(&heads[..1]) / 2));
+    group.bench_function("merge_rows/values_of_one_head", |b| {
+        b.iter(|| {
+            let (head, values) = (&heads[0], &mut merged[..]);
+            cpu.merge_rows(&mut MergeRowsArgs { head, merges: &merges, keys: &mut [], values }).unwrap();
         });
     });
     let (lengths, counts) = (vec![ENTRIES; HEADS], vec![ENTRIES / 8; HEADS]);

@@ -204,7 +204,7 @@ impl KvCache {
             && !due
             && self.recipe.policy.compresses()
         {
-            let targets = self.targets(sequence);
+            let targets = self.targets(sequence, &sequence.measures);
             due = targets.iter().any(|&(layer, target)| mean_rows(&sequence.layers[layer]) > target + slack);
         }
         if due { self.compress(id) } else { Ok(()) }
@@ -218,8 +218,11 @@ impl KvCache {
         let next = self.sequence(id)?.next;
         let mut shared = SharedPositions::default();
         let mut changed = self.drop_unseen(id, &mut shared)?;
+        let measures = self.measures(id)?;
+        self.sequence_mut(id)?.measures = measures;
         if self.recipe.policy.compresses() {
-            for (layer, target) in self.targets(self.sequence(id)?) {
+            let sequence = self.sequence(id)?;
+            for (layer, target) in self.targets(sequence, &sequence.measures) {
                 let plan = self.plan_layer(id, layer, target)?;
                 changed |= self.apply(id, layer, &plan, &mut shared)?;
             }
@@ -278,16 +281,36 @@ impl KvCache {
         Ok(changed)
     }
 
+    /// What the policy measures of each participating layer: anew while the prompt is open, else what was measured last.
+    fn measures(&self, id: SequenceId) -> Result<Vec<f32>, Error> {
+        let sequence = self.sequence(id)?;
+        if !sequence.prefill_open && !sequence.measures.is_empty() {
+            return Ok(sequence.measures.clone());
+        }
+        let layers: Vec<usize> = (0..self.shape.layers()).filter(|&l| self.participates(l)).collect();
+        let Some(target) = self.target_per_head(sequence, &layers) else { return Ok(Vec::new()) };
+        let mut measures = Vec::with_capacity(layers.len());
+        for layer in layers {
+            let (rows, positions) = sequence.queries[layer].head_major(self.shape.layer(layer).query_heads);
+            let view = self.view(sequence, layer, target, QueryWindow { rows: &rows, positions: &positions });
+            match self.recipe.policy.measure(&view)? {
+                Some(measure) => measures.push(measure),
+                None => return Ok(Vec::new()),
+            }
+        }
+        Ok(measures)
+    }
+
     /// Entries per KV head that each participating layer is to keep now.
-    fn targets(&self, sequence: &Sequence) -> Vec<(usize, usize)> {
+    fn targets(&self, sequence: &Sequence, measures: &[f32]) -> Vec<(usize, usize)> {
         let layers: Vec<usize> = (0..self.shape.layers()).filter(|&l| self.participates(l)).collect();
         let rows: Vec<usize> = layers.iter().map(|&l| mean_rows(&sequence.layers[l])).collect();
         let Some(target) = self.target_per_head(sequence, &layers) else {
             return layers.into_iter().zip(rows).collect();
         };
         let (_, recent) = self.recipe.policy.protected();
-        let targets =
-            self.recipe.policy.layer_targets(&TargetRequest { layers: &layers, rows: &rows, target, recent });
+        let request = TargetRequest { layers: &layers, rows: &rows, target, recent, measures };
+        let targets = self.recipe.policy.layer_targets(&request);
         layers.into_iter().zip(targets).collect()
     }
 
@@ -382,7 +405,7 @@ impl KvCache {
         if !self.recipe.policy.compresses() {
             return Ok(Vec::new());
         }
-        let targets = self.targets(self.sequence(id)?);
+        let targets = self.targets(self.sequence(id)?, &self.measures(id)?);
         targets.into_iter().map(|(layer, target)| Ok((layer, self.plan_layer(id, layer, target)?))).collect()
     }
 
@@ -393,7 +416,9 @@ impl KvCache {
     pub fn scores(&self, id: SequenceId, layer: usize) -> Result<Option<LayerScores>, Error> {
         self.heads(id, layer)?;
         let sequence = self.sequence(id)?;
-        let Some(&(_, target)) = self.targets(sequence).iter().find(|(l, _)| *l == layer) else {
+        let Some(&(_, target)) =
+            self.targets(sequence, &self.measures(id)?).iter().find(|(l, _)| *l == layer)
+        else {
             return Ok(None);
         };
         let (rows, positions) = sequence.queries[layer].head_major(self.shape.layer(layer).query_heads);

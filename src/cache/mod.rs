@@ -127,6 +127,7 @@ impl KvCache {
             reads: (0..layers).map(|l| self.new_reads(l)).collect(),
             queries: self.shape.iter().map(QueryLog::new).collect(),
             counters: vec![LayerCounters::default(); layers],
+            measures: Vec::new(),
             remembered: vec![Vec::new(); layers],
             next: 0,
             prompt_tokens: 0,

@@ -235,6 +235,8 @@ pub struct TargetRequest<'a> {
     pub target: usize,
     /// Of these, entries protected as recent.
     pub recent: usize,
+    /// What [`Policy::measure`] gave for each of these layers; empty if nothing was measured.
+    pub measures: &'a [f32],
 }
 
 /// The large door: anything that returns a plan.
@@ -274,6 +276,14 @@ pub trait Policy: Debug + Send + Sync {
     /// Entries protected at each end whatever the budget: `(sinks, recent)`.
     fn protected(&self) -> (usize, usize) {
         (0, 0)
+    }
+
+    /// A number that [`Policy::layer_targets`] goes by, measured when a prompt is compressed. None by default.
+    ///
+    /// # Errors
+    /// [`PolicyError`].
+    fn measure(&self, _view: &LayerView<'_>) -> Result<Option<f32>, PolicyError> {
+        Ok(None)
     }
 
     /// Entries per KV head (mean over heads) each layer is to keep; sums to about

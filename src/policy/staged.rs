@@ -117,6 +117,25 @@ impl Policy for Staged {
         self.protect(0)
     }
 
+    fn measure(&self, view: &LayerView<'_>) -> Result<Option<f32>, PolicyError> {
+        let Some(measure) = self.allocator.measure() else { return Ok(None) };
+        let scores = self.scorer.score(view)?;
+        select::check_scores(&self.name, view, &scores)?;
+        let (sinks, recent) = self.protect(view.target);
+        let protect = select::protection(&scores.lengths, view.target, sinks, recent);
+        let (mut lengths, mut values) = (Vec::new(), Vec::new());
+        let mut rest = protect.as_slice();
+        for (head, &len) in scores.lengths.iter().enumerate() {
+            let (own, behind) = rest.split_at(len);
+            rest = behind;
+            let free = scores.head(head).iter().zip(own).filter(|(_, protected)| **protected == 0);
+            let before = values.len();
+            values.extend(free.map(|(score, _)| *score));
+            lengths.push(values.len() - before);
+        }
+        Ok(Some(measure(&LayerScores { lengths, values })))
+    }
+
     fn layer_targets(&self, request: &TargetRequest<'_>) -> Vec<usize> {
         let recent = request.recent.max(self.protect(request.target).1);
         self.allocator.layer_targets(&TargetRequest { recent, ..request.clone() })

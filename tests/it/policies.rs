@@ -171,7 +171,8 @@ proptest! {
 fn layer_budgets_of_the_pyramid_differ() {
     use kvsieve::policy::TargetRequest;
     let layers: Vec<usize> = (0..30).collect();
-    let request = TargetRequest { layers: &layers, rows: &[4000; 30], target: 512, recent: 64 };
+    let request =
+        TargetRequest { layers: &layers, rows: &[4000; 30], target: 512, recent: 64, measures: &[] };
     let targets = Recipe::parse("pyramid").unwrap().policy.layer_targets(&request);
     assert!(targets[0] > 3 * targets[29], "{targets:?}");
     assert_eq!(targets.iter().sum::<usize>(), 30 * 512);

@@ -38,6 +38,11 @@ pub trait Allocator: Debug + Send + Sync {
     /// Whether all KV heads of all layers always keep equally many entries.
     fn equal_counts(&self) -> bool;
 
+    /// A number that layer budgets go by, made of a layer's scores without its protected entries. None by default.
+    fn measure(&self) -> Option<fn(&LayerScores) -> f32> {
+        None
+    }
+
     /// Entries per KV head for each of `request.layers`; their sum is `target · layers`.
     fn layer_targets(&self, request: &TargetRequest<'_>) -> Vec<usize> {
         vec![request.target; request.layers.len()]
@@ -65,4 +70,5 @@ allocators! {
     uniform,
     pyramid,
     adakv,
+    variance,
 }
