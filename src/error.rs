@@ -170,6 +170,121 @@ pub enum KernelError {
     Device(#[from] DeviceError),
 }
 
+/// A matrix that cannot be factored, or not as asked.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum FactorError {
+    /// There is nothing to factor.
+    #[error("a matrix of {tokens} tokens by {features} features has no elements: factor at least one row")]
+    Empty {
+        /// Rows.
+        tokens: usize,
+        /// Columns.
+        features: usize,
+    },
+    /// A slice that is not the matrix it is said to be.
+    #[error("{buffer} has {got} elements, {rows} rows of {columns} need {}", .rows.checked_mul(*.columns).map_or_else(|| "more than usize::MAX".to_owned(), |n| n.to_string()))]
+    Length {
+        /// The slice.
+        buffer: &'static str,
+        /// Its length.
+        got: usize,
+        /// Rows it should hold.
+        rows: usize,
+        /// Columns of each.
+        columns: usize,
+    },
+    /// Rows that are not in the matrix.
+    #[error("rows {first}..{end} of a matrix of {tokens} rows")]
+    Rows {
+        /// First row asked for.
+        first: usize,
+        /// End, exclusive.
+        end: usize,
+        /// There are.
+        tokens: usize,
+    },
+    /// A rank that the matrix cannot have.
+    #[error(
+        "rank = {rank} for a matrix of {tokens} tokens by {features} features, must be 1 to {}; change the option rank",
+        .tokens.min(.features)
+    )]
+    Rank {
+        /// Asked for.
+        rank: usize,
+        /// Rows.
+        tokens: usize,
+        /// Columns.
+        features: usize,
+    },
+    /// A tolerance that is no share.
+    #[error("tolerance = {got}, must be 0 or more and finite; leave it out to keep the whole rank")]
+    Tolerance {
+        /// What was given.
+        got: f64,
+    },
+    /// Sizes whose product is no `usize`.
+    #[error(
+        "{what} of {rows} by {columns} has more than usize::MAX bytes; factor fewer tokens or layers at once"
+    )]
+    TooLarge {
+        /// The matrix.
+        what: &'static str,
+        /// Its rows.
+        rows: usize,
+        /// Its columns.
+        columns: usize,
+    },
+    /// The system gave no memory.
+    #[error(
+        "could not get {bytes} bytes for {what}; lower the option rank, or factor fewer tokens or layers at once"
+    )]
+    Memory {
+        /// What it was for.
+        what: &'static str,
+        /// Bytes asked for.
+        bytes: usize,
+    },
+    /// NaN or infinity in the matrix.
+    #[error("row {row}, column {column} is {value}: only finite numbers can be factored")]
+    NotFinite {
+        /// Row (token).
+        row: usize,
+        /// Column (feature).
+        column: usize,
+        /// The value.
+        value: f32,
+    },
+    /// Rows differ from one reading to the next.
+    #[error(
+        "rows were finite when they were first read and are not any more; they must not change while they are factored"
+    )]
+    Changed,
+    /// Finite numbers whose singular values no `f32` holds.
+    #[error("the largest singular value is {singular:e}, beyond f32; scale the rows down")]
+    Overflow {
+        /// The singular value.
+        singular: f64,
+    },
+    /// The eigenvalues of a symmetric matrix were not found.
+    #[error("the eigenvalues of a matrix of {size} by {size} did not converge; try another seed or route")]
+    NoConvergence {
+        /// Rows and columns.
+        size: usize,
+    },
+    /// The caller asked to stop.
+    #[error("cancelled after {done} of {total} units of work; nothing was kept")]
+    Cancelled {
+        /// Units done.
+        done: u64,
+        /// Units of the whole.
+        total: u64,
+    },
+    /// Rows could not be read.
+    #[error(transparent)]
+    Read(#[from] KernelError),
+}
+
 /// A recipe, budget or option that makes no sense, or not together with the model or backend.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -481,6 +596,9 @@ pub enum Error {
     /// A kernel.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// A factorisation.
+    #[error(transparent)]
+    Factor(#[from] FactorError),
     /// A device.
     #[error(transparent)]
     Device(#[from] DeviceError),

@@ -35,6 +35,7 @@
 //!
 //! # Features
 //!
+//! - `lowrank` (on by default): truncated singular value decompositions (`factor`), by [faer](https://docs.rs/faer).
 //! - `gpu` (off by default): the GPU backend, WGSL compute shaders through [wgpu](https://docs.rs/wgpu). Off because wgpu is most of the
 //!   dependency tree.
 //! - `testing` (off by default): the conformance suite of kernels and the fixtures of policies, for backends
@@ -44,6 +45,7 @@
 //!
 //! [`cache`] is what hosts call; [`policy`] and [`recipe`] decide what stays, [`index`] what a query reads; [`store`]
 //! changes pages;
+//! `factor` decomposes rows of many tokens into factors of low rank;
 //! [`kernel`] holds the numeric kernels, each with a scalar reference; [`backend`] runs them on CPU and GPU;
 //! [`device`] talks to the system.
 
@@ -53,6 +55,8 @@ pub mod codec;
 pub mod columns;
 pub mod device;
 pub mod error;
+#[cfg(feature = "lowrank")]
+pub mod factor;
 pub mod geometry;
 pub mod index;
 pub mod kernel;

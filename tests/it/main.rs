@@ -5,6 +5,8 @@
 mod cache;
 mod conformance;
 mod encodings;
+#[cfg(feature = "lowrank")]
+mod factor;
 #[cfg(feature = "gpu")]
 mod gpu;
 mod guard;

@@ -7,6 +7,7 @@ mod compare;
 mod figure;
 mod guard;
 mod needle;
+mod ranks;
 mod recall;
 mod report;
 mod running;
@@ -59,6 +60,9 @@ Tasks:
              their first places, and it is not what a model would make of so long a text.
   guard      Exact and packed storage side by side over C tokens after a prompt of P: errors of packed keys and values and
              of attention outputs per layer; with --threshold, which heads would get more bits.
+  ranks      Keys before their rotary embedding, and values, of --group layers side by side after a prompt of P tokens:
+             relative error (Frobenius) of the best form of low rank whose factors take --share of the bytes, mean and
+             largest over the groups. Says how alike the layers are, not what a model would make of it.
   needle     A number is hidden in the text and asked for after compression. For models of a billion parameters and
              more; the small default model fails it with its full cache.";
 
@@ -75,6 +79,8 @@ enum Task {
     Guard,
     /// Continue a passage of the prompt.
     SpanCopy,
+    /// Low-rank structure of keys and values.
+    Ranks,
     /// Find a hidden number.
     Needle,
 }
@@ -126,6 +132,15 @@ pub(crate) struct Args {
     /// Repeat the recorded prompt to N tokens (recall).
     #[arg(long, value_name = "N")]
     tile: Option<usize>,
+    /// Layers taken together (ranks).
+    #[arg(long, value_delimiter = ',', default_value = "1,2,4")]
+    group: Vec<usize>,
+    /// Bytes of the factors, of those of what they stand for (ranks).
+    #[arg(long, value_delimiter = ',', default_value = "0.125,0.25,0.5")]
+    share: Vec<f64>,
+    /// First tokens left out (ranks).
+    #[arg(long, default_value_t = 4)]
+    sinks: usize,
     /// Windows from the start of the text (windows).
     #[arg(long, default_value_t = 6)]
     windows: usize,
@@ -267,8 +282,8 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     }
     let prompt = match (args.task, &args.prompt_tokens[..]) {
         (Task::Windows, _) => args.window_tokens,
-        (Task::Text | Task::Guard, [one]) => *one,
-        (Task::Text | Task::Guard, _) => {
+        (Task::Text | Task::Guard | Task::Ranks, [one]) => *one,
+        (Task::Text | Task::Guard | Task::Ranks, _) => {
             return Err(Error::usage("this task takes one prompt length", "give one --prompt-tokens"));
         }
         (_, many) => many.iter().max().copied().unwrap_or(0),
@@ -300,6 +315,20 @@ pub(crate) fn main(args: &Args) -> Result<()> {
                 return print_json(&rows);
             }
             guard::print(&rows);
+            return Ok(());
+        }
+        Task::Ranks => {
+            let protocol = ranks::Protocol {
+                prompt,
+                sinks: args.sinks,
+                groups: args.group.clone(),
+                shares: args.share.clone(),
+            };
+            let rows = ranks::run(&job, &protocol, &text)?;
+            if args.json {
+                return print_json(&rows);
+            }
+            ranks::print(&rows);
             return Ok(());
         }
         Task::Recall => {

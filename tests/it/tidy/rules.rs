@@ -18,6 +18,7 @@ const LEVELS: &[(&str, u32)] = &[
     ("recipe", 7),
     ("reduce", 7),
     ("codec", 7),
+    ("factor", 7),
     ("index", 7),
     ("snapshot", 7),
     ("cache", 8),
@@ -50,8 +51,9 @@ const SIBLINGS: &[(&str, &str)] = &[
 ];
 
 /// Modules that must not see how a kernel is implemented.
-const BLIND: &[&str] =
-    &["policy", "recipe", "reduce", "codec", "index", "plan", "columns", "store", "cache", "snapshot"];
+const BLIND: &[&str] = &[
+    "policy", "recipe", "reduce", "codec", "factor", "index", "plan", "columns", "store", "cache", "snapshot",
+];
 
 /// A module below the crate's root has a level.
 fn level(module: &str) -> Option<u32> {
