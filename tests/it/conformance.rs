@@ -6,10 +6,12 @@ use kvsieve::kernel::attend::cases::{Choice, LaneSpec, cases};
 use kvsieve::kernel::attend::{AttendLane, Share, Workspace};
 use kvsieve::kernel::code_scores::{CodeArgs, CodeLayout};
 use kvsieve::kernel::dot_scores::DotArgs;
+use kvsieve::kernel::merge_rows::{MergeRowsArgs, Merges, Source, Target};
+use kvsieve::kernel::nearest::NearestArgs;
 use kvsieve::kernel::simd::Level;
 use kvsieve::kernel::{Spans, total_rows};
 use kvsieve::testing::Random;
-use kvsieve::testing::cache::{codes, poisoned};
+use kvsieve::testing::cache::{CacheSpec, codes, poisoned};
 use kvsieve::testing::conformance::{self, Effort};
 use kvsieve::view::DType;
 
@@ -147,5 +149,37 @@ fn the_number_of_threads_changes_no_bit_of_scores_by_codes() {
         for threads in [2, 5] {
             assert!(run(Cpu::with_threads(threads).unwrap()) == one, "{layout:?} on {threads} threads");
         }
+    }
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit_of_what_is_merged() {
+    let spec = CacheSpec::f32(3, 48, &[3000, 40], 64).typed(DType::F16, DType::Bf16);
+    let (into, from): (Vec<u32>, Vec<u32>) = (0..3000).partition(|slot| slot % 5 == 0);
+    let merged = |cpu: Cpu| {
+        let heads = spec.build(&cpu).unwrap();
+        let (mut nearest, mut cosines) = (vec![0; from.len()], poisoned(from.len()));
+        let mut args = NearestArgs {
+            heads: &heads[..1],
+            from: &[&from],
+            into: &[&into],
+            nearest: &mut nearest,
+            cosines: &mut cosines,
+        };
+        cpu.nearest(&mut args).unwrap();
+        let mut merges = Merges { keys: true, ..Merges::default() };
+        for (i, &slot) in into.iter().enumerate() {
+            let sources = nearest.iter().zip(&from).zip(&cosines).filter(|((into, _), _)| **into == i as u32);
+            let sources = sources.map(|((_, &slot), &c)| Source { slot, key: c, value: 1.0 - c });
+            merges.push(Target { slot, sources: 0, key: 1.0, value: 0.5, bias: 0.0 }, sources);
+        }
+        let (mut keys, mut values) = (poisoned(into.len() * 48), poisoned(into.len() * 48));
+        let (head, merges) = (&heads[0], &merges);
+        cpu.merge_rows(&mut MergeRowsArgs { head, merges, keys: &mut keys, values: &mut values }).unwrap();
+        [cosines, keys, values].concat().into_iter().map(f32::to_bits).collect::<Vec<_>>()
+    };
+    let one = merged(Cpu::with_threads(1).unwrap());
+    for threads in [2, 5] {
+        assert!(merged(Cpu::with_threads(threads).unwrap()) == one, "{threads} threads");
     }
 }
