@@ -26,7 +26,7 @@ pub struct Factors {
     pub singular: Vec<f32>,
     /// `‖X‖²_F`.
     pub squared_norm: f64,
-    /// `‖X − AB‖²_F`, as `‖X‖²_F − ‖B‖²_F`, at least 0. A difference of two sums: what is below about 1e-7 of the norm is
+    /// `‖X − AB‖²_F`, as `‖X‖²_F − ‖B‖²_F`, at least 0. A difference of two sums: what is below 1e-6 of `‖X‖²_F` is
     /// rounding.
     pub squared_error: f64,
     /// The route that was taken; never [`Route::Auto`].

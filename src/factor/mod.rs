@@ -135,7 +135,7 @@ impl FactorOptions {
 /// With `l = rank + oversample` (the rank on the Gram route), memory is `4 (T l + n l)` bytes, as much again while a
 /// basis is made orthonormal, a panel of 512 rows unless they lie in memory anyway ([`Rows::dense`]), and `8 l²` bytes
 /// a few times; the Gram route takes `8 min(T, n)²` bytes a few times. Rows are read `3 + 2 power_iterations` times
-/// (four times on the Gram route; with `T < n` all rows above 512 more often).
+/// (four times on the Gram route; three times with `T < n`, and once more for every panel of 512 rows that follows theirs).
 ///
 /// ```
 /// use kvsieve::factor::{Dense, FactorOptions, factor, unwatched};
