@@ -12,6 +12,7 @@ use crate::error::{CacheError, Error, RecipeError};
 use crate::geometry::{KeyPhase, Position, Slot};
 use crate::kernel::gather::{GatherArgs, GatherTarget};
 use crate::plan::{HeadPlan, LayerPlan, MERGED};
+use crate::policy::select::MARKED;
 use crate::store::{self, Extent, SharedPositions};
 use std::ops::Range;
 
@@ -163,6 +164,40 @@ impl KvCache {
                 *compacted =
                     if *compacted >= end { *compacted - (end - start) } else { (*compacted).min(start) };
             }
+        }
+        Ok(())
+    }
+
+    /// Marks the entries at positions `range` (half-open), for instance the tokens of an image: a recipe with `marked=last`
+    /// drops them before any others that are not protected (LOOK-M's text-first rule). Marks stay with their entries.
+    ///
+    /// # Errors
+    /// [`CacheError::Unsupported`] if the recipe has no use for marks; [`CacheError::PositionRange`] for a reversed or
+    /// outlying range; device errors.
+    pub fn mark(&mut self, id: SequenceId, range: Range<Position>) -> Result<(), Error> {
+        let (start, end) = (range.start.0, range.end.0);
+        let next = self.sequence(id)?.next;
+        if start < 0 || start > end || end > next {
+            return Err(CacheError::PositionRange { start, end, next }.into());
+        }
+        let Some((at, _)) = self.columns.find(MARKED.name) else {
+            return Err(CacheError::Unsupported {
+                what: "mark",
+                why: format!("the recipe {} treats all entries alike", self.recipe),
+                change: "add marked=last to a recipe with a scorer",
+            }
+            .into());
+        };
+        let backend = &*self.backend;
+        let Some(sequence) = self.sequences.get_mut(&id.0) else {
+            return Err(CacheError::NoSequence(id.0).into());
+        };
+        for head in sequence.stores().flatten().flatten() {
+            store::update_columns(backend, head, |positions, _, columns| {
+                let marked =
+                    positions.partition_point(|&p| p < start)..positions.partition_point(|&p| p < end);
+                marked.for_each(|entry| columns.entry(entry)[at] = 1);
+            })?;
         }
         Ok(())
     }

@@ -23,12 +23,13 @@ pub struct Staged {
     allocator: Arc<dyn Allocator>,
     sinks: usize,
     recent: usize,
+    marked_last: bool,
 }
 
 impl Staged {
     /// Joins a scorer and an allocator; `name` appears in reports and errors.
     pub fn new(name: impl Into<String>, scorer: Arc<dyn Scorer>, allocator: Arc<dyn Allocator>) -> Self {
-        Self { name: name.into(), scorer, allocator, sinks: 0, recent: 0 }
+        Self { name: name.into(), scorer, allocator, sinks: 0, recent: 0, marked_last: false }
     }
 
     /// Protects the first `sinks` entries of each KV head, or as many as the scorer asks for if that is more.
@@ -42,6 +43,13 @@ impl Staged {
     #[must_use]
     pub fn recent(mut self, recent: usize) -> Self {
         self.recent = recent;
+        self
+    }
+
+    /// Whether entries that the host marked ([`crate::KvCache::mark`]) are dropped before any others that are not protected.
+    #[must_use]
+    pub fn marked_last(mut self, last: bool) -> Self {
+        self.marked_last = last;
         self
     }
 
@@ -102,7 +110,11 @@ impl Policy for Staged {
     }
 
     fn columns(&self) -> Vec<ColumnSpec> {
-        self.scorer.columns()
+        let mut columns = self.scorer.columns();
+        if self.marked_last {
+            columns.push(select::MARKED);
+        }
+        columns
     }
 
     fn observe(&self, feed: &Feed<'_>, columns: &mut ColumnsMut<'_>) {
@@ -146,8 +158,11 @@ impl Policy for Staged {
         if lengths.iter().all(|&len| len <= view.target) {
             return Ok(lengths.into_iter().map(HeadPlan::identity).collect::<Vec<_>>().into());
         }
-        let scores = self.scorer.score(view)?;
+        let mut scores = self.scorer.score(view)?;
         select::check_scores(&self.name, view, &scores)?;
+        if self.marked_last {
+            select::marked_last(&self.name, view, &mut scores)?;
+        }
         let (sinks, recent) = self.protect(view.target);
         let protect = select::protection(&lengths, view.target, sinks, recent);
         let counts = self.allocator.head_counts(&HeadRequest {

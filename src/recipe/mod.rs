@@ -11,6 +11,7 @@
 //!         | exact=f16|f32|bf16(sinks=4,tail=128)         what stays exact where the rest is packed
 //!         | safe | balanced | compact                    storage under one name
 //!         | sinks=N | recent=N                           protected entries
+//!         | marked=last|alike                            whether entries that the host marked go first
 //!         | when=prefill|chunk|every(n=N)|over(slack=N)|never
 //!         | positions=keep|renumber
 //! store  := f32 | f16 | bf16 | name | name(flag, …)      names of crate::codec::CODECS; center, hadamard, plain

@@ -24,6 +24,7 @@ const STAGES: &[&str] = &[
     "exact",
     "sinks",
     "recent",
+    "marked",
     "when",
     "positions",
 ];
@@ -183,6 +184,7 @@ struct Draft {
     index: Option<(Entry, Args)>,
     sinks: Option<usize>,
     recent: Option<usize>,
+    marked: Option<bool>,
     precision: Precision,
     schedule: Option<Schedule>,
     positions: PositionMode,
@@ -318,6 +320,14 @@ impl Draft {
                 };
                 *if stage.text == "sinks" { &mut self.sinks } else { &mut self.recent } = Some(n);
             }
+            "marked" => {
+                plain("last or alike")?;
+                self.marked = Some(match name {
+                    "last" => true,
+                    "alike" => false,
+                    _ => return Err(refuse("last or alike".into())),
+                });
+            }
             "when" => {
                 let schedule = self.schedule.get_or_insert(Schedule::NEVER);
                 match name {
@@ -411,9 +421,14 @@ impl Draft {
                         terms.push_str(&format!("+{stage}={n}"));
                     }
                 }
+                let marked_last = self.marked.unwrap_or(false);
+                if marked_last {
+                    terms.push_str("+marked=last");
+                }
                 let staged = Staged::new(terms.clone(), scorer, build(&alloc_args)?)
                     .sinks(self.sinks.unwrap_or(0))
-                    .recent(self.recent.unwrap_or(0));
+                    .recent(self.recent.unwrap_or(0))
+                    .marked_last(marked_last);
                 (Arc::new(staged), schedule)
             }
             Build::Allocate { .. } | Build::Reduce { .. } | Build::Index { .. } => {
@@ -458,6 +473,7 @@ impl Draft {
             ("alloc", self.alloc.is_some()),
             ("sinks", self.sinks.is_some()),
             ("recent", self.recent.is_some()),
+            ("marked", self.marked.is_some()),
         ];
         let Some((stage, _)) = given.into_iter().find(|(_, given)| *given) else { return Ok(()) };
         Err(RecipeError::Conflict {

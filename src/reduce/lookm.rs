@@ -7,7 +7,8 @@
 //! weighted  x[t] ← (x[t] + Σ w[e] x[e]) / (1 + Σ w[e])              w[e] = (c[e] + 1) / 2, of cosines not below their mean
 //! ```
 //! The authors' weighted mode divides by `n + 1` and so shrinks what it merges; the weights here sum to 1.
-//! Their text-first scores, for prompts with images, are a scorer's business and not part of this.
+//! Their text-first rule, for prompts with images, is `marked=last` beside any scorer
+//! ([`crate::policy::select::marked_last`]).
 //!
 //! *Helps* prompts with images, whose tokens are many and alike. *Hurts* text: it averages keys that were rotated
 //! differently, and gives the average no more weight than one entry had (`mass=yes` does).
