@@ -369,6 +369,17 @@ impl KvCache {
             self.recipe.reduce.as_ref().filter(|_| !plan.heads.iter().all(HeadPlan::is_identity))
         {
             let Reduced { merges, remember } = reduce.reduce(&view, &plan)?;
+            if merges.len() != plan.heads.len() {
+                return Err(PolicyError::Custom {
+                    policy: reduce.name().to_owned(),
+                    message: format!(
+                        "merges of {} KV heads, layer {layer} has {}",
+                        merges.len(),
+                        plan.heads.len()
+                    ),
+                }
+                .into());
+            }
             plan.heads.iter_mut().zip(merges).for_each(|(head, merges)| head.merges = merges);
             plan.remember = remember;
             validate(&plan, reduce.name())?;

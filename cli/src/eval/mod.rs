@@ -296,7 +296,8 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         return Err(Error::usage(what, "lower --prompt-tokens, --score-tokens or --window-tokens"));
     }
     let backend = args.backend.open()?;
-    let recipes = args::split_recipes(&args.recipe);
+    // Ranks are the model's, not a recipe's.
+    let recipes = if args.task == Task::Ranks { Vec::new() } else { args::split_recipes(&args.recipe) };
     let variants = args::variants(&host.model.shape()?, &recipes, &args.budget, &*backend)?;
     let text = host.encode(&host::text(args.text.as_deref())?)?;
     let job =
