@@ -75,8 +75,10 @@ impl<T: Element> Operand for Apart<'_, '_, T> {
     #[inline(always)]
     unsafe fn load<S: Simd>(self, simd: S, row: usize, column: usize) -> S::f32s {
         debug_assert!(column + S::f32s::LEN <= self.width, "rows are {} wide", self.width);
+        // SAFETY: the caller's promise.
+        let line = unsafe { self.rows.get_unchecked(row) };
         // SAFETY: the caller's promise; every row is as wide as `new` cut it.
-        unsafe { self.rows.get_unchecked(row).vector_at(simd, column) }
+        unsafe { line.vector_at(simd, column) }
     }
 
     #[inline(always)]
