@@ -12,6 +12,7 @@ use crate::error::KernelError;
 use crate::geometry::LayerShape;
 use crate::kernel::Spans;
 use crate::kernel::gather::{GatherArgs, GatherTarget};
+use crate::kernel::simd::prefetch::request;
 use crate::store::{self, NewRows, Packed, SharedPositions, Storage};
 use crate::view::DType;
 use std::ops::Range;
@@ -22,6 +23,9 @@ const TABLE_ENTRIES: usize = 64;
 
 /// The same of codes, which are much smaller.
 const CODE_ENTRIES: usize = 512;
+
+/// How many chosen entries ahead the slot of one is requested.
+const PICKS_AHEAD: usize = 32;
 
 /// How the tables of one layer are stored.
 #[derive(Clone, Debug)]
@@ -281,10 +285,19 @@ impl HeadUnits {
                 slots.clear();
                 slots.resize(covered.end.div_ceil(64), 0);
                 let mut mark = |slot: u32| slots[slot as usize / 64] |= 1 << (slot % 64);
-                for &pick in chosen {
-                    match self.single {
-                        true => mark(all[pick as usize]),
-                        false => self.list(pick as usize).iter().for_each(|&slot| mark(slot)),
+                match self.single {
+                    true => {
+                        for (i, &pick) in chosen.iter().enumerate() {
+                            // Far apart in a list that is longer than the caches.
+                            if let Some(&later) = chosen.get(i + PICKS_AHEAD) {
+                                request(&all[later as usize]);
+                            }
+                            mark(all[pick as usize]);
+                        }
+                    }
+                    false => {
+                        let lists = chosen.iter().flat_map(|&unit| self.list(unit as usize));
+                        lists.for_each(|&slot| mark(slot));
                     }
                 }
                 out.push_bits(slots);

@@ -26,6 +26,7 @@ mod layer;
 pub mod lserve;
 pub mod options;
 pub mod pages;
+mod part;
 pub mod pq;
 pub mod quest;
 pub mod retroinfer;
@@ -37,6 +38,7 @@ pub use clusters::Clusters;
 pub use codes::{Codebook, Codebooks, Codes, windowed};
 pub use layer::{Growth, HeadUnits, LayerIndex, TableStorage};
 pub use options::{Calibration, Goal, Group, ReadRule, Tail, Thresholds};
+pub use part::IndexPart;
 pub use spread::Spread;
 pub use units::Pages;
 

@@ -2,10 +2,11 @@
 //! are always read, estimate the rest, and say what share of the softmax was not read.
 //!
 //! *Helps* because every index goes this one way, on every backend: through `dot_scores` or `code_scores`, `attend` with
-//! spans, `weigh_values` and `merge_partials`. *Hurts* by three or four kernel calls a layer where reading everything is one; so a short context
+//! spans, `weigh_values` and `merge_partials`. *Hurts* by several kernel calls where reading everything is one; so a short context
 //! is read whole.
 
 mod calibrate;
+mod parts;
 mod reader;
 mod refine;
 mod tail;
@@ -15,14 +16,15 @@ use super::ops::Selection;
 use super::sequence::{Sequence, SequenceId};
 use super::step::Lane;
 use crate::device::HeadRows;
-use crate::error::{CacheError, Error};
+use crate::error::{CacheError, Error, KernelError};
 use crate::index::choose::Ranking;
-use crate::index::{Growth, LayerIndex, Retrieval};
+use crate::index::{Growth, IndexPart, LayerIndex, Retrieval};
 use crate::kernel::attend::{AttendLane, Share, Workspace};
 use crate::kernel::{AttentionParams, Spans, total_rows};
 use crate::recipe::Budget;
 use crate::store;
 use crate::view::{Dims, TensorView};
+use parts::Part;
 use reader::Reader;
 use refine::Refined;
 
@@ -83,6 +85,15 @@ impl Held {
 /// Buffers that steps reuse.
 #[derive(Debug, Default)]
 pub(super) struct ReadScratch {
+    parts: Vec<Part>,
+    /// What is chosen, by KV head.
+    pub(super) chosen: Held,
+    reports: Vec<Result<ReadReport, KernelError>>,
+}
+
+/// Those of some KV heads that go through a step together.
+#[derive(Debug, Default)]
+struct PartScratch {
     rankings: Vec<Ranking>,
     bounds: Vec<Ranking>,
     queries: Vec<f32>,
@@ -93,7 +104,7 @@ pub(super) struct ReadScratch {
     /// Units taken now, by KV head.
     fresh: Vec<Vec<u32>>,
     /// What is chosen, by KV head.
-    pub(super) chosen: Held,
+    chosen: Vec<Vec<u32>>,
     outs: Vec<f32>,
     lses: Vec<f32>,
     zone: Vec<f32>,
@@ -151,11 +162,12 @@ impl KvCache {
                         shape,
                         retrieval,
                         heads,
-                        index,
+                        index: IndexPart::all(index),
                         queries,
                         positions,
                         budget,
                         thresholds,
+                        sinks: shape.sink_logits.as_deref(),
                     };
                     reader.run(held, (read, workspace), (out, lse))?
                 }
@@ -261,11 +273,12 @@ impl KvCache {
                 shape,
                 retrieval,
                 heads,
-                index,
+                index: IndexPart::all(index),
                 queries: &queries,
                 positions: &positions,
                 budget,
                 thresholds: sequence.thresholds,
+                sinks: shape.sink_logits.as_deref(),
             };
             let (mut out, mut lse) = (vec![0.0; hq * dims.tokens * d_v], vec![0.0; hq * dims.tokens]);
             let mut scratch = ReadScratch::default();

@@ -3,21 +3,22 @@
 use super::super::scratch::resize;
 use super::refine::Refined;
 use super::tail::left_share;
-use super::{Held, ReadReport, ReadScratch};
+use super::{PartScratch, ReadReport};
 use crate::backend::Backend;
 use crate::device::page::Side;
 use crate::device::{HeadRows, Pool};
 use crate::error::KernelError;
 use crate::geometry::LayerShape;
 use crate::index::choose::Ranking;
-use crate::index::{Codebook, Group, HeadUnits, LayerIndex, Retrieval, Role, Tail, Thresholds, windowed};
+use crate::index::{Codebook, Group, HeadUnits, IndexPart, Retrieval, Role, Tail, Thresholds, windowed};
 use crate::kernel::attend::{AttendLane, Share, Workspace};
 use crate::kernel::code_scores::{CodeArgs, CodeLayout};
 use crate::kernel::dot_scores::DotArgs;
 use crate::kernel::merge_partials::MergeArgs;
-use crate::kernel::simd::weights::best;
+use crate::kernel::simd::weights::{best, raise};
 use crate::kernel::{AttentionParams, Spans, total_rows};
 use crate::store;
+use std::ops::Range;
 
 /// Logits of units below which what is made of them is left to one thread: waking another takes as long.
 const SPREAD_MIN: usize = 1 << 13;
@@ -29,7 +30,7 @@ pub(super) struct Reader<'a> {
     pub(super) shape: &'a LayerShape,
     pub(super) retrieval: &'a Retrieval,
     pub(super) heads: &'a [HeadRows],
-    pub(super) index: &'a LayerIndex,
+    pub(super) index: IndexPart<'a>,
     /// `[Hq, T, d_k]`.
     pub(super) queries: &'a [f32],
     pub(super) positions: &'a [i32],
@@ -37,49 +38,39 @@ pub(super) struct Reader<'a> {
     pub(super) budget: usize,
     /// Where a threshold decides, what it is.
     pub(super) thresholds: Option<Thresholds>,
+    /// Sink logits of the query heads.
+    pub(super) sinks: Option<&'a [f32]>,
 }
 
 /// The groups of a KV head, its spans, what is lent, what is left in each row, and the units.
 type LookedUp<'a> = ((((&'a Ranking, &'a mut Spans), &'a mut Vec<u32>), &'a mut [f32]), &'a HeadUnits);
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
     /// Attention over what the index chooses into `out [Hq, T, d_v]` and `lse [Hq, T]`; the choice stays in
     /// `scratch.chosen`. With `held`, over what was chosen before.
     ///
     /// # Errors
     /// [`KernelError`].
-    pub(super) fn run(
+    pub(super) fn stages(
         &self,
-        held: Option<&Held>,
-        lent: (&mut ReadScratch, &mut Workspace),
-        to: (&mut [f32], &mut [f32]),
-    ) -> Result<ReadReport, KernelError> {
-        match self.pool() {
-            // Entered once: between its stages this thread would fall asleep and be woken every time.
-            Some(pool) => pool.run(|| self.stages(held, lent, to)),
-            None => self.stages(held, lent, to),
-        }
-    }
-
-    fn stages(
-        &self,
-        held: Option<&Held>,
-        (scratch, workspace): (&mut ReadScratch, &mut Workspace),
+        held: Option<&[Vec<u32>]>,
+        (scratch, workspace): (&mut PartScratch, &mut Workspace),
         (out, lse): (&mut [f32], &mut [f32]),
     ) -> Result<ReadReport, KernelError> {
         let mut report = ReadReport { stored: total_rows(self.heads), ..ReadReport::default() };
         scratch.spans.resize_with(self.heads.len(), Spans::default);
         scratch.slots.resize_with(self.heads.len(), Vec::new);
         scratch.fresh.resize_with(self.heads.len(), Vec::new);
+        scratch.chosen.resize_with(self.heads.len(), Vec::new);
         scratch.ranked = held.is_none();
         self.correct(scratch);
         if let Some(held) = held {
-            scratch.chosen.clone_from(held);
+            scratch.chosen.iter_mut().zip(held).for_each(|(chosen, held)| chosen.clone_from(held));
             self.attend(scratch, true, workspace, (out, lse), &mut report)?;
         } else {
             self.choose(scratch, workspace, (&mut *out, &mut *lse), &mut report)?;
         }
-        report.units = scratch.chosen.units.iter().map(Vec::len).sum();
+        report.units = scratch.chosen.iter().map(Vec::len).sum();
         if held.is_none() {
             self.account(scratch, lse, &mut report);
         }
@@ -89,6 +80,18 @@ impl Reader<'_> {
         Ok(report)
     }
 
+    /// The same of some of the KV heads.
+    pub(super) fn of_heads(&self, heads: Range<usize>) -> Self {
+        let (group, queries) = (self.shape.group(), self.rows() * self.shape.d_k);
+        Self {
+            heads: &self.heads[heads.clone()],
+            index: self.index.part(heads.clone()),
+            queries: &self.queries[heads.start * queries..heads.end * queries],
+            sinks: self.sinks.map(|sinks| &sinks[heads.start * group..heads.end * group]),
+            ..*self
+        }
+    }
+
     pub(super) fn rows(&self) -> usize {
         self.shape.group() * self.positions.len()
     }
@@ -96,17 +99,13 @@ impl Reader<'_> {
     /// Scores, chooses and reads.
     fn choose(
         &self,
-        scratch: &mut ReadScratch,
+        scratch: &mut PartScratch,
         workspace: &mut Workspace,
         (out, lse): (&mut [f32], &mut [f32]),
         report: &mut ReadReport,
     ) -> Result<(), KernelError> {
         let (rule, rows) = (&self.retrieval.rule, self.rows());
-        scratch.chosen.age = 0;
-        scratch.chosen.units.resize_with(self.heads.len(), Vec::new);
-        scratch.chosen.units.iter_mut().for_each(Vec::clear);
-        scratch.chosen.of.clear();
-        scratch.chosen.of.extend(self.index.heads().iter().map(|head| head.picks()));
+        scratch.chosen.iter_mut().for_each(Vec::clear);
         // A weight is a share of what a row sees, so what it sees anyway comes first; logits need no such measure.
         // Nor do weights that a threshold was made for: those among units.
         let shares = matches!(rule.group, Group::Max | Group::Sum) && rule.calibration.is_none();
@@ -139,15 +138,15 @@ impl Reader<'_> {
         }
         let mut first = true;
         loop {
-            let ReadScratch { rankings, refined, bounds, fresh, chosen, .. } = &mut *scratch;
+            let PartScratch { rankings, refined, bounds, fresh, chosen, .. } = &mut *scratch;
             let known = |h: usize| zone_first.then(|| &lse[h * rows..(h + 1) * rows]);
             if refines.is_some() {
-                let taking = refined.iter_mut().zip(fresh).zip(&mut chosen.units).zip(0..);
+                let taking = refined.iter_mut().zip(fresh).zip(&mut *chosen).zip(0..);
                 self.each(taking, |(((refined, fresh), chosen), h): (((&mut Refined, _), _), usize)| {
                     self.take_refined(h, first, known(h), refined, fresh, chosen);
                 });
             } else {
-                let taking = rankings.iter_mut().zip(fresh).zip(&mut chosen.units).zip(0..);
+                let taking = rankings.iter_mut().zip(fresh).zip(&mut *chosen).zip(0..);
                 self.each(taking, |(((ranking, fresh), chosen), h): (((&mut Ranking, _), _), usize)| {
                     let units = &self.index.heads()[h];
                     self.take(
@@ -184,7 +183,7 @@ impl Reader<'_> {
         &self,
         table: usize,
         threshold: f32,
-        scratch: &mut ReadScratch,
+        scratch: &mut PartScratch,
         rankings: &mut Vec<Ranking>,
         workspace: &mut Workspace,
         report: &mut ReadReport,
@@ -209,7 +208,7 @@ impl Reader<'_> {
         &self,
         table: usize,
         within: bool,
-        scratch: &mut ReadScratch,
+        scratch: &mut PartScratch,
         rankings: &mut Vec<Ranking>,
         workspace: &mut Workspace,
         report: &mut ReadReport,
@@ -263,7 +262,7 @@ impl Reader<'_> {
                 if role == Role::Mean && units > 0 {
                     let corrections = corrections.get(h * rows..(h + 1) * rows).unwrap_or(&[]);
                     for (logits, correction) in logits.chunks_exact_mut(units).zip(corrections) {
-                        logits.iter_mut().for_each(|x| *x += correction);
+                        raise(logits, *correction);
                     }
                 }
                 let zone = &zone[h * rows..(h + 1) * rows];
@@ -341,17 +340,17 @@ impl Reader<'_> {
         heads: impl Iterator<Item = T> + Send,
         work: impl Fn(T) + Sync + Send,
     ) {
-        match self.pool() {
+        match self.pool().filter(|pool| pool.threads() > 1 && self.heads.len() > 1) {
             Some(pool) => pool.run(|| spread(heads, &work)),
             None => heads.for_each(work),
         }
     }
 
     /// The threads, where there is enough for several to do.
-    fn pool(&self) -> Option<&Pool> {
+    pub(super) fn pool(&self) -> Option<&'a Pool> {
         let units: usize = self.index.heads().iter().map(|head| head.units()).sum();
         let enough = self.rows() * units >= SPREAD_MIN;
-        self.backend.workers().filter(|pool| enough && pool.threads() > 1)
+        self.backend.workers().filter(|_| enough)
     }
 
     /// Takes units of a KV head into `fresh`, and into `chosen` with those before. `known` is the log-sum-exp of what its
@@ -442,14 +441,14 @@ impl Reader<'_> {
     /// Reads the chosen units and, with `zone`, what is always read.
     fn attend(
         &self,
-        scratch: &mut ReadScratch,
+        scratch: &mut PartScratch,
         zone: bool,
         workspace: &mut Workspace,
         (out, lse): (&mut [f32], &mut [f32]),
         report: &mut ReadReport,
     ) -> Result<(), KernelError> {
-        let ReadScratch { spans, slots, chosen, fresh, .. } = scratch;
-        let units = if zone { &chosen.units } else { &*fresh };
+        let PartScratch { spans, slots, chosen, fresh, .. } = scratch;
+        let units = if zone { chosen } else { fresh };
         self.each(spans.iter_mut().zip(slots).zip(0..), |((spans, slots), h): ((_, _), usize)| {
             self.index.heads()[h].spans(&units[h], zone, self.heads[h].rows(), spans, slots);
         });
@@ -464,10 +463,8 @@ impl Reader<'_> {
         (out, lse): (&mut [f32], &mut [f32]),
         report: &mut ReadReport,
     ) -> Result<(), KernelError> {
-        let mut params = AttentionParams::of(self.shape);
-        if !sinks {
-            params.sink_logits = None;
-        }
+        let sink_logits = self.sinks.filter(|_| sinks);
+        let params = AttentionParams { sink_logits, ..AttentionParams::of(self.shape) };
         let (heads, queries, positions) = (self.heads, self.queries, self.positions);
         let lane = AttendLane {
             heads,
@@ -493,7 +490,7 @@ impl Reader<'_> {
     /// Reads the units taken now and joins them to what was read before.
     fn attend_more(
         &self,
-        scratch: &mut ReadScratch,
+        scratch: &mut PartScratch,
         workspace: &mut Workspace,
         (out, lse): (&mut [f32], &mut [f32]),
         report: &mut ReadReport,

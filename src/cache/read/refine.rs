@@ -6,7 +6,7 @@
 
 use super::super::scratch::resize;
 use super::reader::Reader;
-use super::{ReadReport, ReadScratch};
+use super::{PartScratch, ReadReport};
 use crate::error::KernelError;
 use crate::index::HeadUnits;
 use crate::index::choose::Ranking;
@@ -31,8 +31,6 @@ pub(super) struct Refined {
     promised: Vec<f32>,
     /// What the logit of each unit's mean is without the number of its members.
     means: Vec<f32>,
-    /// Logits of entries.
-    logits: Vec<f32>,
     /// Of each unit in one row, what its entries weigh together.
     pub(super) sums: Vec<f32>,
     /// Logarithm of what every row has on the other units, and of that and what it sees anyway.
@@ -89,12 +87,12 @@ impl Reader<'_> {
     pub(super) fn refine(
         &self,
         (table, layout): (usize, CodeLayout),
-        scratch: &mut ReadScratch,
+        scratch: &mut PartScratch,
         workspace: &mut Workspace,
         report: &mut ReadReport,
     ) -> Result<(), KernelError> {
         let (rows, heads) = (self.rows(), self.index.heads());
-        let ReadScratch { rankings, refined, spans, scores, queries, logits, zone, variances, .. } = scratch;
+        let PartScratch { rankings, refined, spans, scores, queries, logits, zone, variances, .. } = scratch;
         let (zone, variances) = (&**zone, &**variances);
         refined.resize_with(heads.len(), Refined::default);
         let mut of_units = &**logits;
@@ -133,13 +131,11 @@ impl Reader<'_> {
             |((refined, (scores, logits)), h): (RefinedLogits<'_>, usize)| {
                 let of = |all: &[f32], row| all.get(h * rows + row).copied().unwrap_or(0.0);
                 let (units, ranking) = (&heads[h], &rankings[h]);
-                let Refined { units: looked, ends, means, logits: raised, beside, seen, .. } = refined;
+                let Refined { units: looked, ends, means, beside, seen, .. } = refined;
                 let entries = scores.len() / rows;
-                let raised = resize(raised, scores.len());
-                for row in 0..rows {
+                for (row, scores) in scores.chunks_exact_mut(entries.max(1)).enumerate() {
                     let logits = &logits[row * units.units()..(row + 1) * units.units()];
                     let (around, within) = (of(corrections, row), of(of_codes, row));
-                    let own = row * entries..(row + 1) * entries;
                     // A mean's logit is of all members together.
                     let mean =
                         |&unit: &u32| logits[unit as usize] - around - units.logarithms()[unit as usize];
@@ -147,13 +143,13 @@ impl Reader<'_> {
                     match self.shape.softcap {
                         None => {
                             means.extend(looked.iter().map(|unit| mean(unit) + within));
-                            raise_runs(&scores[own.clone()], ends, means, &mut raised[own]);
+                            raise_runs(scores, ends, means);
                         }
                         Some(cap) => {
                             let uncapped = |x: f32| cap * (x / cap).clamp(-0.999_999, 0.999_999).atanh();
                             means.extend(looked.iter().map(|unit| uncapped(mean(unit))));
-                            raise_runs(&scores[own.clone()], ends, means, &mut raised[own.clone()]);
-                            raised[own].iter_mut().for_each(|x| *x = cap * (*x / cap).tanh() + within);
+                            raise_runs(scores, ends, means);
+                            scores.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh() + within);
                         }
                     }
                 }
@@ -165,7 +161,7 @@ impl Reader<'_> {
                 seen.clear();
                 let zone = &zone[h * rows..(h + 1) * rows];
                 seen.extend(zone.iter().zip(&*beside).map(|(&zone, &beside)| log_sum(zone, beside)));
-                refined.ranking.set(raised, seen, (self.retrieval.rule.group, 1, self.budget), None);
+                refined.ranking.set(scores, seen, (self.retrieval.rule.group, 1, self.budget), None);
                 refined.ranking.leave(beside);
             },
         );

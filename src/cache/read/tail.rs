@@ -3,7 +3,7 @@
 use super::super::scratch::resize;
 use super::reader::Reader;
 use super::refine::Refined;
-use super::{ReadReport, ReadScratch};
+use super::{PartScratch, ReadReport};
 use crate::device::page::Side;
 use crate::error::KernelError;
 use crate::index::choose::Ranking;
@@ -23,7 +23,7 @@ type Left<'a> = ((((&'a mut [f32], &'a mut [f32]), &'a mut Vec<u32>), usize), Op
 impl Reader<'_> {
     /// How far every row's logits vary within units, and what logits on means are to be raised by; behind, the same of
     /// codes within units, if there are any.
-    pub(super) fn correct(&self, scratch: &mut ReadScratch) {
+    pub(super) fn correct(&self, scratch: &mut PartScratch) {
         let (rows, kinds) = (self.rows(), 1 + usize::from(self.retrieval.residuals().is_some()));
         let correct = self.retrieval.rule.correct;
         let lines = if correct || kinds > 1 { kinds * self.heads.len() * rows } else { 0 };
@@ -44,7 +44,7 @@ impl Reader<'_> {
     /// members that were not read are taken to have.
     pub(super) fn estimate(
         &self,
-        scratch: &mut ReadScratch,
+        scratch: &mut PartScratch,
         workspace: &mut Workspace,
         (out, lse): (&mut [f32], &mut [f32]),
         report: &mut ReadReport,
@@ -62,7 +62,7 @@ impl Reader<'_> {
             scratch.rankings = rankings;
             scored?;
         }
-        let ReadScratch { rankings, refined, chosen, fresh, weights, references, outs, lses, .. } = scratch;
+        let PartScratch { rankings, refined, chosen, fresh, weights, references, outs, lses, .. } = scratch;
         let weights = resize(weights, rows * total_rows(tables));
         let references = resize(references, lse.len());
         let mut left = &mut *weights;
@@ -72,7 +72,7 @@ impl Reader<'_> {
             part
         });
         let parts = parts.zip(references.chunks_exact_mut(rows)).zip(fresh).zip(0..);
-        let (rankings, chosen) = (&*rankings, &chosen.units);
+        let (rankings, chosen) = (&*rankings, &*chosen);
         let refines = own && self.retrieval.residuals().is_some();
         let mut refined = refined.iter_mut();
         let parts = parts.map(|part| (part, refined.next().filter(|_| refines)));
@@ -175,10 +175,10 @@ impl Reader<'_> {
     }
 
     /// What the rankings say of the units that were not read.
-    pub(super) fn account(&self, scratch: &mut ReadScratch, lse: &[f32], report: &mut ReadReport) {
+    pub(super) fn account(&self, scratch: &mut PartScratch, lse: &[f32], report: &mut ReadReport) {
         let rule = &self.retrieval.rule;
         let roles = self.retrieval.summary.tables();
-        let ReadScratch { rankings, bounds, refined, chosen, zone, shares, .. } = scratch;
+        let PartScratch { rankings, bounds, refined, chosen, zone, shares, .. } = scratch;
         // Groups that were not looked into weigh what they weigh.
         let groups = self.thresholds.is_some() && self.retrieval.table(Role::Group).is_some();
         let beside = |row: usize| if groups { zone[row] } else { f32::NEG_INFINITY };
@@ -187,7 +187,7 @@ impl Reader<'_> {
         if estimates && (rule.tail == Tail::Ignore || rule.estimate < 1.0) {
             let choice = |h: usize| match self.retrieval.residuals() {
                 Some(_) => (&refined[h].ranking, &*refined[h].taken),
-                None => (&rankings[h], &*chosen.units[h]),
+                None => (&rankings[h], &*chosen[h]),
             };
             self.shares(choice, |row| (lse[row], beside(row)), |_, _| 0.0, shares);
             report.missing = Some((shares.iter().sum::<f64>() / lse.len() as f64) as f32);
@@ -197,7 +197,7 @@ impl Reader<'_> {
             _ if self.bounds_beside().is_some() => &*bounds,
             Role::Mean | Role::Group | Role::Code(_) | Role::Residual(_) => return,
         };
-        let choice = |h: usize| (&bounds[h], &*chosen.units[h]);
+        let choice = |h: usize| (&bounds[h], &*chosen[h]);
         self.shares(choice, |row| (lse[row], beside(row)), |h, row| self.slack(h, row), shares);
         let most = shares.iter().copied().fold(0.0, f64::max);
         // Rounded up to the next number that the report can hold.

@@ -24,6 +24,7 @@ use crate::device::page::Side;
 use crate::error::KernelError;
 use crate::kernel::attention_mass::cpu::{HeadMass, mass_len};
 use crate::kernel::merge_partials::cpu::merge;
+use crate::kernel::simd::apart::Lists;
 use crate::kernel::simd::chosen::ChosenTiles;
 use crate::kernel::simd::copies::Copies;
 use crate::kernel::simd::gemm::PAD;
@@ -361,13 +362,18 @@ enum Walk<'a, I: Iterator<Item = Tile<'a>>> {
 
 impl<'a, I: Iterator<Item = Tile<'a>>> Walk<'a, I> {
     #[inline(always)]
-    fn next<'t, S: Simd>(&mut self, simd: S, copies: &'t mut Copies<'_>) -> Option<Tile<'t>>
+    fn next<'t, S: Simd>(
+        &mut self,
+        simd: S,
+        copies: &'t mut Copies<'_>,
+        rows: &'t mut Lists<'a>,
+    ) -> Option<Tile<'t>>
     where
         'a: 't,
     {
         match self {
             Self::Pages(tiles) => tiles.next(),
-            Self::Chosen(tiles) => tiles.next(simd, copies),
+            Self::Chosen(tiles) => tiles.next(simd, copies, rows),
         }
     }
 
@@ -431,9 +437,13 @@ impl Item<'_> {
                 entries = first_slot(self.head, pages.end) - start;
                 Walk::Pages(tiles(self.head, pages).filter(|t| t.meets(params, &block)).peekable())
             }
-            Part::Chosen(chosen) => Walk::Chosen(ChosenTiles::new(self.head, chosen)),
+            Part::Chosen(chosen) => {
+                let masked = !block.sees_all(params, self.head);
+                Walk::Chosen(ChosenTiles::new(self.head, chosen, masked))
+            }
         };
-        while let Some(tile) = tiles.next(simd, &mut copies) {
+        let mut lists = Lists::NONE;
+        while let Some(tile) = tiles.next(simd, &mut copies, &mut lists) {
             if !tile.meets(params, &block) {
                 continue;
             }

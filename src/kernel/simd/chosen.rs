@@ -1,16 +1,18 @@
 //! Tiles of chosen entries: [`Spans`] cut into what the code for whole pages computes on.
 //!
-//! A run of some length within a page is a tile where it lies. Shorter runs and lone rows are copied, as stored, to one
-//! tile of up to [`TILE`] entries ([`super::copies`]): exact rows one by one, packed ones by fours, as they lie in words;
-//! those of a four that are not chosen get the logit `−∞`. Rows that share parameters with others cannot be copied:
-//! there a tile is the range of a band around chosen rows, the others again without weight.
+//! A run of some length within a page is a tile where it lies. Of shorter runs and lone rows up to [`TILE`] entries are one
+//! tile ([`super::copies`]): a list of exact rows, or packed ones copied by fours, as they lie in words; those of a four
+//! that are not chosen get the logit `−∞`. Rows that share parameters with others cannot be copied: there a tile is the
+//! range of a band around chosen rows, the others again without weight.
 //!
 //! The next two tiles are known while one is computed, and the rows of the second are on their way then: lone rows are
-//! cache misses that no hardware foresees, and those of the next tile would still be missing when they are copied.
+//! cache misses that no hardware foresees, and those of the next tile would still be missing when they are multiplied.
+//! Positions, a miss more per row, are not looked at where every query sees all entries.
 //!
 //! *Helps* by leaving unread what an index has ruled out. *Hurts* lone entries of packed pages: sixteen keys share every
 //! cache line of theirs.
 
+use super::apart::Lists;
 use super::copies::{Copies, Stored, UNIT, Waiting};
 use super::prefetch::{Ahead, request};
 use super::tile::{TILE, Tile};
@@ -32,7 +34,7 @@ const PACKED_RUN_MIN: usize = 16;
 const LANES: usize = 16;
 
 /// How many spans ahead the description of a page is requested, which must be there before its rows can be.
-const PAGES_AHEAD: usize = 8;
+const PAGES_AHEAD: usize = 16;
 
 /// Where a part of the chosen entries starts or ends: a span and a slot in it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -123,12 +125,13 @@ impl<'a> Place<'a> {
 }
 
 /// What is served.
+#[allow(clippy::large_enum_variant, reason = "two of them, on the stack: the call allocates nothing")]
 #[derive(Clone, Copy, Debug)]
 enum Next<'a> {
     /// Rows where they lie.
     Tile(Tile<'a>),
-    /// The rows of this gathering, to be copied.
-    Copies(usize),
+    /// The rows of this gathering.
+    Gathered(usize),
     Nothing,
 }
 
@@ -158,6 +161,8 @@ pub(crate) struct ChosenTiles<'a> {
     spans: &'a [Span],
     run: Range<usize>,
     end: usize,
+    /// Whether some query does not see some entry, so that positions matter.
+    masked: bool,
     /// What is served next and after that.
     next: [Next<'a>; 2],
     gatherings: [Gathering<'a>; 2],
@@ -218,8 +223,8 @@ impl<'a> Requests<'a> {
 }
 
 impl<'a> ChosenTiles<'a> {
-    /// Of a part of the entries of `head`, which has them all.
-    pub(crate) fn new(head: &'a HeadRows, chosen: Chosen<'a>) -> Self {
+    /// Of a part of the entries of `head`, which has them all; `masked` if some query does not see some of them.
+    pub(crate) fn new(head: &'a HeadRows, chosen: Chosen<'a>, masked: bool) -> Self {
         let first = chosen.spans.first().map_or(0..0, |s| s.start.max(chosen.start) as usize..s.end as usize);
         let end = chosen.end as usize;
         let mut tiles = Self {
@@ -228,6 +233,7 @@ impl<'a> ChosenTiles<'a> {
             spans: chosen.spans.get(1..).unwrap_or_default(),
             run: first.start..first.end.min(end),
             end,
+            masked,
             next: [Next::Nothing; 2],
             gatherings: [Gathering::NONE; 2],
             filling: 0,
@@ -240,22 +246,31 @@ impl<'a> ChosenTiles<'a> {
         tiles
     }
 
-    /// The next tile; copies are made in `memory`.
+    /// The next tile; copies are made in `memory`, and `rows` hold those that lie apart.
     #[inline(always)]
-    pub(crate) fn next<'t, S: Simd>(&mut self, simd: S, memory: &'t mut Copies<'_>) -> Option<Tile<'t>>
+    pub(crate) fn next<'t, S: Simd>(
+        &mut self,
+        simd: S,
+        memory: &'t mut Copies<'_>,
+        rows: &'t mut Lists<'a>,
+    ) -> Option<Tile<'t>>
     where
         'a: 't,
     {
         let tile = match self.next[0] {
             Next::Tile(tile) => tile,
-            Next::Copies(at) => {
+            Next::Gathered(at) => {
                 let Gathering { place: Some(place), waiting, requests } = &self.gatherings[at] else {
                     return None;
                 };
-                let rows = [requests[0].parts(), requests[1].parts()];
+                let rows = match waiting.each_for_itself() {
+                    true => rows.set(requests[0].parts(), requests[1].parts()),
+                    false => [&[][..]; 2],
+                };
+                let stored = (&place.keys, &place.values);
                 let tile = simd.vectorize(
                     #[inline(always)]
-                    || waiting.copy(&place.segment.layout, (&place.keys, &place.values), rows, memory),
+                    || waiting.tile(&place.segment.layout, stored, rows, self.masked, memory),
                 );
                 self.gatherings[at].clear();
                 tile
@@ -277,7 +292,7 @@ impl<'a> ChosenTiles<'a> {
     fn lines(&self, next: usize, side: Side) -> Ahead<'_> {
         let at = match &self.next[next] {
             Next::Tile(tile) => return tile.lines(side),
-            Next::Copies(at) => *at,
+            Next::Gathered(at) => *at,
             Next::Nothing => return Ahead::NONE,
         };
         let Gathering { waiting, requests: [keys, values], .. } = &self.gatherings[at];
@@ -302,7 +317,10 @@ impl<'a> ChosenTiles<'a> {
             if let (Some(place), Some(later)) = (&self.place, rest.get(PAGES_AHEAD))
                 && (later.start as usize) < place.end()
             {
-                request(place.find(later.start as usize).0);
+                // It is longer than a line.
+                let page = place.find(later.start as usize).0;
+                request(page);
+                request(&page.columns);
             }
         }
         true
@@ -325,7 +343,7 @@ impl<'a> ChosenTiles<'a> {
     fn gathered(&mut self) -> Next<'a> {
         let at = self.filling;
         self.filling = 1 - at;
-        Next::Copies(at)
+        Next::Gathered(at)
     }
 
     fn plan(&mut self) -> Next<'a> {
@@ -350,7 +368,7 @@ impl<'a> ChosenTiles<'a> {
                 }
                 let len = run.min(TILE);
                 self.run.start += len;
-                return Next::Tile(place.tile(page, slot, row, len, u64::MAX));
+                return Next::Tile(place.tile(page, slot, (row, len), u64::MAX, self.masked));
             };
             let from = row & !(unit - 1);
             if !into.waiting.ends_with(page, from) {
@@ -360,7 +378,7 @@ impl<'a> ChosenTiles<'a> {
                 if into.waiting.is_empty() {
                     into.place = Some(place.clone());
                 }
-                into.waiting.push(page, from, unit);
+                into.waiting.push(page, from, unit, self.masked);
                 into.requests[0].push(&place.keys, page, from);
                 into.requests[1].push(&place.values, page, from);
                 // Finding rows takes about as long as computing on them: half of the requests go here.
@@ -402,20 +420,30 @@ impl<'a> ChosenTiles<'a> {
         let len = last - base;
         let all = chosen == u64::MAX >> (TILE - len);
         let Some(place) = &self.place else { unreachable!("a segment was entered") };
-        place.tile(page, base, from, len, if all { u64::MAX } else { chosen })
+        place.tile(page, base, (from, len), if all { u64::MAX } else { chosen }, self.masked)
     }
 }
 
 impl<'a> Place<'a> {
-    fn tile(&self, page: &'a Page, slot: usize, from: usize, len: usize, chosen: u64) -> Tile<'a> {
+    fn tile(
+        &self,
+        page: &'a Page,
+        slot: usize,
+        (from, len): (usize, usize),
+        chosen: u64,
+        masked: bool,
+    ) -> Tile<'a> {
         let (keys, values) = (self.keys.bytes(page), self.values.bytes(page));
         for (stored, bytes) in [(&self.keys, keys), (&self.values, values)] {
             if let Some(packed) = stored.packed {
                 request(&stored.parameters(bytes, from / packed.group_rows)[0]);
             }
         }
-        let positions = &page.positions[from..from + len];
-        request(&positions[0]);
+        let mut positions = &[][..];
+        if masked {
+            positions = &page.positions[from..from + len];
+            request(&positions[0]);
+        }
         Tile {
             layout: &self.segment.layout,
             slot,
@@ -423,6 +451,7 @@ impl<'a> Place<'a> {
             bias: page.bias.as_deref().map(|b| &b[from..from + len]),
             keys: self.keys.rows(keys),
             values: self.values.rows(values),
+            apart: None,
             from,
             len,
             chosen,

@@ -1,11 +1,12 @@
-//! Rows of many places copied, as stored, to one tile.
+//! Rows of many places made one tile: exact ones where they lie, packed ones copied as stored.
 //!
-//! Of an exact side every row is copied. Of a packed one four rows are, which share the words of their codes; a tile of
-//! copies is then a packed side of [`TILE`] rows like any other. Rows of a four that are not chosen have parameters of 0,
-//! so that nothing of what was never written can reach a result.
+//! A tile of exact rows is a list of them ([`super::apart`]). Where a side is packed, four rows are copied together, which
+//! share the words of their codes, and of the other side, if that is exact, the same rows; a tile of copies is then a
+//! packed side of [`TILE`] rows like any other. Rows of a four that are not chosen have parameters of 0, so that nothing of
+//! what was never written can reach a result.
 //!
-//! *Helps* lone entries and short runs: what a tile costs beside its rows is shared by as many as fit. *Hurts* by a copy of
-//! what is read, from and to the first cache levels.
+//! *Helps* lone entries and short runs: what a tile costs beside its rows is shared by as many as fit. *Hurts* packed rows
+//! by a copy of what is read, from and to the first cache levels.
 
 use super::gemm::PAD;
 use super::prefetch::request;
@@ -59,6 +60,15 @@ impl Stored {
         }
     }
 
+    /// None, of the type that exact ones have.
+    fn none(&self) -> Rows<'static> {
+        match self.encoding {
+            Encoding::Exact(DType::F16) => Rows::F16(&[]),
+            Encoding::Exact(DType::Bf16) => Rows::Bf16(&[]),
+            _ => Rows::F32(&[]),
+        }
+    }
+
     /// An exact row.
     #[inline(always)]
     pub(super) fn exact_row<'a>(&self, bytes: &'a [u8], row: usize) -> &'a [u8] {
@@ -71,17 +81,11 @@ impl Stored {
         &bytes[self.parameters + row * self.group..][..self.group]
     }
 
-    /// Copies rows to `to`, and gives them as rows. Where each waits for itself, `found` are they.
+    /// Copies rows to `to`, and gives them as rows.
     #[inline(always)]
-    fn copy<'t>(&self, waiting: &Waiting<'_>, found: &[&[u8]], to: &'t mut [f32]) -> Rows<'t> {
+    fn copy<'t>(&self, waiting: &Waiting<'_>, to: &'t mut [f32]) -> Rows<'t> {
         let to: &mut [u8] = cast_slice_mut(to);
         let Some(packed) = self.packed else {
-            if waiting.each_for_itself() {
-                for (from, to) in found.iter().zip(to.chunks_exact_mut(self.row.max(1))) {
-                    copy(from, to);
-                }
-                return self.rows(to);
-            }
             for (i, to) in to.chunks_exact_mut(self.row.max(1)).enumerate().take(waiting.len()) {
                 let (page, row) = waiting.row(i);
                 copy(self.exact_row(self.bytes(page), row), to);
@@ -155,23 +159,13 @@ pub(super) struct Waiting<'a> {
     shift: u32,
     /// Which rows of the tile are chosen.
     chosen: u64,
-    /// Positions and β of rows that wait each for itself, and whether any has a β.
-    positions: [i32; TILE],
-    bias: [f32; TILE],
+    /// Whether any page has a β.
     biased: bool,
 }
 
 impl<'a> Waiting<'a> {
     /// None.
-    pub(super) const NONE: Self = Self {
-        from: [None; TILE],
-        count: 0,
-        shift: 0,
-        chosen: 0,
-        positions: [0; TILE],
-        bias: [0.0; TILE],
-        biased: false,
-    };
+    pub(super) const NONE: Self = Self { from: [None; TILE], count: 0, shift: 0, chosen: 0, biased: false };
 
     /// Forgets all.
     pub(super) fn clear(&mut self) {
@@ -204,16 +198,14 @@ impl<'a> Waiting<'a> {
         self.shift == 0
     }
 
-    /// Adds `unit` rows, 1 or [`UNIT`] as all before, of which none is chosen yet.
+    /// Adds `unit` rows, 1 or [`UNIT`] as all before, of which none is chosen yet; requests their positions if they are
+    /// `asked` for.
     #[inline(always)]
-    pub(super) fn push(&mut self, page: &'a Page, from: usize, unit: usize) {
+    pub(super) fn push(&mut self, page: &'a Page, from: usize, unit: usize, asked: bool) {
         self.shift = unit.trailing_zeros();
         self.from[self.count] = Some((page, from as u32));
-        if unit == 1 {
-            self.positions[self.count] = page.positions[from];
-            self.bias[self.count] = page.bias.as_ref().map_or(0.0, |bias| bias[from]);
-            self.biased |= page.bias.is_some();
-        } else {
+        self.biased |= page.bias.is_some();
+        if asked {
             request(&page.positions[from]);
         }
         self.count += 1;
@@ -252,38 +244,42 @@ impl<'a> Waiting<'a> {
         (page, (from + at) as usize)
     }
 
-    /// Makes the copies in `memory`: a tile. `found` are the rows of both sides, where each waits for itself.
+    /// Makes a tile of the rows: copies in `memory`, or `rows`, which are both sides of such as wait each for itself.
+    /// Positions are left out unless they are `asked` for.
     #[inline(always)]
-    pub(super) fn copy<'t>(
+    pub(super) fn tile<'t>(
         &self,
         layout: &'t PageLayout,
         (keys, values): (&Stored, &Stored),
-        found: [&[&[u8]]; 2],
+        rows: [&'t [&'t [u8]]; 2],
+        asked: bool,
         memory: &'t mut Copies<'_>,
     ) -> Tile<'t> {
         let len = self.len();
-        let positions = &mut cast_slice_mut::<f32, i32>(memory.positions)[..len];
-        let bias = &mut memory.bias[..len];
-        let mut any = self.biased;
-        if self.each_for_itself() {
-            positions.copy_from_slice(&self.positions[..len]);
-            bias.copy_from_slice(&self.bias[..len]);
-        } else {
-            for (i, (position, bias)) in positions.iter_mut().zip(&mut *bias).enumerate() {
-                let (page, row) = self.row(i);
-                *position = page.positions[row];
-                *bias = page.bias.as_ref().map_or(0.0, |b| b[row]);
-                any |= page.bias.is_some();
-            }
+        let positions = &mut cast_slice_mut::<f32, i32>(memory.positions)[..if asked { len } else { 0 }];
+        for (i, position) in positions.iter_mut().enumerate() {
+            let (page, row) = self.row(i);
+            *position = page.positions[row];
+        }
+        let bias = &mut memory.bias[..if self.biased { len } else { 0 }];
+        for (i, bias) in bias.iter_mut().enumerate() {
+            let (page, row) = self.row(i);
+            *bias = page.bias.as_ref().map_or(0.0, |b| b[row]);
         }
         let all = self.chosen == u64::MAX >> (TILE - len);
+        let apart = self.each_for_itself().then_some(rows);
+        let (keys, values) = match apart {
+            Some(_) => (keys.none(), values.none()),
+            None => (keys.copy(self, memory.keys), values.copy(self, memory.values)),
+        };
         Tile {
             layout,
             slot: 0,
             positions,
-            bias: any.then_some(bias),
-            keys: keys.copy(self, found[0], memory.keys),
-            values: values.copy(self, found[1], memory.values),
+            bias: self.biased.then_some(bias),
+            keys,
+            values,
+            apart,
             from: 0,
             len,
             chosen: if all { u64::MAX } else { self.chosen },

@@ -13,7 +13,7 @@
 
 #![allow(unsafe_code, reason = "unchecked loads in the innermost loop, of rows cut to their length before")]
 
-use super::gemm::Matrix;
+use super::gemm::{Lines, Matrix};
 use super::prefetch::Ahead;
 use super::widen::Source;
 use fearless_simd::prelude::*;
@@ -27,10 +27,10 @@ pub(crate) const ROWS_MAX: usize = 16;
 ///
 /// While one block is computed, the matching part of `ahead` is fetched towards the caches.
 #[inline(always)]
-pub(crate) fn dots<S: Simd, B: Source>(
+pub(crate) fn dots<S: Simd, L: Lines>(
     simd: S,
     queries: Matrix<&[f32]>,
-    keys: Matrix<B>,
+    keys: L,
     (rows, d, len): (usize, usize, usize),
     scores: &mut [f32],
     stride: usize,
@@ -43,18 +43,18 @@ pub(crate) fn dots<S: Simd, B: Source>(
         let q = Matrix { data: &queries.data[row * queries.stride..], stride: queries.stride };
         let out = &mut scores[row * stride..];
         row += match (S::f32s::LEN, rows - row) {
-            (16, 8..) => pass::<S, B, 8, 2>(simd, q, keys, extent, out, stride, ahead),
-            (16, 4..) => pass::<S, B, 4, 4>(simd, q, keys, extent, out, stride, ahead),
-            (16, 3) => pass::<S, B, 3, 4>(simd, q, keys, extent, out, stride, ahead),
-            (16, 2) => pass::<S, B, 2, 8>(simd, q, keys, extent, out, stride, ahead),
-            (16, _) => pass::<S, B, 1, 16>(simd, q, keys, extent, out, stride, ahead),
-            (8, 4..) => pass::<S, B, 4, 2>(simd, q, keys, extent, out, stride, ahead),
-            (8, 3) => pass::<S, B, 3, 2>(simd, q, keys, extent, out, stride, ahead),
-            (8, 2) => pass::<S, B, 2, 4>(simd, q, keys, extent, out, stride, ahead),
-            (8, _) => pass::<S, B, 1, 8>(simd, q, keys, extent, out, stride, ahead),
-            (_, 4..) => pass::<S, B, 4, 1>(simd, q, keys, extent, out, stride, ahead),
-            (_, 2..) => pass::<S, B, 2, 2>(simd, q, keys, extent, out, stride, ahead),
-            (_, _) => pass::<S, B, 1, 4>(simd, q, keys, extent, out, stride, ahead),
+            (16, 8..) => pass::<S, L, 8, 2>(simd, q, keys, extent, out, stride, ahead),
+            (16, 4..) => pass::<S, L, 4, 4>(simd, q, keys, extent, out, stride, ahead),
+            (16, 3) => pass::<S, L, 3, 4>(simd, q, keys, extent, out, stride, ahead),
+            (16, 2) => pass::<S, L, 2, 8>(simd, q, keys, extent, out, stride, ahead),
+            (16, _) => pass::<S, L, 1, 16>(simd, q, keys, extent, out, stride, ahead),
+            (8, 4..) => pass::<S, L, 4, 2>(simd, q, keys, extent, out, stride, ahead),
+            (8, 3) => pass::<S, L, 3, 2>(simd, q, keys, extent, out, stride, ahead),
+            (8, 2) => pass::<S, L, 2, 4>(simd, q, keys, extent, out, stride, ahead),
+            (8, _) => pass::<S, L, 1, 8>(simd, q, keys, extent, out, stride, ahead),
+            (_, 4..) => pass::<S, L, 4, 1>(simd, q, keys, extent, out, stride, ahead),
+            (_, 2..) => pass::<S, L, 2, 2>(simd, q, keys, extent, out, stride, ahead),
+            (_, _) => pass::<S, L, 1, 4>(simd, q, keys, extent, out, stride, ahead),
         };
         ahead = Ahead::NONE;
     }
@@ -62,10 +62,10 @@ pub(crate) fn dots<S: Simd, B: Source>(
 
 /// `C` query rows on all keys, `R` at a time. Gives `C`.
 #[inline(always)]
-fn pass<S: Simd, B: Source, const C: usize, const R: usize>(
+fn pass<S: Simd, L: Lines, const C: usize, const R: usize>(
     simd: S,
     queries: Matrix<&[f32]>,
-    keys: Matrix<B>,
+    keys: L,
     (d, len): (usize, usize),
     scores: &mut [f32],
     stride: usize,
@@ -76,7 +76,7 @@ fn pass<S: Simd, B: Source, const C: usize, const R: usize>(
         || {
             let mut ahead = ahead.over(len.div_ceil(R) * (d / S::f32s::LEN));
             for j in (0..len).step_by(R) {
-                block::<S, B, C, R>(simd, queries, keys, (d, len, j), scores, stride, &mut ahead);
+                block::<S, L, C, R>(simd, queries, keys, (d, len, j), scores, stride, &mut ahead);
             }
         },
     );
@@ -88,10 +88,10 @@ fn pass<S: Simd, B: Source, const C: usize, const R: usize>(
     reason = "iterators' closures would be compiled without the level's instructions"
 )]
 #[inline(always)]
-fn block<S: Simd, B: Source, const C: usize, const R: usize>(
+fn block<S: Simd, L: Lines, const C: usize, const R: usize>(
     simd: S,
     queries: Matrix<&[f32]>,
-    keys: Matrix<B>,
+    keys: L,
     (d, len, j): (usize, usize, usize),
     scores: &mut [f32],
     stride: usize,
@@ -100,10 +100,9 @@ fn block<S: Simd, B: Source, const C: usize, const R: usize>(
     let lanes = S::f32s::LEN;
     // Slices of known length, so that the loop below indexes without checks. A block that sticks out repeats
     // the last key.
-    let mut k_rows: [B; R] = [keys.data; R];
-    for r in 0..R {
-        let at = (j + r).min(len - 1) * keys.stride;
-        k_rows[r] = keys.data.slice(at..at + d);
+    let mut k_rows = [keys.line(j, d); R];
+    for r in 1..R {
+        k_rows[r] = keys.line((j + r).min(len - 1), d);
     }
     let mut q_rows: [&[f32]; C] = [&[]; C];
     for c in 0..C {

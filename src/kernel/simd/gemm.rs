@@ -26,6 +26,24 @@ pub(crate) struct Matrix<T> {
     pub stride: usize,
 }
 
+/// Rows of stored elements, read one by one.
+pub(crate) trait Lines: Copy {
+    /// A row.
+    type Line: Source;
+
+    /// The first `width` elements of a row.
+    fn line(self, row: usize, width: usize) -> Self::Line;
+}
+
+impl<B: Source> Lines for Matrix<B> {
+    type Line = B;
+
+    #[inline(always)]
+    fn line(self, row: usize, width: usize) -> B {
+        self.data.slice(row * self.stride..row * self.stride + width)
+    }
+}
+
 /// The right-hand side of a product, read a vector at a time.
 pub(crate) trait Operand: Copy {
     /// Whether loading converts.

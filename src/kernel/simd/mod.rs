@@ -38,6 +38,7 @@ macro_rules! dispatch {
 }
 pub(crate) use dispatch;
 
+pub(crate) mod apart;
 pub(crate) mod chosen;
 pub(crate) mod copies;
 pub(crate) mod digits;
@@ -47,6 +48,7 @@ pub(crate) mod integer;
 pub(crate) mod math;
 pub(crate) mod prefetch;
 pub(crate) mod tile;
+mod turn;
 pub(crate) mod unpack;
 pub(crate) mod weights;
 pub(crate) mod widen;

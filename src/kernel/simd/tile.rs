@@ -9,20 +9,23 @@
 //! *Helps* because the stored type, the page size and the mask are dealt with here and nowhere else. *Hurts*
 //! pages of a few entries: a tile never spans two pages.
 
+use super::apart::{Apart, Typed};
 use super::digits::Digits;
 use super::dots;
-use super::gemm::{self, Matrix, PAD};
+use super::gemm::{self, Lines, Matrix, PAD};
 use super::integer;
 use super::math::{soft_cap, sum};
 use super::prefetch::Ahead;
+use super::turn::transpose_keys;
 use super::unpack::{self, UnpackScratch, Weighed};
-use super::widen::{Source, widen};
+use super::widen::{Element, widen};
 use crate::device::encoding::{PackedRows, rotate};
 use crate::device::page::{PageLayout, PageRef, Rows, Side};
 use crate::device::{HeadRows, Segment};
 use crate::kernel::AttentionParams;
 use bytemuck::cast_slice;
 use fearless_simd::{Simd, SimdBase};
+use half::{bf16, f16};
 use std::ops::Range;
 
 /// Entries of a tile: four of the widest vectors, and a multiple of all.
@@ -82,12 +85,14 @@ pub(crate) struct Tile<'a> {
     pub(super) layout: &'a PageLayout,
     /// Slot of the first entry within the head; of copies it means nothing.
     pub(super) slot: usize,
-    /// Of the entries.
+    /// Of the entries; none if every query sees all of them.
     pub(super) positions: &'a [i32],
     pub(super) bias: Option<&'a [f32]>,
     /// All rows of the page, or the copies.
     pub(super) keys: Rows<'a>,
     pub(super) values: Rows<'a>,
+    /// Exact rows that lie apart, keys and values, where there are no others.
+    pub(super) apart: Option<[&'a [&'a [u8]]; 2]>,
     /// Index of the first within these.
     pub(super) from: usize,
     /// How many, at least one.
@@ -108,7 +113,7 @@ pub(crate) fn tiles(head: &HeadRows, pages: Range<usize>) -> impl Iterator<Item 
             let (len, slot) = (len(from), page.first + from);
             let positions = &page.page.positions[from..from + len];
             let bias = page.bias().map(|b| &b[from..from + len]);
-            Tile { layout, slot, positions, bias, keys, values, from, len, chosen }
+            Tile { layout, slot, positions, bias, keys, values, apart: None, from, len, chosen }
         })
     })
 }
@@ -175,6 +180,9 @@ impl<'a> Tile<'a> {
     #[inline]
     fn seen(&self, params: &AttentionParams<'_>, position: i32) -> Range<usize> {
         let entries = self.positions();
+        if entries.is_empty() {
+            return 0..self.len;
+        }
         let end = if entries[self.len - 1] <= position {
             self.len
         } else {
@@ -198,10 +206,11 @@ impl<'a> Tile<'a> {
     pub(crate) fn meets(&self, params: &AttentionParams<'_>, block: &QueryBlock<'_>) -> bool {
         let entries = self.positions();
         let (least, most) = block.span;
-        entries[0] <= most
-            && params
-                .window
-                .is_none_or(|w| i64::from(entries[self.len - 1]) > i64::from(least) - i64::from(w))
+        entries.is_empty()
+            || entries[0] <= most
+                && params
+                    .window
+                    .is_none_or(|w| i64::from(entries[self.len - 1]) > i64::from(least) - i64::from(w))
     }
 
     /// Rows `from .. from + len` of a side, with their stride in elements: where they are stored, or
@@ -290,6 +299,26 @@ impl<'a> Tile<'a> {
         let weights = Matrix { data: weights, stride: TILE };
         let extent = (rows, len, d);
         let whole = d.is_multiple_of(S::f32s::LEN);
+        if let Some([_, lines]) = self.apart {
+            let lines = &lines[from..];
+            if whole && rows <= IN_PLACE_ROWS {
+                return match self.values {
+                    Rows::F16(_) => add_apart::<S, f16>(simd, weights, lines, sums, extent, ahead),
+                    Rows::Bf16(_) => add_apart::<S, bf16>(simd, weights, lines, sums, extent, ahead),
+                    _ => add_apart::<S, f32>(simd, weights, lines, sums, extent, ahead),
+                };
+            }
+            for (bytes, row) in lines.iter().zip(scratch.chunks_exact_mut(padded)) {
+                let stored = match self.values {
+                    Rows::F16(_) => Rows::F16(cast_slice(bytes)),
+                    Rows::Bf16(_) => Rows::Bf16(cast_slice(bytes)),
+                    _ => Rows::F32(cast_slice(bytes)),
+                };
+                widen(simd, stored, 0, &mut row[..d]);
+            }
+            let values = Matrix { data: &*scratch, stride: padded };
+            return gemm::multiply(simd, weights, values, sums, padded, extent, true, ahead);
+        }
         let (stored, stride) = self.rows(simd, Side::Value, (from, len), unpack);
         match stored {
             Rows::F32(data) if whole => {
@@ -314,82 +343,19 @@ impl<'a> Tile<'a> {
     }
 }
 
-/// Writes keys transposed: dimension `i` of entry `j` of the first `len` to `keys[i * TILE + j]`. Columns up to the
-/// next whole vector repeat the last entry, so that a block product may run over them.
+/// [`Tile::add_values`] of rows that lie apart and are whole vectors.
 #[inline(always)]
-fn transpose_keys<S: Simd>(simd: S, stored: Rows<'_>, stride: usize, d: usize, len: usize, keys: &mut [f32]) {
-    match stored {
-        Rows::F32(stored) => transpose_any(simd, stored, stride, (d, len), keys),
-        Rows::F16(stored) => transpose_any(simd, stored, stride, (d, len), keys),
-        Rows::Bf16(stored) => transpose_any(simd, stored, stride, (d, len), keys),
-        Rows::Packed(_) => unreachable!("packed keys are multiplied as they lie"),
-    }
-}
-
-#[inline(always)]
-fn transpose_any<S: Simd, B: Source>(
+fn add_apart<S: Simd, T: Element>(
     simd: S,
-    stored: B,
-    stride: usize,
-    extent: (usize, usize),
-    keys: &mut [f32],
+    weights: Matrix<&[f32]>,
+    lines: &[&[u8]],
+    sums: &mut [f32],
+    (rows, len, d): (usize, usize, usize),
+    ahead: Ahead<'_>,
 ) {
-    match S::f32s::LEN {
-        16 => transpose::<S, B, 16>(simd, stored, stride, extent, keys),
-        8 => transpose::<S, B, 8>(simd, stored, stride, extent, keys),
-        _ => transpose::<S, B, 4>(simd, stored, stride, extent, keys),
-    }
-}
-
-#[inline(always)]
-fn transpose<S: Simd, B: Source, const N: usize>(
-    simd: S,
-    stored: B,
-    stride: usize,
-    (d, len): (usize, usize),
-    keys: &mut [f32],
-) {
-    let whole = d - d % N;
-    for j in (0..len).step_by(N) {
-        let mut rows: [B; N] = [stored; N];
-        for (r, row) in rows.iter_mut().enumerate() {
-            let at = (j + r).min(len - 1) * stride;
-            *row = stored.slice(at..at + d);
-        }
-        for i in (0..whole).step_by(N) {
-            let mut block = [S::f32s::splat(simd, 0.0); N];
-            for (vector, row) in block.iter_mut().zip(&rows) {
-                *vector = row.slice(i..i + N).vector(simd);
-            }
-            for (c, column) in turn(block).iter().enumerate() {
-                column.store_slice(&mut keys[(i + c) * TILE + j..][..N]);
-            }
-        }
-        for (r, row) in rows.iter().enumerate() {
-            let mut rest = [0.0f32; PAD];
-            let rest = &mut rest[..d - whole];
-            row.rest(whole, rest);
-            for (i, x) in rest.iter().enumerate() {
-                keys[(whole + i) * TILE + j + r] = *x;
-            }
-        }
-    }
-}
-
-/// Transposes `N` vectors of `N` elements. Interleaving the first half of the vectors with the second
-/// rotates the bits of an element's index by one; after `log2 N` rounds row and column are exchanged.
-#[inline(always)]
-fn turn<V: SimdBase<S>, S: Simd, const N: usize>(mut rows: [V; N]) -> [V; N] {
-    let mut round = 1;
-    while round < N {
-        let mut next = rows;
-        for i in 0..N / 2 {
-            (next[2 * i], next[2 * i + 1]) = rows[i].interleave(rows[i + N / 2]);
-        }
-        rows = next;
-        round *= 2;
-    }
-    rows
+    let mut memory: Typed<'_, T> = [&[]; TILE];
+    let values = Apart::new(lines, d, &mut memory);
+    gemm::multiply(simd, weights, values, sums, d.next_multiple_of(PAD), (rows, len, d), true, ahead);
 }
 
 /// Consecutive rows of the `[G, T]` queries of one KV head.
@@ -478,6 +444,13 @@ impl<'a> QueryBlock<'a> {
         Self { digits: Some((digits, totals)), ..self }
     }
 
+    /// Whether every query sees all entries of `head`.
+    pub(crate) fn sees_all(&self, params: &AttentionParams<'_>, head: &HeadRows) -> bool {
+        let last = page_count(head).checked_sub(1).and_then(|last| pages_in(head, last..last + 1).next());
+        let last = last.and_then(|page| page.positions().last().copied());
+        params.window.is_none() && last.is_none_or(|last| last <= self.span.0)
+    }
+
     fn position(&self, row: usize) -> i32 {
         self.positions[(self.first + row) % self.positions.len()]
     }
@@ -530,26 +503,60 @@ impl<'a> QueryBlock<'a> {
             let k = Matrix { data: &**keys, stride: TILE };
             return gemm::multiply(simd, q, k, scores, TILE, extent, false, ahead);
         }
-        if self.rows > dots::ROWS_MAX {
-            if !std::mem::replace(turned, true) {
-                let (stored, stride) = tile.rows(simd, Side::Key, (tile.from, tile.len), unpack);
-                transpose_keys(simd, stored, stride, d, tile.len, keys);
-            }
-            let k = Matrix { data: &**keys, stride: TILE };
-            return gemm::multiply(simd, q, k, scores, TILE, extent, false, ahead);
+        if let Some([lines, _]) = tile.apart {
+            return match tile.keys {
+                Rows::F16(_) => self.dots_apart::<S, f16>(simd, lines, d, (keys, scores), turned, ahead),
+                Rows::Bf16(_) => self.dots_apart::<S, bf16>(simd, lines, d, (keys, scores), turned, ahead),
+                _ => self.dots_apart::<S, f32>(simd, lines, d, (keys, scores), turned, ahead),
+            };
         }
-        match tile.rows(simd, Side::Key, (tile.from, tile.len), unpack) {
-            (Rows::F32(data), stride) => {
-                dots::dots(simd, q, Matrix { data, stride }, extent, scores, TILE, ahead);
-            }
-            (Rows::F16(data), stride) => {
-                dots::dots(simd, q, Matrix { data, stride }, extent, scores, TILE, ahead);
-            }
-            (Rows::Bf16(data), stride) => {
-                dots::dots(simd, q, Matrix { data, stride }, extent, scores, TILE, ahead);
-            }
-            (Rows::Packed(_), _) => unreachable!("packed keys are multiplied as they lie"),
+        let (stored, stride) = tile.rows(simd, Side::Key, (tile.from, tile.len), unpack);
+        let to = (&mut **keys, &mut **scores);
+        match stored {
+            Rows::F32(data) => self.dots_of(simd, Matrix { data, stride }, extent, to, turned, ahead),
+            Rows::F16(data) => self.dots_of(simd, Matrix { data, stride }, extent, to, turned, ahead),
+            Rows::Bf16(data) => self.dots_of(simd, Matrix { data, stride }, extent, to, turned, ahead),
+            Rows::Packed(_) => unreachable!("packed keys are multiplied as they lie"),
         }
+    }
+
+    /// [`QueryBlock::dots`] of exact rows, and `keys` and `scores` of its scratch.
+    #[inline(always)]
+    fn dots_of<S: Simd, L: Lines>(
+        &self,
+        simd: S,
+        stored: L,
+        extent: (usize, usize, usize),
+        (keys, scores): (&mut [f32], &mut [f32]),
+        turned: &mut bool,
+        ahead: Ahead<'_>,
+    ) {
+        let (rows, d, len) = extent;
+        let q = Matrix { data: self.queries, stride: d };
+        if rows <= dots::ROWS_MAX {
+            return dots::dots(simd, q, stored, extent, scores, TILE, ahead);
+        }
+        if !std::mem::replace(turned, true) {
+            transpose_keys(simd, stored, (d, len), keys);
+        }
+        let k = Matrix { data: &*keys, stride: TILE };
+        gemm::multiply(simd, q, k, scores, TILE, extent, false, ahead);
+    }
+
+    /// The same of rows that lie apart.
+    #[inline(always)]
+    fn dots_apart<S: Simd, T: Element>(
+        &self,
+        simd: S,
+        lines: &[&[u8]],
+        d: usize,
+        to: (&mut [f32], &mut [f32]),
+        turned: &mut bool,
+        ahead: Ahead<'_>,
+    ) {
+        let mut memory: Typed<'_, T> = [&[]; TILE];
+        let stored = Apart::new(lines, d, &mut memory);
+        self.dots_of(simd, stored, (self.rows, d, lines.len()), to, turned, ahead);
     }
 
     /// Turns the dot products of a row into logits, `−∞` for entries it does not see and up to the next whole

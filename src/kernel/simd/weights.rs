@@ -131,29 +131,46 @@ fn add_less_with<S: Simd>(simd: S, x: &[f32], (y, factor): (&[f32], f32), less: 
     }
 }
 
-/// `out = x + by[i]` in run `i` of `x`, which ends at `ends[i]` where the next one starts.
-///
-/// # Panics
-/// If runs end behind `x`, or `out` and `x` differ in length.
-pub(crate) fn raise_runs(x: &[f32], ends: &[u32], by: &[f32], out: &mut [f32]) {
-    assert_eq!(x.len(), out.len(), "as many numbers as before");
-    dispatch!(Level::detect().token(), simd => raise_runs_with(simd, x, ends, by, out));
+/// `x += by`.
+pub(crate) fn raise(x: &mut [f32], by: f32) {
+    dispatch!(Level::detect().token(), simd => raise_with(simd, x, by));
 }
 
 #[inline(always)]
-fn raise_runs_with<S: Simd>(simd: S, x: &[f32], ends: &[u32], by: &[f32], out: &mut [f32]) {
+fn raise_with<S: Simd>(simd: S, x: &mut [f32], by: f32) {
+    let by_all = S::f32s::splat(simd, by);
+    let mut chunks = x.chunks_exact_mut(S::f32s::LEN);
+    for chunk in &mut chunks {
+        (S::f32s::from_slice(simd, chunk) + by_all).store_slice(chunk);
+    }
+    chunks.into_remainder().iter_mut().for_each(|x| *x += by);
+}
+
+/// `x += by[i]` in run `i` of `x`, which ends at `ends[i]` where the next one starts.
+///
+/// # Panics
+/// If runs end behind `x`.
+pub(crate) fn raise_runs(x: &mut [f32], ends: &[u32], by: &[f32]) {
+    dispatch!(Level::detect().token(), simd => raise_runs_with(simd, x, ends, by));
+}
+
+#[inline(always)]
+fn raise_runs_with<S: Simd>(simd: S, x: &mut [f32], ends: &[u32], by: &[f32]) {
     let mut at = 0;
     for (&end, &by) in ends.iter().zip(by) {
         let (end, by_all) = (end as usize, S::f32s::splat(simd, by));
-        // What is written behind the end of a run is written again by the next one.
-        while at < end && at + S::f32s::LEN <= x.len() {
-            let raised = S::f32s::from_slice(simd, &x[at..at + S::f32s::LEN]) + by_all;
-            raised.store_slice(&mut out[at..at + S::f32s::LEN]);
+        while at + S::f32s::LEN <= end {
+            let part = &mut x[at..at + S::f32s::LEN];
+            (S::f32s::from_slice(simd, part) + by_all).store_slice(part);
             at += S::f32s::LEN;
         }
-        while at < end {
-            out[at] = x[at] + by;
-            at += 1;
+        if at < end && at + S::f32s::LEN <= x.len() {
+            let last = <S::f32s as SimdBase<S>>::Mask::from_bitmask(simd, (1 << (end - at)) - 1);
+            let part = &mut x[at..at + S::f32s::LEN];
+            let own = last.select(by_all, S::f32s::splat(simd, 0.0));
+            (S::f32s::from_slice(simd, part) + own).store_slice(part);
+        } else {
+            x[at..end].iter_mut().for_each(|x| *x += by);
         }
         at = end;
     }
@@ -300,8 +317,8 @@ mod tests {
         #[test]
         fn runs_are_raised_and_summed_each_for_itself((ends, x) in runs(), seed in 0u32..1000) {
             let by: Vec<f32> = (0..ends.len() as u32).map(|i| ((i * 7 + seed) % 13) as f32).collect();
-            let mut raised = vec![f32::NAN; x.len()];
-            raise_runs(&x, &ends, &by, &mut raised);
+            let mut raised = x.clone();
+            raise_runs(&mut raised, &ends, &by);
             let mut sums = vec![9.0];
             sum_runs(&x, &ends, &mut sums);
             let mut start = 0;
@@ -355,6 +372,9 @@ mod tests {
             let mut added = vec![0.0; x.len()];
             add_less(&x, (&weights, 3.0), &x, &mut added);
             prop_assert!(added.iter().zip(&weights).all(|(a, w)| (a - 3.0 * w).abs() <= 1e-5));
+            let mut higher = x.clone();
+            raise(&mut higher, 2.5);
+            prop_assert!(higher.iter().zip(&x).all(|(h, x)| *h == x + 2.5));
             let mut larger = x.clone();
             keep_larger(&mut larger, &weights, 3.0);
             prop_assert!(larger.iter().zip(&x).zip(&weights).all(|((l, x), w)| *l == x.max(3.0 * w)));

@@ -96,7 +96,7 @@ impl<T: Element> Source for &[T] {
 }
 
 /// An element type of stored rows.
-pub(crate) trait Element: Copy {
+pub(crate) trait Element: bytemuck::Pod {
     /// Whether it is another than single precision.
     const NARROW: bool = true;
 

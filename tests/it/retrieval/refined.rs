@@ -110,7 +110,7 @@ impl Refined {
                     keys.iter().map(|k| (dot(query, k) - mean).powi(2)).sum::<f64>()
                 };
                 let variance = naive.units.iter().map(along).sum::<f64>() / naive.covered() as f64;
-                let reach = 2.0 * scale * (variance / energy).sqrt();
+                let reach = naive.rule.reach * scale * (variance / energy).sqrt();
                 let units = row.units.iter().zip(naive.units).zip(&radii);
                 let units =
                     units.map(|((x, unit), (far, _))| x - (unit.len() as f64).ln() + reach * far.sqrt());
@@ -243,9 +243,9 @@ pub fn check(
 #[test]
 fn what_codes_promise_is_read_and_the_rest_of_a_cluster_is_weighed_by_them() {
     for (own, widen) in [
-        ("size=4,segment=64,pieces=8,widen=1.2,aware=yes,queries=100", 1.2),
+        ("size=4,segment=64,pieces=8,widen=1.2,reach=0,aware=yes,queries=100", 1.2),
         ("size=8,segment=128,pieces=5,widen=2,group=max,rank=unit,correct=no", 2.0),
-        ("size=6,segment=300,pieces=16,widen=1,group=logit", 1.0),
+        ("size=6,segment=300,pieces=16,widen=1,reach=0,group=logit", 1.0),
         ("size=6,segment=300,pieces=16,widen=1.6,tail=ignore", 1.6),
     ] {
         let recipe = format!("auto({own},update=16,recent=20,store=f32,min_context=0)");

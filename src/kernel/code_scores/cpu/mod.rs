@@ -31,6 +31,9 @@ const LANES: usize = 64;
 /// Entries whose codes are requested before they are read.
 const AHEAD: usize = 8 * LANES;
 
+/// How many pages ahead the description of one is requested.
+const PAGES_AHEAD: usize = 4;
+
 /// Words of a cache line.
 const LINE: usize = 16;
 
@@ -277,7 +280,7 @@ struct Runs<'a, I> {
     slots: Range<usize>,
 }
 
-impl<'a, I: Iterator<Item = PageRef<'a>>> Runs<'a, I> {
+impl<'a, I: Iterator<Item = PageRef<'a>> + Clone> Runs<'a, I> {
     /// The codes from the next entry on to the end of its page, and how many up to `most` entries are chosen of them.
     fn next(&mut self, most: usize) -> Option<(&'a [u32], usize)> {
         let slots = loop {
@@ -290,6 +293,9 @@ impl<'a, I: Iterator<Item = PageRef<'a>>> Runs<'a, I> {
         };
         while self.held.end <= slots.start {
             let page = self.pages.next()?;
+            if let Some(later) = self.pages.clone().nth(PAGES_AHEAD) {
+                request(later.page);
+            }
             let bytes = &page.page.block.host()[..4 * self.words * page.rows];
             (self.codes, self.held) = (bytemuck::cast_slice(bytes), page.first..page.first + page.rows);
         }
@@ -309,7 +315,7 @@ struct Blocks<'a, I> {
     ahead: Option<(Runs<'a, I>, usize)>,
 }
 
-impl<'a, I: Iterator<Item = PageRef<'a>>> Blocks<'a, I> {
+impl<'a, I: Iterator<Item = PageRef<'a>> + Clone> Blocks<'a, I> {
     /// The next up to `lanes` entries: their codes, and which of all entries they are. `copies` is lent.
     fn next<'t>(&mut self, lanes: usize, copies: &'t mut [u32]) -> Option<(&'t [u32], Range<usize>)>
     where
