@@ -106,16 +106,14 @@ fn divide(request: &TargetRequest<'_>, weights: &[f64]) -> Vec<usize> {
         })
         .collect::<Vec<f64>>()
     };
-    // The sum grows with the scale: halve the interval until it is as fine as it gets.
-    let (mut low, mut high) = (0.0, 1.0);
-    while share(high).iter().sum::<f64>() < total as f64 && high < 1e18 {
-        high *= 2.0;
-    }
+    // The sum grows with the scale, whose logarithm is found by halves; weights go down to exp(−250).
+    let (mut low, mut high) = (-64.0, 320.0);
     for _ in 0..100 {
         let middle = f64::midpoint(low, high);
-        *(if share(middle).iter().sum::<f64>() < total as f64 { &mut low } else { &mut high }) = middle;
+        let sum: f64 = share(middle.exp()).iter().sum();
+        *(if sum < total as f64 { &mut low } else { &mut high }) = middle;
     }
-    let shares = share(high);
+    let shares = share(f64::exp(high));
     let mut counts: Vec<usize> = shares.iter().map(|&x| x as usize).collect();
     // What rounding down left over goes to those it took most from, the earlier of equals first.
     let mut order: Vec<usize> = (0..counts.len()).filter(|&l| counts[l] < request.rows[l]).collect();
