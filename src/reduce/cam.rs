@@ -16,6 +16,7 @@ use super::{Reduced, Reducer};
 use crate::error::{PolicyError, RecipeError};
 use crate::plan::{LayerPlan, Merges, Source, Target};
 use crate::policy::registry::{Arg, Args, Build, Entry};
+use crate::policy::score::random::chance;
 use crate::policy::{LayerView, Needs};
 use std::sync::Arc;
 
@@ -76,8 +77,8 @@ impl Reducer for Cam {
                 let share = match self.seed {
                     None => share,
                     Some(seed) => {
-                        let place = [view.layer as u64, head as u64, positions[slot as usize] as u64];
-                        f32::from(u8::from(chance(place.into_iter().fold(seed, hash)) < share))
+                        let drawn = chance(seed, view.layer, head, positions[slot as usize]);
+                        f32::from(u8::from(drawn < share))
                     }
                 };
                 if share > 0.0 {
@@ -93,17 +94,4 @@ impl Reducer for Cam {
         });
         Ok(heads.collect::<Vec<_>>().into())
     }
-}
-
-/// SplitMix64's mixing, with one more word each time.
-fn hash(state: u64, word: u64) -> u64 {
-    let z = (state ^ word).wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
-}
-
-/// A number in `[0, 1)`.
-fn chance(hash: u64) -> f32 {
-    (hash >> 40) as f32 / (1u64 << 24) as f32
 }

@@ -14,8 +14,6 @@ use crate::device::HeadRows;
 use crate::error::{PolicyError, RecipeError};
 use crate::geometry::ModelShape;
 use crate::kernel::nearest::NearestArgs;
-use crate::kernel::window_scores::{WindowArgs, WindowReduce};
-use crate::kernel::{AttentionParams, total_rows};
 use crate::plan::{LayerPlan, Merges, Source, Target};
 use crate::policy::registry::Entry;
 use crate::policy::{LayerView, Needs, score};
@@ -123,19 +121,8 @@ pub fn neighbours(view: &LayerView<'_>, plan: &LayerPlan) -> Result<Vec<Vec<Neig
 /// # Errors
 /// [`PolicyError::Missing`], in the name of `reducer`, if no queries are recorded; [`PolicyError::Kernel`].
 pub fn observed(reducer: &str, view: &LayerView<'_>, window: usize) -> Result<Vec<f32>, PolicyError> {
-    let (queries, positions) = score::last_queries(reducer, view, window)?;
+    let (weights, positions) = score::window_sums(reducer, view, window)?;
     let group = view.shape.group();
-    let mut weights = vec![0.0; group * total_rows(view.heads)];
-    view.backend.window_scores(
-        &AttentionParams::of(view.shape),
-        &mut WindowArgs {
-            heads: view.heads,
-            queries: &queries,
-            positions,
-            reduce: WindowReduce::Sum,
-            out: &mut weights,
-        },
-    )?;
     let mut sums = Vec::with_capacity(weights.len() / group);
     let mut rest = weights.as_slice();
     for (head, rows) in view.lengths().into_iter().enumerate() {

@@ -7,6 +7,8 @@ use super::registry::{Args, Entry};
 use super::schedule::Schedule;
 use super::{LayerScores, LayerView};
 use crate::error::{PolicyError, RecipeError};
+use crate::kernel::window_scores::{WindowArgs, WindowReduce};
+use crate::kernel::{AttentionParams, total_rows};
 use std::borrow::Cow;
 
 macro_rules! scorers {
@@ -70,8 +72,23 @@ impl GroupAggregate {
     }
 }
 
+/// Attention that the last `count` recorded queries, or fewer if fewer were recorded, paid to every entry: summed over the
+/// queries, `[G, rows]` per KV head, with the positions of the queries.
+pub(crate) fn window_sums<'a>(
+    policy: &str,
+    view: &LayerView<'a>,
+    count: usize,
+) -> Result<(Vec<f32>, &'a [i32]), PolicyError> {
+    let (queries, positions) = last_queries(policy, view, count)?;
+    let mut out = vec![0.0; view.shape.group() * total_rows(view.heads)];
+    let reduce = WindowReduce::Sum;
+    let mut args = WindowArgs { heads: view.heads, queries: &queries, positions, reduce, out: &mut out };
+    view.backend.window_scores(&AttentionParams::of(view.shape), &mut args)?;
+    Ok((out, positions))
+}
+
 /// The last `count` recorded queries, `[Hq, count, d_k]`, with their positions; fewer if fewer were recorded.
-pub(crate) fn last_queries<'a>(
+fn last_queries<'a>(
     policy: &str,
     view: &LayerView<'a>,
     count: usize,

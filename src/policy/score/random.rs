@@ -36,16 +36,17 @@ fn mix(mut x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
+/// A number in `[0, 1)` for the entry at a position of a KV head, whatever slot it stands in.
+pub(crate) fn chance(seed: u64, layer: usize, head: usize, position: i32) -> f32 {
+    let words = [layer as u64, head as u64, u64::from(position as u32)];
+    let bits = words.iter().fold(seed, |h, &w| mix(h.wrapping_add(0x9e37_79b9_7f4a_7c15) ^ w));
+    // 24 bits: what an f32 in 0..1 holds exactly.
+    (bits >> 40) as f32 / (1u32 << 24) as f32
+}
+
 impl Scorer for Random {
     fn score(&self, view: &LayerView<'_>) -> Result<LayerScores, PolicyError> {
-        let place = |words: [u64; 3]| {
-            words.iter().fold(self.seed, |h, &w| mix(h.wrapping_add(0x9e37_79b9_7f4a_7c15) ^ w))
-        };
-        Ok(score::by_position(view, |head, position| {
-            let bits = place([view.layer as u64, head as u64, u64::from(position as u32)]);
-            // 24 bits: what an f32 in 0..1 holds exactly.
-            (bits >> 40) as f32 / (1u32 << 24) as f32
-        }))
+        Ok(score::by_position(view, |head, position| chance(self.seed, view.layer, head, position)))
     }
 }
 

@@ -15,8 +15,6 @@
 
 use crate::error::{PolicyError, RecipeError};
 use crate::kernel::pool::{PoolArgs, PoolKind};
-use crate::kernel::window_scores::{WindowArgs, WindowReduce};
-use crate::kernel::{AttentionParams, total_rows};
 use crate::policy::registry::{Arg, Args, Build, Entry};
 use crate::policy::score::GroupAggregate;
 use crate::policy::{LayerScores, LayerView, Needs, Scorer, score};
@@ -80,19 +78,8 @@ impl Scorer for SnapKv {
     }
 
     fn score(&self, view: &LayerView<'_>) -> Result<LayerScores, PolicyError> {
-        let (queries, positions) = score::last_queries(ENTRY.name, view, self.window)?;
+        let (weights, positions) = score::window_sums(ENTRY.name, view, self.window)?;
         let (group, lengths) = (view.shape.group(), view.lengths());
-        let mut weights = vec![0.0; group * total_rows(view.heads)];
-        view.backend.window_scores(
-            &AttentionParams::of(view.shape),
-            &mut WindowArgs {
-                heads: view.heads,
-                queries: &queries,
-                positions,
-                reduce: WindowReduce::Sum,
-                out: &mut weights,
-            },
-        )?;
 
         // Candidate columns only, each query head a row: the window must not leak into its neighbours.
         let candidates: Vec<usize> =

@@ -5,8 +5,6 @@
 //! has no memory: what a single token does not look at can be lost.
 
 use crate::error::{PolicyError, RecipeError};
-use crate::kernel::window_scores::{WindowArgs, WindowReduce};
-use crate::kernel::{AttentionParams, total_rows};
 use crate::policy::registry::{Arg, Args, Build, Entry};
 use crate::policy::{LayerScores, LayerView, Needs, Scorer, score};
 use std::collections::HashMap;
@@ -49,19 +47,8 @@ impl Scorer for Tova {
     }
 
     fn score(&self, view: &LayerView<'_>) -> Result<LayerScores, PolicyError> {
-        let (queries, positions) = score::last_queries(ENTRY.name, view, 1)?;
+        let (weights, _) = score::window_sums(ENTRY.name, view, 1)?;
         let group = view.shape.group();
-        let mut weights = vec![0.0; group * total_rows(view.heads)];
-        view.backend.window_scores(
-            &AttentionParams::of(view.shape),
-            &mut WindowArgs {
-                heads: view.heads,
-                queries: &queries,
-                positions,
-                reduce: WindowReduce::Sum,
-                out: &mut weights,
-            },
-        )?;
         // Heads may hold different positions (after an allocator that makes them compete), so the mean goes
         // by position, over the query heads that still hold it.
         let mut sums: HashMap<i32, (f32, f32)> = HashMap::new();
