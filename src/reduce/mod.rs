@@ -185,3 +185,35 @@ fn by_head<'a>(heads: &'a [HeadRows], mut values: &'a [f32]) -> impl Iterator<It
         own
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_order_of_what_leaves_changes_nothing() {
+        let neighbour = |from, into| Neighbour { from, into, cosine: 0.1 * from as f32 };
+        let pairs = [(3, 9), (1, 9), (7, 2), (5, 9), (4, 2)].map(|(from, into)| neighbour(from, into));
+        let merged = |pairs: &[Neighbour]| {
+            merge(pairs.to_vec(), true, |slot, group| Some(alike(slot, 0.5, group, |n| n.cosine)))
+        };
+        let first = merged(&pairs);
+        let slots: Vec<(u32, Vec<u32>)> =
+            first.iter().map(|(t, s)| (t.slot, s.iter().map(|s| s.slot).collect())).collect();
+        assert_eq!(slots, [(2, vec![4, 7]), (9, vec![1, 3, 5])]);
+        for turn in 1..pairs.len() {
+            let mut turned = pairs;
+            turned.rotate_left(turn);
+            assert_eq!(merged(&turned), first);
+        }
+    }
+
+    #[test]
+    fn an_entry_stands_for_sixteen_at_most() {
+        let biases = [0.0, 2.0, 3.0];
+        assert_eq!(bias_within(&biases, 0, 1.0), 1.0);
+        assert_eq!(bias_within(&biases, 0, 9.0), BIAS_MOST);
+        assert!((bias_within(&biases, 1, 9.0) - (BIAS_MOST - 2.0)).abs() < 1e-6);
+        assert_eq!(bias_within(&biases, 2, 9.0), 0.0);
+    }
+}
