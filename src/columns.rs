@@ -16,6 +16,10 @@ pub struct ColumnSpec {
     pub words: usize,
 }
 
+/// The column in which a cache with a reducer keeps, of every entry that others were mixed into, the lowest and the highest
+/// position it speaks for, each plus one; both words are 0 while it speaks for itself only.
+pub const MERGED: ColumnSpec = ColumnSpec { name: "merged", words: 2 };
+
 /// Where each declared column lies within an entry's words.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ColumnLayout {

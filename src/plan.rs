@@ -5,13 +5,8 @@
 //! by a host that owns its own cache. *Hurts* by one pass over the kept slots, nothing next to the copy that
 //! applies it.
 
-use crate::columns::ColumnSpec;
 use crate::error::PolicyError;
 pub use crate::kernel::merge_rows::{Merges, Source, Target};
-
-/// The column in which a cache with a reducer keeps, of every entry that others were mixed into, the lowest and the highest
-/// position it speaks for, each plus one; both words are 0 while it speaks for itself only.
-pub const MERGED: ColumnSpec = ColumnSpec { name: "merged", words: 2 };
 
 /// What becomes of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

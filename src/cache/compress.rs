@@ -7,6 +7,7 @@
 use super::KvCache;
 use super::sequence::{QueryLog, Sequence, SequenceId};
 use super::step::Lane;
+use crate::columns::MERGED;
 use crate::device::HeadRows;
 use crate::error::{Error, PolicyError};
 use crate::geometry::{LayerShape, Position};
@@ -14,7 +15,7 @@ use crate::kernel::attention_mass::MassArgs;
 use crate::kernel::rope::{RopeArgs, RopeTarget};
 use crate::kernel::window_scores::{WindowArgs, WindowReduce};
 use crate::kernel::{AttentionParams, total_rows};
-use crate::plan::{HeadPlan, LayerPlan, MERGED};
+use crate::plan::{HeadPlan, LayerPlan};
 use crate::policy::{Feed, FeedKind, LayerScores, LayerView, QueryWindow, TargetRequest, seen_by};
 use crate::recipe::{Budget, PositionMode};
 use crate::reduce::Reduced;
@@ -388,7 +389,7 @@ impl KvCache {
             return Err(PolicyError::Custom {
                 policy: name.to_owned(),
                 message: format!(
-                    "its plan mixes entries, but its columns lack plan::MERGED ({:?})",
+                    "its plan mixes entries, but its columns lack columns::MERGED ({:?})",
                     MERGED.name
                 ),
             }

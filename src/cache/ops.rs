@@ -7,11 +7,12 @@
 use super::KvCache;
 use super::compress::rotate_log;
 use super::sequence::SequenceId;
+use crate::columns::MERGED;
 use crate::device::HeadRows;
 use crate::error::{CacheError, Error, RecipeError};
 use crate::geometry::{KeyPhase, Position, Slot};
 use crate::kernel::gather::{GatherArgs, GatherTarget};
-use crate::plan::{HeadPlan, LayerPlan, MERGED};
+use crate::plan::{HeadPlan, LayerPlan};
 use crate::policy::select::MARKED;
 use crate::store::{self, Extent, SharedPositions};
 use std::ops::Range;

@@ -3,7 +3,7 @@
 //!
 //! A reducer sees what the policy saw and what it decided, and adds [`Merges`] to the plan: data that the cache validates
 //! and applies while it compacts. So every reducer goes with every scorer and allocator, and never adds an entry. An entry
-//! that takes others up remembers which positions it speaks for ([`crate::plan::MERGED`]) and, where the method says so,
+//! that takes others up remembers which positions it speaks for ([`crate::columns::MERGED`]) and, where the method says so,
 //! how much more it weighs (its log-mass bias β).
 //!
 //! *Helps* a little, at small budgets: few dropped entries have a near twin among those kept. Mixing values and adding mass

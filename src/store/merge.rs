@@ -5,11 +5,10 @@
 //! mixed. *Hurts* by an `f32` copy of the rows that take something up, until the head is done.
 
 use crate::backend::Backend;
-use crate::columns::ColumnLayout;
+use crate::columns::{ColumnLayout, MERGED};
 use crate::device::page::{HeadRows, Page};
 use crate::error::KernelError;
 use crate::kernel::merge_rows::{MergeRowsArgs, Merges};
-use crate::plan::MERGED;
 
 /// Which positions an entry speaks for: lowest and highest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

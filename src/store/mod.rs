@@ -22,13 +22,12 @@ pub use positions::SharedPositions;
 pub use seal::{Packed, Storage, block_bytes, page_bytes, seal};
 
 use crate::backend::Backend;
-use crate::columns::{ColumnLayout, ColumnsMut};
+use crate::columns::{ColumnLayout, ColumnsMut, MERGED};
 use crate::device::page::{HeadRows, Page, PageLayout, Segment, Side};
 use crate::error::{DeviceError, KernelError};
 use crate::geometry::{KeyPhase, LayerShape, Rotary};
 use crate::kernel::Spans;
 use crate::kernel::rope::{RopeArgs, RopeTarget};
-use crate::plan::MERGED;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
