@@ -25,7 +25,7 @@ bench-peers: ## Attention beside ggml's, candle's and the machine's limits, in o
 
 fmt: ## Format all Rust code
 	cargo fmt --all
-	rustfmt --edition 2024 src/policy/score/*.rs src/policy/allocate/*.rs src/policy/whole/*.rs
+	rustfmt --edition 2024 src/policy/score/*.rs src/policy/allocate/*.rs src/policy/whole/*.rs src/reduce/*.rs
 	cargo fmt --manifest-path benches/peers/Cargo.toml
 
 lint: ## Format check and clippy, without running anything

@@ -56,22 +56,18 @@ impl Reducer for KeepKv {
     fn reduce(&self, view: &LayerView<'_>, plan: &LayerPlan) -> Result<Reduced, PolicyError> {
         let weights = super::observed(ENTRY.name, view, self.window)?;
         let heads = super::neighbours(view, plan)?.into_iter().zip(view.heads);
-        let heads = heads.zip(super::by_head(view.heads, &weights)).map(|((mut neighbours, head), weights)| {
-            neighbours.retain(|n| n.cosine >= self.threshold);
-            let biases = super::biases(head);
-            super::merge(neighbours, false, |slot, group| mix(slot, group, weights, &biases))
-        });
+        let heads =
+            heads.zip(super::by_head(view.heads, &weights)).map(|((mut neighbours, head), weights)| {
+                neighbours.retain(|n| n.cosine >= self.threshold);
+                let biases = super::biases(head);
+                super::merge(neighbours, false, |slot, group| mix(slot, group, weights, &biases))
+            });
         Ok(heads.collect::<Vec<_>>().into())
     }
 }
 
 /// What one entry takes up; nothing if all of it weighs nothing.
-fn mix(
-    slot: u32,
-    group: &[Neighbour],
-    weights: &[f32],
-    biases: &[f32],
-) -> Option<(Target, Vec<Source>)> {
+fn mix(slot: u32, group: &[Neighbour], weights: &[f32], biases: &[f32]) -> Option<(Target, Vec<Source>)> {
     let (weight, votes) = (|slot: u32| weights[slot as usize], |slot: u32| biases[slot as usize].exp());
     let total = weight(slot) + group.iter().map(|n| weight(n.from)).sum::<f32>();
     let share = |slot: u32| weight(slot) / total;

@@ -98,7 +98,11 @@ impl KvMerger {
             let heavier = |a: u32, b: u32| if weights[b as usize] > weights[a as usize] { b } else { a };
             if let Some(into) = kept.into_iter().reduce(heavier) {
                 let pairs = leaving.into_iter();
-                neighbours.extend(pairs.map(|from| Neighbour { from, into, cosine: cosine(key(from), key(into)) }));
+                neighbours.extend(pairs.map(|from| Neighbour {
+                    from,
+                    into,
+                    cosine: cosine(key(from), key(into)),
+                }));
             }
         }
         let biases = super::biases(head);

@@ -29,9 +29,21 @@ pub const ENTRY: Entry = Entry {
     source: "kvpress's MergingPress (pull request 219), with the mass correction of KeepKV (arXiv:2504.09936)",
     needs: "the last `window` queries; none with window=0",
     args: &[
-        Arg::count("window", 64, 0, 65_536, "last queries whose attention weighs what is mixed; 0: norms of values do"),
+        Arg::count(
+            "window",
+            64,
+            0,
+            65_536,
+            "last queries whose attention weighs what is mixed; 0: norms of values do",
+        ),
         Arg::real("threshold", 0.0, -1.0, 1.0, "smallest cosine at which anything is mixed"),
-        Arg::real("fraction", 1.0, 0.0, 1.0, "share of the dropped entries that may be mixed, the most similar first"),
+        Arg::real(
+            "fraction",
+            1.0,
+            0.0,
+            1.0,
+            "share of the dropped entries that may be mixed, the most similar first",
+        ),
         Arg::word("values", &["yes", "no"], "whether values are mixed, or only mass is added"),
         Arg::word("mass", &["yes", "no"], "whether the kept entry weighs more afterwards"),
     ],
@@ -116,12 +128,7 @@ impl ValueMerge {
     }
 
     /// What one entry takes up; nothing if all of it weighs nothing.
-    fn mix(
-        &self,
-        slot: u32,
-        group: &[Neighbour],
-        weights: Weights<'_>,
-    ) -> Option<(Target, Vec<Source>)> {
+    fn mix(&self, slot: u32, group: &[Neighbour], weights: Weights<'_>) -> Option<(Target, Vec<Source>)> {
         let of = |slot: u32| weights.of[slot as usize];
         let weight = |n: &Neighbour| match weights.observed {
             true => of(n.from) * n.cosine,
@@ -133,7 +140,8 @@ impl ValueMerge {
         if taken <= 0.0 || !(taken / total).is_finite() {
             return None;
         }
-        let bias = if self.mass && weights.observed { (taken / own.max(f32::MIN_POSITIVE)).ln_1p() } else { 0.0 };
+        let bias =
+            if self.mass && weights.observed { (taken / own.max(f32::MIN_POSITIVE)).ln_1p() } else { 0.0 };
         let share = |weight: f32, unmixed: f32| if self.values { weight / total } else { unmixed };
         let sources = group.iter().map(|n| Source { slot: n.from, key: 0.0, value: share(weight(n), 0.0) });
         let target = Target { slot, sources: 0, key: 1.0, value: share(own, 1.0), bias };

@@ -94,8 +94,13 @@ mod tests {
 
     fn targets(cap: usize, window: usize, beta: usize, layers: usize, rows: usize) -> Vec<usize> {
         let indices: Vec<usize> = (0..layers).collect();
-        let request =
-            TargetRequest { layers: &indices, rows: &vec![rows; layers], target: cap, recent: window, measures: &[] };
+        let request = TargetRequest {
+            layers: &indices,
+            rows: &vec![rows; layers],
+            target: cap,
+            recent: window,
+            measures: &[],
+        };
         Pyramid { beta }.layer_targets(&request).iter().map(|t| t - window).collect()
     }
 

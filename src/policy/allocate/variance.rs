@@ -25,7 +25,13 @@ pub const ENTRY: Entry = Entry {
     summary: "layers whose attention is spread evenly keep more",
     source: "D2O: Wan et al. 2024, arXiv:2406.13035",
     needs: "nothing of its own",
-    args: &[Arg::real("sharpness", 1.0, 0.0, 1000.0, "factor on the variance; the paper's is 1, 0 is uniform")],
+    args: &[Arg::real(
+        "sharpness",
+        1.0,
+        0.0,
+        1000.0,
+        "factor on the variance; the paper's is 1, 0 is uniform",
+    )],
     build: Build::Allocate { build },
 };
 
