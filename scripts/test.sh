@@ -20,7 +20,7 @@ export XDG_RUNTIME_DIR="${XDG_RUNTIME_DIR:-/tmp}"
 part_fmt() {
     cargo fmt --all --check
     # The registry's macros declare these modules, where cargo fmt does not look.
-    rustfmt --check --edition 2024 src/policy/{score,allocate,whole}/*.rs
+    rustfmt --check --edition 2024 src/policy/{score,allocate,whole}/*.rs src/reduce/*.rs
     cargo fmt --manifest-path benches/peers/Cargo.toml --check
 }
 
