@@ -282,10 +282,11 @@ impl KvCache {
         Ok(changed)
     }
 
-    /// What the policy measures of each participating layer: anew while the prompt is open, else what was measured last.
+    /// What the policy measures of each participating layer, once: of layers that were given budgets it would see what these
+    /// left.
     fn measures(&self, id: SequenceId) -> Result<Vec<f32>, Error> {
         let sequence = self.sequence(id)?;
-        if !sequence.prefill_open && !sequence.measures.is_empty() {
+        if !self.recipe.policy.measures() || !sequence.measures.is_empty() {
             return Ok(sequence.measures.clone());
         }
         let layers: Vec<usize> = (0..self.shape.layers()).filter(|&l| self.participates(l)).collect();

@@ -115,7 +115,7 @@ pub(super) struct Sequence {
     /// Recorded queries per layer.
     pub(super) queries: Vec<QueryLog>,
     pub(super) counters: Vec<LayerCounters>,
-    /// What the policy measured of each layer that takes part, at the end of the prompt.
+    /// What the policy measured of each layer that takes part, before the first compression.
     pub(super) measures: Vec<f32>,
     /// What the last plan of each layer wanted remembered.
     pub(super) remembered: Vec<Vec<f32>>,

@@ -278,7 +278,13 @@ pub trait Policy: Debug + Send + Sync {
         (0, 0)
     }
 
-    /// A number that [`Policy::layer_targets`] goes by, measured when a prompt is compressed. None by default.
+    /// Whether [`Policy::layer_targets`] goes by what [`Policy::measure`] says.
+    fn measures(&self) -> bool {
+        false
+    }
+
+    /// A number that [`Policy::layer_targets`] goes by, measured before the first compression; asked for where
+    /// [`Policy::measures`] says so. None by default.
     ///
     /// # Errors
     /// [`PolicyError`].

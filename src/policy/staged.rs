@@ -129,6 +129,10 @@ impl Policy for Staged {
         self.protect(0)
     }
 
+    fn measures(&self) -> bool {
+        self.allocator.measure().is_some()
+    }
+
     fn measure(&self, view: &LayerView<'_>) -> Result<Option<f32>, PolicyError> {
         let Some(measure) = self.allocator.measure() else { return Ok(None) };
         let scores = self.scorer.score(view)?;

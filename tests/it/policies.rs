@@ -180,6 +180,31 @@ fn layer_budgets_of_the_pyramid_differ() {
     assert_eq!(uniform, [512; 30]);
 }
 
+#[test]
+fn layer_budgets_by_variance_are_measured_in_the_cache_and_kept() {
+    let shape = ModelShape::uniform(2, LayerShape::new(4, 2, 4)).unwrap();
+    let counts = |sharpness: usize| {
+        let recipe = format!("h2o+variance(sharpness={sharpness})");
+        let builder = KvCache::builder(shape.clone()).recipe(recipe.as_str()).budget(Budget::Tokens(40));
+        let mut cache = builder.backend(Cpu::default()).page_entries(16).build().unwrap();
+        let id = cache.create_sequence();
+        let mut random = Random::new(11);
+        feed(&mut cache, id, &mut random, 90);
+        cache.end_prefill(id).unwrap();
+        let layers = |cache: &KvCache| [0, 1].map(|layer| cache.stored(id, layer).unwrap()[0].0);
+        let after_prompt = layers(&cache);
+        for _ in 0..80 {
+            feed(&mut cache, id, &mut random, 1);
+        }
+        cache.compress(id).unwrap();
+        assert_eq!(layers(&cache), after_prompt, "budgets of the prompt hold for what follows");
+        after_prompt
+    };
+    assert_eq!(counts(0), [40, 40]);
+    let [first, second] = counts(1000);
+    assert!(first != second && first + second == 80, "{first} {second}");
+}
+
 /// Scores given by the test.
 #[derive(Debug)]
 struct Fixed(Vec<f32>);

@@ -359,6 +359,25 @@ fn merging_again_joins_what_was_merged() {
 }
 
 #[test]
+fn what_a_reducer_remembers_is_there_at_the_next_compaction_and_in_forks() {
+    let run = |recipe: &str, forked: bool| {
+        let (mut cache, mut id) =
+            merging(&format!("{recipe}+when=prefill+when=over(slack=0)"), Arc::new(Cpu::default()));
+        if forked {
+            id = cache.fork(id).unwrap();
+        }
+        for token in 50..80 {
+            feed(&mut cache, id, &[token], 1);
+        }
+        seen(&cache, id)
+    };
+    // Of the threshold's last value all, or nothing. Forgotten, it would be the mean cosine in both.
+    let remembers = run("knorm+d2o(alpha=1,beta=0)", false);
+    assert_ne!(remembers, run("knorm+d2o(alpha=0,beta=1)", false));
+    assert_eq!(remembers, run("knorm+d2o(alpha=1,beta=0)", true));
+}
+
+#[test]
 fn marked_entries_go_first_and_forks_keep_their_marks() {
     let shape = small_model(2, 4, 2, 8);
     for backend in backends() {

@@ -6,7 +6,7 @@
 //! σ²_l = mean over KV heads of the variance of (s − min s) / (max s − min s)
 //! keep_l = L · target · softmax(−σ²)_l,   at least 1 % of what is stored, at most all of it
 //! ```
-//! Measured when a prompt is compressed, and kept for what follows. The sum is exact: what a bound takes from one layer goes
+//! Measured before anything is compressed, and kept for what follows. The sum is exact: what a bound takes from one layer goes
 //! to the others in proportion.
 //!
 //! *Helps* little: variances of normalised scores differ by hundredths, so budgets do by percents (`sharpness` raises that).
