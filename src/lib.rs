@@ -60,6 +60,7 @@ pub mod factor;
 pub mod geometry;
 pub mod index;
 pub mod kernel;
+pub mod low_rank;
 pub mod plan;
 pub mod policy;
 pub mod recipe;

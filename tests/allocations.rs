@@ -156,7 +156,7 @@ fn dot_scores_allocate_nothing_when_warm() {
     let layout = |k: Encoding| Arc::new(PageLayout::new(&shape, 128, k, k, false, 0));
     let head = |layout: Arc<PageLayout>| {
         let pages = (0..32).map(|_| Arc::new(cpu.allocate(&layout).unwrap())).collect();
-        HeadRows::new(vec![Segment { layout, pages, rows: 4096 }])
+        HeadRows::new(vec![Segment { pages, rows: 4096, ..Segment::new(layout) }])
     };
     let heads = [head(layout(Packing::new(Format::Int8).into())), head(layout(DType::F16.into()))];
     let spans: Vec<Spans> =

@@ -113,6 +113,18 @@ impl Backend for Cpu {
         kernel::attend::cpu::run(&self.exec, params, lanes, workspace)
     }
 
+    fn attend_factored(
+        &self,
+        params: &AttentionParams<'_>,
+        args: &mut FactoredArgs<'_>,
+    ) -> Result<(), KernelError> {
+        kernel::attend_factored::cpu::run(&self.exec, params, args)
+    }
+
+    fn rebuild(&self, args: &mut RebuildArgs<'_>) -> Result<(), KernelError> {
+        kernel::rebuild::cpu::run(&self.exec, args)
+    }
+
     fn merge_partials(&self, args: &mut MergeArgs<'_>) -> Result<(), KernelError> {
         kernel::merge_partials::cpu::run(&self.exec, args)
     }

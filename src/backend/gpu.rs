@@ -108,7 +108,8 @@ impl Backend for Gpu {
         let block = DeviceBlock::of(page, "write_rows").map_err(device_error)?;
         self.context.memory.write_rows(block, layout, Side::Key, first, keys);
         self.context.memory.write_rows(block, layout, Side::Value, first, values);
-        let rows = keys.len() / layout.d_k;
+        // Latent rows may have one side only.
+        let rows = keys.len().checked_div(layout.d_k).unwrap_or_else(|| values.len() / layout.d_v.max(1));
         self.sync_metadata(layout, page, first..first + rows)
     }
 
@@ -129,6 +130,18 @@ impl Backend for Gpu {
         _: &mut Workspace,
     ) -> Result<(), KernelError> {
         kernel::attend::gpu::run(&self.context, params, lanes)
+    }
+
+    fn attend_factored(
+        &self,
+        params: &AttentionParams<'_>,
+        args: &mut FactoredArgs<'_>,
+    ) -> Result<(), KernelError> {
+        kernel::attend_factored::gpu::run(&self.context, params, args)
+    }
+
+    fn rebuild(&self, args: &mut RebuildArgs<'_>) -> Result<(), KernelError> {
+        kernel::rebuild::gpu::run(&self.context, args)
     }
 
     fn merge_partials(&self, args: &mut MergeArgs<'_>) -> Result<(), KernelError> {

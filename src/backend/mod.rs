@@ -23,6 +23,7 @@ use crate::device::page::{Page, PageLayout};
 use crate::error::{DeviceError, KernelError};
 use crate::kernel::AttentionParams;
 use crate::kernel::attend::{AttendLane, Workspace};
+use crate::kernel::attend_factored::FactoredArgs;
 use crate::kernel::attention_mass::MassArgs;
 use crate::kernel::code_scores::CodeArgs;
 use crate::kernel::dot_scores::DotArgs;
@@ -32,6 +33,7 @@ use crate::kernel::merge_rows::MergeRowsArgs;
 use crate::kernel::nearest::NearestArgs;
 use crate::kernel::pack::PackArgs;
 use crate::kernel::pool::PoolArgs;
+use crate::kernel::rebuild::RebuildArgs;
 use crate::kernel::rope::RopeArgs;
 use crate::kernel::row_norms::NormArgs;
 use crate::kernel::top_k::TopKArgs;
@@ -109,6 +111,22 @@ pub trait Backend: Debug + Send + Sync {
         lanes: &mut [AttendLane<'_>],
         workspace: &mut Workspace,
     ) -> Result<(), KernelError>;
+
+    /// [`crate::kernel::attend_factored`].
+    ///
+    /// # Errors
+    /// [`KernelError`]; outputs are then unspecified.
+    fn attend_factored(
+        &self,
+        params: &AttentionParams<'_>,
+        args: &mut FactoredArgs<'_>,
+    ) -> Result<(), KernelError>;
+
+    /// [`crate::kernel::rebuild`].
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    fn rebuild(&self, args: &mut RebuildArgs<'_>) -> Result<(), KernelError>;
 
     /// [`crate::kernel::merge_partials`].
     ///

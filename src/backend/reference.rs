@@ -64,6 +64,18 @@ impl Backend for Reference {
         kernel::attend::reference::run(params, lanes)
     }
 
+    fn attend_factored(
+        &self,
+        params: &AttentionParams<'_>,
+        args: &mut FactoredArgs<'_>,
+    ) -> Result<(), KernelError> {
+        kernel::attend_factored::reference::run(params, args)
+    }
+
+    fn rebuild(&self, args: &mut RebuildArgs<'_>) -> Result<(), KernelError> {
+        kernel::rebuild::reference::run(args)
+    }
+
     fn merge_partials(&self, args: &mut MergeArgs<'_>) -> Result<(), KernelError> {
         kernel::merge_partials::reference::run(args)
     }

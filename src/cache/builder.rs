@@ -13,6 +13,7 @@ use crate::device::page::PageLayout;
 use crate::error::{Error, RecipeError};
 use crate::geometry::{KeyPhase, ModelShape};
 use crate::index::{Codebook, Codebooks, Retrieval, TableStorage};
+use crate::low_rank::LowRank;
 use crate::policy::Policy;
 use crate::recipe::{Budget, PositionMode, Recipe};
 use crate::store::{Packed, Storage};
@@ -222,6 +223,9 @@ impl KvCache {
             check_read(index, budget)?;
             index.summary.check(shape, index.rule.dense)?;
         }
+        if let Some(low_rank) = &recipe.low_rank {
+            check_low_rank(shape, low_rank)?;
+        }
         if recipe.positions == PositionMode::Renumber {
             check_renumber(shape, recipe)?;
         }
@@ -318,6 +322,32 @@ fn check_read(index: &Retrieval, budget: Option<Budget>) -> Result<(), RecipeErr
             format!("give at least {always} tokens, or lower sinks=, recent= or the size of pages"),
         ),
         _ => Ok(()),
+    }
+}
+
+fn check_low_rank(shape: &ModelShape, low_rank: &LowRank) -> Result<(), RecipeError> {
+    let conflict = |with: String, why: &str, change: &str| {
+        let what = format!("factor={}", low_rank.name);
+        Err(RecipeError::Conflict { what, with, why: why.to_owned(), change: change.to_owned() })
+    };
+    if !cfg!(feature = "lowrank") {
+        return conflict(
+            "a build without the feature lowrank".to_owned(),
+            "decompositions are not in it",
+            "turn the feature on",
+        );
+    }
+    let unknown = |l: &usize| {
+        let layer = shape.layer(*l);
+        layer.window.is_none() && layer.rotary.is_none() && layer.key_phase == KeyPhase::PostRope
+    };
+    match shape.owners().find(unknown) {
+        Some(layer) => conflict(
+            format!("layer {layer} without a rotary description"),
+            "its keys cannot be turned back, and turned ones are of full rank",
+            "set LayerShape::rotary, or KeyPhase::Unrotated if its keys carry none",
+        ),
+        None => Ok(()),
     }
 }
 

@@ -5,6 +5,7 @@
 //! planned. *Hurts* the step that triggers it by one scoring pass and one copy of what is kept.
 
 use super::KvCache;
+use super::factored::Watch;
 use super::sequence::{QueryLog, Sequence, SequenceId};
 use super::step::Lane;
 use crate::columns::MERGED;
@@ -20,6 +21,7 @@ use crate::policy::{Feed, FeedKind, LayerScores, LayerView, QueryWindow, TargetR
 use crate::recipe::{Budget, PositionMode};
 use crate::reduce::Reduced;
 use crate::store::{self, SharedPositions};
+use std::ops::ControlFlow;
 
 /// Query rows scored at once for [`FeedKind::Rows`]: bounds the buffer of weights to this many rows.
 const FEED_ROWS: usize = 16;
@@ -53,6 +55,7 @@ impl KvCache {
                 self.extend_index(id)?;
                 self.forget_queries(id)?;
                 self.seal(id)?;
+                self.factor_due(id, false, &mut |_| ControlFlow::Continue(()))?;
                 self.advance_guard(id, watched, accepted)?;
             }
         }
@@ -165,6 +168,10 @@ impl KvCache {
     /// # Errors
     /// [`Error`] from scoring or compacting; the prompt then stays open and may be ended again.
     pub fn end_prefill(&mut self, id: SequenceId) -> Result<(), Error> {
+        self.finish_prefill(id, &mut |_| ControlFlow::Continue(()))
+    }
+
+    pub(super) fn finish_prefill(&mut self, id: SequenceId, watch: Watch<'_>) -> Result<(), Error> {
         if !self.sequence(id)?.prefill_open {
             return Ok(());
         }
@@ -175,6 +182,10 @@ impl KvCache {
         self.extend_index(id)?;
         self.calibrate(id)?;
         self.seal(id)?;
+        if let Err(error) = self.factor_due(id, true, watch) {
+            self.sequence_mut(id)?.prefill_open = true;
+            return Err(error);
+        }
         self.forget_queries(id)
     }
 

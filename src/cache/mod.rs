@@ -10,6 +10,7 @@
 
 mod builder;
 mod compress;
+mod factored;
 mod guard;
 mod ops;
 mod read;
@@ -135,6 +136,8 @@ impl KvCache {
             since: 0,
             compacted: None,
             watched: Watched::default(),
+            low_rank: Vec::new(),
+            factor_at: Vec::new(),
         })
     }
 
@@ -146,7 +149,8 @@ impl KvCache {
             let kv_heads = self.shape.layer(layer).kv_heads;
             LayerIndex::new(index, kv_heads).with_books(self.codebooks.layer(layer))
         });
-        LayerReads { index, ..LayerReads::default() }
+        let rebuilt = self.new_rebuilt(layer);
+        LayerReads { index, rebuilt, ..LayerReads::default() }
     }
 
     fn insert(&mut self, sequence: Sequence) -> SequenceId {

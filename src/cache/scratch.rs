@@ -35,6 +35,7 @@ pub(super) struct Scratch {
     pub(super) recording: bool,
     pub(super) workspace: Workspace,
     pub(super) read: super::read::ReadScratch,
+    pub(super) factored: super::factored::FactoredScratch,
 }
 
 /// Sets a buffer's length without keeping its contents.

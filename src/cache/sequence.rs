@@ -9,6 +9,8 @@ use super::read::{Held, ReadReport};
 use crate::device::HeadRows;
 use crate::geometry::LayerShape;
 use crate::index::{LayerIndex, Thresholds};
+use crate::kernel::attend_factored::Remembered;
+use crate::low_rank::LowRankRun;
 use std::collections::VecDeque;
 
 /// The handle of a sequence within its cache.
@@ -96,6 +98,31 @@ pub(super) struct LayerReads {
     /// The last choice.
     pub(super) held: Held,
     pub(super) report: Option<ReadReport>,
+    /// Keys of low rank that were made, by KV head. A fork begins without.
+    pub(super) rebuilt: Rebuilt,
+}
+
+/// Of each KV head of a layer, made keys.
+#[derive(Debug, Default)]
+pub(super) struct Rebuilt(pub(super) Vec<Remembered>);
+
+impl Rebuilt {
+    /// Entries were removed, or moved to other positions.
+    pub(super) fn forget(&mut self) {
+        self.0.iter_mut().for_each(Remembered::forget);
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.0.iter().map(Remembered::bytes).sum()
+    }
+}
+
+impl Clone for Rebuilt {
+    fn clone(&self) -> Self {
+        let mut copy = Self(Vec::with_capacity(self.0.len()));
+        copy.0.extend(self.0.iter().map(Remembered::like));
+        copy
+    }
 }
 
 /// A guard and what it found.
@@ -131,13 +158,18 @@ pub(super) struct Sequence {
     /// `next` at the last compaction: below it entries are missing.
     pub(super) compacted: Option<i32>,
     pub(super) watched: Watched,
+    /// What became of runs of low rank.
+    pub(super) low_rank: Vec<LowRankRun>,
+    /// Per group of layers, entries at which factoring is tried again after it was refused.
+    pub(super) factor_at: Vec<usize>,
 }
 
 impl Sequence {
     /// Forgets all units: rows between were removed, or keys turned. They are made anew at the next commit.
     pub(super) fn clear_index(&mut self, layer: usize) {
-        let LayerReads { index, held, .. } = &mut self.reads[layer];
+        let LayerReads { index, held, rebuilt, .. } = &mut self.reads[layer];
         *held = Held::default();
+        rebuilt.forget();
         if let Some(index) = index {
             index.clear();
         }
@@ -147,6 +179,7 @@ impl Sequence {
     pub(super) fn truncate_index(&mut self) {
         for (reads, heads) in self.reads.iter_mut().zip(&self.layers) {
             reads.held = Held::default();
+            reads.rebuilt.forget();
             if let Some(index) = &mut reads.index {
                 index.truncate(heads);
             }

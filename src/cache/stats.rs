@@ -9,7 +9,7 @@
 
 use super::KvCache;
 use super::sequence::{Sequence, SequenceId};
-use crate::device::HeadRows;
+use crate::device::{Angles, Basis, Factors, HeadRows, Segment};
 use crate::device::memory::MemoryUsage;
 use crate::device::page::Page;
 use crate::error::Error;
@@ -27,6 +27,8 @@ pub struct LayerStats {
     pub entries: usize,
     /// Of these, entries in packed pages.
     pub packed: usize,
+    /// Of these, entries whose keys or values are made of factors.
+    pub factored: usize,
     /// Entries dropped so far, over all KV heads.
     pub dropped: u64,
     /// Compactions that dropped something.
@@ -58,6 +60,7 @@ impl SequenceStats {
                 layer: sum.layer,
                 entries: sum.entries + l.entries,
                 packed: sum.packed + l.packed,
+                factored: sum.factored + l.factored,
                 dropped: sum.dropped + l.dropped,
                 compactions: sum.compactions + l.compactions,
                 bytes_logical: sum.bytes_logical + l.bytes_logical,
@@ -151,6 +154,7 @@ fn mean(heads: &[Storage], bytes: impl Fn(&Storage) -> usize) -> usize {
 struct Counted {
     pages: HashSet<*const Page>,
     positions: HashSet<*const i32>,
+    angles: HashSet<*const Angles>,
 }
 
 impl Counted {
@@ -158,7 +162,7 @@ impl Counted {
     fn add(&mut self, sequence: &Sequence, layer: usize) -> usize {
         let shadow = sequence.watched.shadow.as_ref().map(|shadow| &shadow.layers[layer]);
         let heads = sequence.layers[layer].iter().chain(shadow.into_iter().flatten());
-        sequence.queries[layer].bytes() + self.pages(heads)
+        sequence.queries[layer].bytes() + sequence.reads[layer].rebuilt.bytes() + self.pages(heads)
     }
 
     /// Bytes that the index of a layer adds.
@@ -169,6 +173,9 @@ impl Counted {
     fn pages<'a>(&mut self, heads: impl Iterator<Item = &'a HeadRows>) -> usize {
         let mut bytes = 0;
         for segment in heads.flat_map(|head| head.segments.iter().chain(&head.open)) {
+            if let Some(factors) = &segment.factors {
+                bytes += self.factors(factors);
+            }
             for page in &segment.pages {
                 if self.pages.insert(Arc::as_ptr(page)) {
                     bytes += store::block_bytes(&segment.layout) + store::metadata_bytes(page);
@@ -176,6 +183,37 @@ impl Counted {
                 if self.positions.insert(page.positions.as_ptr()) {
                     bytes += store::positions_bytes(page.positions.len());
                 }
+            }
+        }
+        bytes
+    }
+
+    /// Bytes that factors add: latent rows and angles, which heads and layers share, and bases.
+    fn factors(&mut self, factors: &Factors) -> usize {
+        let basis = |b: &Basis| Segment { pages: vec![Arc::clone(&b.page)], ..Segment::new(Arc::clone(&b.layout)) };
+        let bases = [&factors.keys, &factors.values].into_iter().flatten().map(basis);
+        let heads: Vec<HeadRows> = std::iter::once(Segment::clone(&factors.latents))
+            .chain(bases)
+            .map(|segment| HeadRows::new(vec![segment]))
+            .collect();
+        let angles = factors.angles.as_ref().filter(|angles| self.angles.insert(Arc::as_ptr(angles)));
+        let rows = factors.rows.as_ref().map_or(0, |rows| size_of_val(&**rows));
+        self.pages(heads.iter()) + angles.map_or(0, |angles| angles.bytes()) + rows
+    }
+}
+
+/// Factors counted so far, by address of what heads and layers share.
+#[derive(Default)]
+struct LogicalFactors(HashSet<*const Segment>);
+
+impl LogicalFactors {
+    /// Bytes that the factors of some segments need without padding.
+    fn add<'a>(&mut self, segments: impl Iterator<Item = &'a Segment>) -> usize {
+        let mut bytes = 0;
+        for factors in segments.filter_map(|s| s.factors.as_deref()) {
+            bytes += factors.basis_bytes();
+            if self.0.insert(Arc::as_ptr(&factors.latents)) {
+                bytes += factors.latents.rows * factors.latent_bytes();
             }
         }
         bytes
@@ -189,7 +227,7 @@ impl KvCache {
     /// [`crate::error::CacheError::NoSequence`].
     pub fn stats(&self, id: SequenceId) -> Result<SequenceStats, Error> {
         let sequence = self.sequence(id)?;
-        let mut counted = Counted::default();
+        let (mut counted, mut latents) = (Counted::default(), LogicalFactors::default());
         let layers = sequence.layers.iter().enumerate().map(|(layer, heads)| {
             let counters = sequence.counters[layer];
             let segments = || heads.iter().flat_map(|h| &h.segments);
@@ -199,10 +237,12 @@ impl KvCache {
             LayerStats {
                 layer,
                 entries: heads.iter().map(|h| h.rows()).sum(),
-                packed: segments().filter(|s| !s.layout.is_exact()).map(|s| s.rows).sum(),
+                packed: segments().filter(|s| s.factors.is_none() && !s.layout.is_exact()).map(|s| s.rows).sum(),
+                factored: segments().filter(|s| s.factors.is_some()).map(|s| s.rows).sum(),
                 dropped: counters.dropped,
                 compactions: counters.compactions,
-                bytes_logical: segments().map(|s| s.rows * s.layout.entry_bytes()).sum(),
+                bytes_logical: segments().map(|s| s.rows * s.layout.entry_bytes()).sum::<usize>()
+                    + latents.add(segments()),
                 bytes_resident: rows + bytes_index,
                 bytes_index,
                 bytes_read_per_step: read.unwrap_or_else(|| heads.iter().map(store::bytes_read).sum()),

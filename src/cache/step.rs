@@ -202,6 +202,14 @@ impl Step<'_> {
         load(layer, "q", &q, as_query, queries)?;
         let params = AttentionParams::of(shape);
         let heads = &self.cache.sequences[&lane.id].layers[self.cache.shape.owner(layer)];
+        if heads.iter().any(HeadRows::is_factored) {
+            return Err(CacheError::Unsupported {
+                what: "attend_partial",
+                why: "entries of this sequence are made of factors, which one call does for all threads".to_owned(),
+                change: "use attend, or a recipe without low rank",
+            }
+            .into());
+        }
         let mut lanes = [AttendLane {
             heads,
             queries,
@@ -359,6 +367,12 @@ impl Step<'_> {
             cache.read_layer(layer)?;
             store_out(&cache.scratch.out, &cache.scratch.lanes, hq, d_v, &mut out);
             self.watch(layer)?;
+            self.log_queries(layer);
+            return Ok(());
+        }
+        if cache.recipe.low_rank.is_some() {
+            cache.attend_lanes(layer)?;
+            store_out(&cache.scratch.out, &cache.scratch.lanes, hq, d_v, &mut out);
             self.log_queries(layer);
             return Ok(());
         }

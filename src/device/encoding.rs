@@ -40,6 +40,8 @@ pub enum Encoding {
     Exact(DType),
     /// Codes.
     Packed(Packing),
+    /// Not at all: products of the segment's [factors](super::factors).
+    Factored,
 }
 
 impl Encoding {
@@ -47,7 +49,7 @@ impl Encoding {
     pub fn exact(self) -> Option<DType> {
         match self {
             Self::Exact(dtype) => Some(dtype),
-            Self::Packed(_) => None,
+            Self::Packed(_) | Self::Factored => None,
         }
     }
 
@@ -58,7 +60,7 @@ impl Encoding {
         // Half a unit above 65504 rounds to infinity; stay below.
         const HALF: f32 = 65519.0;
         match self {
-            Self::Exact(DType::F32) => f32::MAX,
+            Self::Exact(DType::F32) | Self::Factored => f32::MAX,
             Self::Exact(DType::F16) => HALF,
             Self::Exact(DType::Bf16) => 3.394e38,
             Self::Packed(packing) => {
@@ -71,7 +73,7 @@ impl Encoding {
     /// The packing, if rows are packed.
     pub fn packed(self) -> Option<Packing> {
         match self {
-            Self::Exact(_) => None,
+            Self::Exact(_) | Self::Factored => None,
             Self::Packed(packing) => Some(packing),
         }
     }
@@ -82,6 +84,7 @@ impl fmt::Display for Encoding {
         match self {
             Self::Exact(dtype) => f.write_str(dtype.name()),
             Self::Packed(packing) => packing.fmt(f),
+            Self::Factored => f.write_str("factored"),
         }
     }
 }

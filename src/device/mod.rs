@@ -4,14 +4,18 @@
 //! *Helps* by being the one place that talks to the system; *hurts* nothing above it, which sees blocks
 //! and pages only.
 
+pub mod angles;
 pub mod encoding;
+pub mod factors;
 #[cfg(feature = "gpu")]
 pub mod gpu;
 pub mod memory;
 pub mod page;
 pub mod pool;
 
+pub use angles::Angles;
 pub use encoding::{Encoding, Format, Packing};
+pub use factors::{Basis, Factors};
 pub use memory::{HostArena, HostBlock, MemoryUsage};
 pub use page::{Block, HeadRows, Page, PageLayout, Segment};
 pub use pool::Pool;

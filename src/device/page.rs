@@ -14,10 +14,12 @@
 //! *Hurts* by half a page of slack per KV head on average, so pages are small (64 entries by default).
 
 use super::encoding::{Encoding, PackedLayout, PackedRows};
+use super::factors::Factors;
 use crate::device::memory::HostBlock;
 use crate::geometry::{LayerShape, RowCount};
 use crate::view::DType;
 use half::{bf16, f16};
+use std::ops::Range;
 use std::slice::ChunksExact;
 use std::sync::Arc;
 
@@ -140,6 +142,7 @@ impl PageLayout {
         let side = |side| match self.encoding(side) {
             Encoding::Exact(dtype) => self.dim(side) * dtype.bytes(),
             Encoding::Packed(_) => self.side_bytes(side).div_ceil(self.capacity),
+            Encoding::Factored => 0,
         };
         side(Side::Key) + side(Side::Value) + 4 + 4 * self.column_words
     }
@@ -211,11 +214,11 @@ impl PageLayout {
         rows.chunks_exact(self.dim(side).max(1))
     }
 
-    /// Bytes from one row to the next of an exact side. Packed rows do not lie together: 0.
+    /// Bytes from one row to the next of an exact side. Packed rows do not lie together, and factored ones nowhere: 0.
     pub fn row_bytes(&self, side: Side) -> usize {
         match self.encoding(side) {
             Encoding::Exact(dtype) => (self.dim(side) * dtype.bytes()).next_multiple_of(4),
-            Encoding::Packed(_) => 0,
+            Encoding::Packed(_) | Encoding::Factored => 0,
         }
     }
 
@@ -224,12 +227,12 @@ impl PageLayout {
     pub fn row_stride(&self, side: Side) -> usize {
         match self.encoding(side) {
             Encoding::Exact(dtype) => self.row_bytes(side) / dtype.bytes(),
-            Encoding::Packed(_) => 1,
+            Encoding::Packed(_) | Encoding::Factored => 1,
         }
     }
 
     /// The byte range of a side in a block.
-    pub fn range(&self, side: Side) -> std::ops::Range<usize> {
+    pub fn range(&self, side: Side) -> Range<usize> {
         match side {
             Side::Key => 0..self.v_offset(),
             Side::Value => self.v_offset()..self.mirror_offset(),
@@ -237,6 +240,9 @@ impl PageLayout {
     }
 
     /// All rows of a side of a host page, used or not; row `i` starts at `i * row_stride`.
+    ///
+    /// # Panics
+    /// On a factored side, which has none: [`HeadRows::factored`] names the entries that kernels pass over.
     pub fn rows<'a>(&self, page: &'a Page, side: Side) -> Rows<'a> {
         let bytes = &page.block.host()[self.range(side)];
         match self.encoding(side) {
@@ -247,6 +253,7 @@ impl PageLayout {
                 let layout = PackedLayout::new(packing, side, self.dim(side), self.capacity);
                 Rows::Packed(PackedRows { layout, bytes })
             }
+            Encoding::Factored => panic!("rows of a factored side are read as products"),
         }
     }
 
@@ -263,7 +270,8 @@ impl PageLayout {
         }
     }
 
-    /// One row of an exact side narrowed into `bytes`, which is a whole block's worth of host memory.
+    /// One row of an exact side narrowed into `bytes`, which is a whole block's worth of host memory; of a factored side
+    /// nothing is kept.
     ///
     /// # Panics
     /// On a packed side: its rows are written together, by [`crate::kernel::pack`].
@@ -277,8 +285,10 @@ impl PageLayout {
     /// As [`PageLayout::write_row`].
     pub fn write_exact(&self, bytes: &mut [u8], side: Side, row: usize, values: &[f32]) {
         use half::slice::HalfFloatSliceExt;
-        let Encoding::Exact(dtype) = self.encoding(side) else {
-            panic!("a row was written into a packed side");
+        let dtype = match self.encoding(side) {
+            Encoding::Exact(dtype) => dtype,
+            Encoding::Factored => return,
+            Encoding::Packed(_) => panic!("a row was written into a packed side"),
         };
         let start = row * self.row_bytes(side);
         let target = &mut bytes[start..start + self.dim(side) * dtype.bytes()];
@@ -299,12 +309,14 @@ pub struct Segment {
     pub pages: Vec<Arc<Page>>,
     /// Entries in use.
     pub rows: usize,
+    /// What entries are made of, where a side is factored.
+    pub factors: Option<Arc<Factors>>,
 }
 
 impl Segment {
     /// An empty run.
     pub fn new(layout: Arc<PageLayout>) -> Self {
-        Self { layout, pages: Vec::new(), rows: 0 }
+        Self { layout, pages: Vec::new(), rows: 0, factors: None }
     }
 
     /// Its pages with the number of entries used in each.
@@ -339,6 +351,21 @@ impl HeadRows {
     /// Whether any rows of a side are stored rotated.
     pub fn rotated(&self, side: Side) -> bool {
         self.segments.iter().any(|s| s.layout.rotated(side))
+    }
+
+    /// The runs that are made of factors: the segment, what it is made of, the slots of its entries.
+    pub fn factored(&self) -> impl Iterator<Item = (&Segment, &Factors, Range<usize>)> {
+        let mut first = 0;
+        self.segments.iter().filter_map(move |segment| {
+            let slots = first..first + segment.rows;
+            first = slots.end;
+            segment.factors.as_deref().map(|factors| (segment, factors, slots))
+        })
+    }
+
+    /// Whether any entries are made of factors.
+    pub fn is_factored(&self) -> bool {
+        self.segments.iter().any(|segment| segment.factors.is_some())
     }
 
     /// The same as a newtype, for public interfaces.

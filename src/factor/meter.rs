@@ -13,6 +13,13 @@ pub struct Progress {
     pub total: u64,
 }
 
+impl Progress {
+    /// The share that is done, 0 to 1.
+    pub fn share(&self) -> f64 {
+        if self.total == 0 { 1.0 } else { self.done as f64 / self.total as f64 }
+    }
+}
+
 /// For who does not want to know, and goes on to the end.
 pub fn unwatched(_: Progress) -> ControlFlow<()> {
     ControlFlow::Continue(())

@@ -9,6 +9,7 @@
 //! is not here: then a kernel is added, with all three implementations, rather than a loop in the policy.
 
 pub mod attend;
+pub mod attend_factored;
 pub mod attention_mass;
 pub mod code_scores;
 pub mod dot_scores;
@@ -18,6 +19,7 @@ pub mod merge_rows;
 pub mod nearest;
 pub mod pack;
 pub mod pool;
+pub mod rebuild;
 pub mod rope;
 pub mod row_norms;
 pub mod simd;

@@ -1,5 +1,5 @@
-//! The table of everything a recipe can name: scorers, allocators, whole policies, reducers and indexes, each with its
-//! arguments, source and needs.
+//! The table of everything a recipe can name: scorers, allocators, whole policies, reducers, indexes and storage of low
+//! rank, each with its arguments, source and needs.
 //!
 //! *Helps* because the recipe parser, the command line, the documentation and the conformance suite iterate
 //! over the same const entries; adding a method is one line in its table. *Hurts* nothing: it is read when
@@ -12,6 +12,7 @@ use super::schedule::Schedule;
 use super::{Allocator, Policy, Scorer, allocate, score, whole};
 use crate::error::RecipeError;
 use crate::index::{self, Retrieval};
+use crate::low_rank::LowRank;
 use crate::reduce::{self, Reducer};
 use std::fmt;
 use std::sync::Arc;
@@ -250,6 +251,11 @@ pub enum Build {
         /// Makes it.
         build: fn(&Args) -> Result<Arc<dyn Reducer>, RecipeError>,
     },
+    /// Storage of low rank; named alone it is that under the policy `full`.
+    Factor {
+        /// Makes it.
+        build: fn(&Args) -> Result<Arc<LowRank>, RecipeError>,
+    },
     /// An index; named alone it is that index over the policy `full`.
     Index {
         /// Makes it.
@@ -265,6 +271,7 @@ impl Build {
             Self::Allocate { .. } => "allocator",
             Self::Whole { .. } => "policy",
             Self::Reduce { .. } => "reducer",
+            Self::Factor { .. } => "low rank",
             Self::Index { .. } => "index",
         }
     }
@@ -307,10 +314,14 @@ impl Default for Registry {
 }
 
 impl Registry {
-    /// Everything the crate ships: whole policies, scorers, allocators, reducers, indexes.
+    /// Everything the crate ships: whole policies, scorers, allocators, reducers, indexes, low rank.
     pub fn builtin() -> Self {
         let tables = [whole::ENTRIES, score::ENTRIES, allocate::ENTRIES, reduce::ENTRIES, index::ENTRIES];
-        Self { entries: tables.concat() }
+        #[cfg_attr(not(feature = "lowrank"), allow(unused_mut, reason = "nothing is added then"))]
+        let mut entries = tables.concat();
+        #[cfg(feature = "lowrank")]
+        entries.extend_from_slice(crate::low_rank::ENTRIES);
+        Self { entries }
     }
 
     /// The same with one entry more. It takes the place of an entry of its name.

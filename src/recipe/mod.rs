@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! recipe := term ('+' term)*
-//! term   := name | name(arg=value, …)                    a policy, a scorer, an allocator, a reducer or an index
-//!         | score=name(…) | alloc=name(…) | reduce=name(…) | index=name(…)
+//! term   := name | name(arg=value, …)                    a policy, a scorer, an allocator, a reducer, an index, low rank
+//!         | score=name(…) | alloc=name(…) | reduce=name(…) | index=name(…) | factor=name(…)
 //!                                                        the same, by stage
 //!         | k=store | v=store                            how keys and values are stored
 //!         | layers=span(heads=span,group=N,k=store,v=store)
@@ -18,7 +18,8 @@
 //! span   := N | A..B | A.. | ..B                         half-open, negative numbers count from the last
 //! ```
 //! Later terms override earlier ones; `when=` terms add up, and together replace what the policy brings.
-//! An allocator or a reducer without a scorer works on `snapkv`, an index without a policy on `full`. White space is free between tokens. A scorer protects
+//! An allocator or a reducer without a scorer works on `snapkv`, an index or low rank without a policy
+//! on `full`. White space is free between tokens. A scorer protects
 //! entries of its own (the window of `snapkv`); `sinks` and `recent` can add to that, not take away.
 //!
 //! *Helps* because one line in a log, a command or a C call names everything that was chosen. *Hurts* where
@@ -44,6 +45,7 @@ use crate::codec::Precision;
 use crate::device::encoding::Encoding;
 use crate::error::RecipeError;
 use crate::index::Retrieval;
+use crate::low_rank::LowRank;
 use crate::policy::Policy;
 use crate::policy::registry::Registry;
 use crate::policy::schedule::Schedule;
@@ -79,6 +81,10 @@ pub struct Recipe {
     pub index: Option<Arc<Retrieval>>,
     /// The index that was parsed, with its canonical term.
     index_term: Option<(Arc<Retrieval>, String)>,
+    /// Which keys and values are stored as products of low rank; `None` stores all of them.
+    pub low_rank: Option<Arc<LowRank>>,
+    /// The low rank that was parsed, with its canonical term.
+    low_rank_term: Option<(Arc<LowRank>, String)>,
     /// How keys and values are stored.
     pub precision: Precision,
     /// When the cache compresses.
@@ -101,6 +107,8 @@ impl Recipe {
             reduce_term: None,
             index: None,
             index_term: None,
+            low_rank: None,
+            low_rank_term: None,
             precision: Precision::default(),
             schedule,
             positions: PositionMode::Keep,
@@ -158,6 +166,13 @@ impl Recipe {
         self
     }
 
+    /// The same with keys and values of low rank.
+    #[must_use]
+    pub fn low_rank(mut self, low_rank: Arc<LowRank>) -> Self {
+        self.low_rank = Some(low_rank);
+        self
+    }
+
     /// The same with another schedule.
     #[must_use]
     pub fn schedule(mut self, schedule: Schedule) -> Self {
@@ -204,6 +219,26 @@ impl Recipe {
                 change: "use the policy full with an index, or drop the index".into(),
             });
         }
+        if let Some(low_rank) = &self.low_rank {
+            let refuse = |with: String, why: &str, change: &str| {
+                let what = format!("factor={}", low_rank.name);
+                Err(RecipeError::Conflict { what, with, why: why.into(), change: change.into() })
+            };
+            if self.policy.compresses() {
+                return refuse(
+                    self.policy.name().to_owned(),
+                    "latent rows are shared by all KV heads of several layers, which must hold the same entries",
+                    "use the policy full, or drop low rank",
+                );
+            }
+            if self.precision.packs() {
+                return refuse(
+                    "packed keys or values".to_owned(),
+                    "latent rows are stored as exact numbers",
+                    "store keys and values as f32, f16 or bf16",
+                );
+            }
+        }
         if self.positions == PositionMode::Renumber && self.precision.packs_keys() {
             return Err(RecipeError::Conflict {
                 what: "positions=renumber".into(),
@@ -238,6 +273,10 @@ impl fmt::Display for Recipe {
         if let Some(index) = &self.index {
             let parsed = self.index_term.as_ref().filter(|(parsed, _)| Arc::ptr_eq(parsed, index));
             write!(f, "+index={}", parsed.map_or(index.name, |(_, term)| term))?;
+        }
+        if let Some(low_rank) = &self.low_rank {
+            let parsed = self.low_rank_term.as_ref().filter(|(parsed, _)| Arc::ptr_eq(parsed, low_rank));
+            write!(f, "+factor={}", parsed.map_or(low_rank.name, |(_, term)| term))?;
         }
         self.precision.fmt(f)?;
         if self.schedule != self.default_schedule {

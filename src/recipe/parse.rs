@@ -18,6 +18,7 @@ const STAGES: &[&str] = &[
     "alloc",
     "reduce",
     "index",
+    "factor",
     "k",
     "v",
     "layers",
@@ -182,6 +183,7 @@ struct Draft {
     alloc: Option<(Entry, Args)>,
     reduce: Option<(Entry, Args)>,
     index: Option<(Entry, Args)>,
+    factor: Option<(Entry, Args)>,
     sinks: Option<usize>,
     recent: Option<usize>,
     marked: Option<bool>,
@@ -299,6 +301,10 @@ impl Draft {
                 let entry = registry.lookup("index", name, |b| matches!(b, Build::Index { .. }))?;
                 self.choose(entry, term)?;
             }
+            "factor" => {
+                let entry = registry.lookup("low rank", name, |b| matches!(b, Build::Factor { .. }))?;
+                self.choose(entry, term)?;
+            }
             "k" | "v" => {
                 let encoding = encoding(&stage.text, &term.name, &term.flags)?;
                 match stage.text.as_str() {
@@ -381,6 +387,7 @@ impl Draft {
             Build::Allocate { .. } => self.alloc = chosen,
             Build::Reduce { .. } => self.reduce = chosen,
             Build::Index { .. } => self.index = chosen,
+            Build::Factor { .. } => self.factor = chosen,
         }
         Ok(())
     }
@@ -389,7 +396,7 @@ impl Draft {
         let (entry, args) = match (self.policy.clone(), self.alloc.is_some() || self.reduce.is_some()) {
             (Some(policy), _) => policy,
             (None, true) => default_args(registry, score::snapkv::ENTRY.name)?,
-            (None, false) if self.index.is_some() => default_args(registry, whole::full::ENTRY.name)?,
+            (None, false) if self.index.is_some() || self.factor.is_some() => default_args(registry, whole::full::ENTRY.name)?,
             (None, false) => {
                 return Err(reader.error(1, "expected a policy among the terms, for example full or snapkv"));
             }
@@ -431,7 +438,7 @@ impl Draft {
                     .marked_last(marked_last);
                 (Arc::new(staged), schedule)
             }
-            Build::Allocate { .. } | Build::Reduce { .. } | Build::Index { .. } => {
+            Build::Allocate { .. } | Build::Reduce { .. } | Build::Index { .. } | Build::Factor { .. } => {
                 return Err(RecipeError::Unknown {
                     kind: "scorer",
                     name: entry.name.to_owned(),
@@ -451,6 +458,12 @@ impl Draft {
             }
             _ => None,
         };
+        let low_rank_term = match &self.factor {
+            Some((Entry { build: Build::Factor { build }, .. }, args)) => {
+                Some((build(args)?, args.to_string()))
+            }
+            _ => None,
+        };
         let recipe = Recipe {
             terms: (policy.clone(), terms),
             policy,
@@ -459,6 +472,8 @@ impl Draft {
             reduce_term,
             index: index_term.as_ref().map(|(index, _)| Arc::clone(index)),
             index_term,
+            low_rank: low_rank_term.as_ref().map(|(low_rank, _)| Arc::clone(low_rank)),
+            low_rank_term,
             precision: self.precision,
             schedule: self.schedule.unwrap_or(schedule),
             positions: self.positions,

@@ -38,7 +38,9 @@ pub fn compact(
     let merged = &Merged::of(backend, head, &plan.merges, columns)?;
     let mut segments = Vec::with_capacity(head.segments.len());
     let (mut first, mut keep) = (0, &plan.keep[..]);
-    for run in head.segments.chunk_by(|a, b| a.layout == b.layout) {
+    // Runs of factors have factors of their own, whatever their layout.
+    let together = |a: &Segment, b: &Segment| a.layout == b.layout && a.factors.is_none() && b.factors.is_none();
+    for run in head.segments.chunk_by(together) {
         let rows: usize = run.iter().map(|s| s.rows).sum();
         let (here, rest) = keep.split_at(keep.partition_point(|&slot| (slot as usize) < first + rows));
         let local: Vec<u32> = here.iter().map(|&slot| slot - first as u32).collect();
@@ -47,6 +49,8 @@ pub fn compact(
         if local.len() == rows && !run.iter().flat_map(Segment::pages).any(|(page, rows)| touched(page, rows))
         {
             segments.extend_from_slice(run);
+        } else if !local.is_empty() && run[0].factors.is_some() {
+            segments.push(super::factored::keep(backend, &run[0], &local, shared)?);
         } else if !local.is_empty() && run[0].layout.is_exact() {
             segments.push(compact_exact(backend, run, &local, merged, shared)?);
         } else if !local.is_empty() {
@@ -72,7 +76,7 @@ fn compact_exact(
     let source = HeadRows::new(run.to_vec());
     let mut pages = run[0].pages[..whole].to_vec();
     pages.extend(copy_rows(backend, &source, &keep[whole * layout.capacity..], layout, merged, shared)?);
-    Ok(Segment { layout: Arc::clone(layout), pages, rows: keep.len() })
+    Ok(Segment { pages, rows: keep.len(), ..Segment::new(Arc::clone(layout)) })
 }
 
 /// A page of a packed run, and what stays of it.
@@ -147,7 +151,8 @@ fn repack(
     for p in part {
         slots.extend(p.keep.iter().map(|slot| slot + first));
         first += p.rows as u32;
-        segments.push(Segment { layout: Arc::clone(layout), pages: vec![Arc::clone(p.page)], rows: p.rows });
+        let pages = vec![Arc::clone(p.page)];
+        segments.push(Segment { pages, rows: p.rows, ..Segment::new(Arc::clone(layout)) });
     }
     let pages = copy_rows(backend, &HeadRows::new(segments), &slots, layout, merged, shared)?;
     let mut left = slots.len();

@@ -12,17 +12,20 @@
 //! head; every page of a segment but the last is full; entries beyond `rows` are never read.
 
 mod compact;
+mod factored;
 mod merge;
 mod positions;
 mod seal;
 
 pub use compact::compact;
+pub use factored::{FACTORED_ENTRIES, Matrix, basis, factored_layout, factorise, latents};
 pub use merge::{Extent, extents};
 pub use positions::SharedPositions;
 pub use seal::{Packed, Storage, block_bytes, page_bytes, seal};
 
 use crate::backend::Backend;
 use crate::columns::{ColumnLayout, ColumnsMut, MERGED};
+use crate::device::encoding::Encoding;
 use crate::device::page::{HeadRows, Page, PageLayout, Segment, Side};
 use crate::error::{DeviceError, KernelError};
 use crate::geometry::{KeyPhase, LayerShape, Rotary};
@@ -204,7 +207,8 @@ pub fn renumber(
                 continue;
             }
             page.positions_mut().iter_mut().zip(&deltas).for_each(|(p, d)| *p += d);
-            if let Some(rotary) = rotary {
+            // Keys that are made are turned when they are.
+            if let Some(rotary) = rotary.filter(|_| layout.k != Encoding::Factored) {
                 let table = angles.table(rotary, &deltas);
                 backend.rope(&mut RopeArgs {
                     layout: rotary.layout,
@@ -318,6 +322,18 @@ pub fn bytes_read(head: &HeadRows) -> usize {
             let side = |side| p.layout.side_bytes(side) * p.rows / p.layout.capacity;
             let row = size_of::<i32>() + if p.page.bias.is_some() { size_of::<f32>() } else { 0 };
             side(Side::Key) + side(Side::Value) + p.rows * row
+        })
+        .sum::<usize>()
+        + factored_bytes_read(head, None)
+}
+
+/// Bytes a kernel reads of factors of a head: latent rows of all entries that are made of them, or of those of some
+/// spans, and the bases.
+pub fn factored_bytes_read(head: &HeadRows, spans: Option<&Spans>) -> usize {
+    head.factored()
+        .map(|(segment, factors, slots)| {
+            let rows = spans.map_or(segment.rows, |spans| spans.rows_in(slots));
+            rows * factors.latent_bytes() + if rows > 0 { factors.basis_bytes() } else { 0 }
         })
         .sum()
 }

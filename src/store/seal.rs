@@ -151,7 +151,7 @@ pub fn seal(
                 copy_rows(backend, &source, &slots, &layout, &Merged::default(), shared)?
             }
         };
-        let rest = Segment { layout, pages, rows: rows - end };
+        let rest = Segment { pages, rows: rows - end, ..Segment::new(layout) };
         if partial {
             sealed.open = Some(rest);
         } else {

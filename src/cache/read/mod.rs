@@ -13,13 +13,15 @@ mod tail;
 
 use super::KvCache;
 use super::ops::Selection;
-use super::sequence::{Sequence, SequenceId};
+use super::factored::{self, FactoredScratch};
+use super::sequence::{Rebuilt, Sequence, SequenceId};
 use super::step::Lane;
 use crate::device::HeadRows;
 use crate::error::{CacheError, Error, KernelError};
 use crate::index::choose::Ranking;
 use crate::index::{Growth, IndexPart, LayerIndex, Retrieval};
 use crate::kernel::attend::{AttendLane, Share, Workspace};
+use crate::kernel::attend_factored::Remembered;
 use crate::kernel::{AttentionParams, Spans, total_rows};
 use crate::recipe::Budget;
 use crate::store;
@@ -89,6 +91,17 @@ pub(super) struct ReadScratch {
     /// What is chosen, by KV head.
     pub(super) chosen: Held,
     reports: Vec<Result<ReadReport, KernelError>>,
+    /// Lent by the sequence while a layer of it is read.
+    rebuilt: Vec<Remembered>,
+    factored: FactoredScratch,
+}
+
+impl ReadScratch {
+    /// Takes made keys of the KV heads of the layer that is read next.
+    pub(super) fn lend(&mut self, rebuilt: Rebuilt, heads: usize) {
+        self.rebuilt = rebuilt.0;
+        self.rebuilt.resize_with(heads, Remembered::default);
+    }
 }
 
 /// Those of some KV heads that go through a step together.
@@ -122,6 +135,9 @@ struct PartScratch {
     references: Vec<f32>,
     /// Whether the rankings are this step's.
     ranked: bool,
+    /// Made keys of low rank, by KV head.
+    rebuilt: Vec<Remembered>,
+    factored: FactoredScratch,
 }
 
 /// How a lane's attention of a layer goes.
@@ -144,6 +160,9 @@ impl KvCache {
         let (hq, d_k, d_v) = (shape.query_heads, shape.d_k, shape.d_v);
         for lane in 0..self.scratch.lanes.len() {
             let lane = self.scratch.lanes[lane];
+            // Lent for as long as the layer is read: they are written while everything else is read.
+            let Some(sequence) = self.sequences.get_mut(&lane.id) else { continue };
+            self.scratch.read.lend(std::mem::take(&mut sequence.reads[layer].rebuilt), shape.kv_heads);
             let Some(sequence) = self.sequences.get(&lane.id) else { continue };
             let way = self.way(&retrieval, sequence, layer, &lane);
             let super::scratch::Scratch { queries, positions, out, lse, read, workspace, .. } =
@@ -152,7 +171,7 @@ impl KvCache {
             let (queries, out, lse) = (&queries[rows(d_k)], &mut out[rows(d_v)], &mut lse[rows(1)]);
             let positions = &positions[lane.offset..lane.offset + lane.tokens];
             let (backend, heads) = (&*self.backend, sequence.layers[owner].as_slice());
-            let report = match (way, &sequence.reads[owner].index) {
+            let report: Result<ReadReport, KernelError> = match (way, &sequence.reads[owner].index) {
                 (Way::Chosen { budget, held }, Some(index)) => {
                     let retrieval = &*retrieval;
                     let held = held.map(|layer| &sequence.reads[layer].held);
@@ -169,28 +188,30 @@ impl KvCache {
                         thresholds,
                         sinks: shape.sink_logits.as_deref(),
                     };
-                    reader.run(held, (read, workspace), (out, lse))?
+                    reader.run(held, (read, workspace), (out, lse))
                 }
                 _ => {
                     let share = Share::ALL;
                     let lane =
                         AttendLane { heads, queries, positions, share, spans: None, out, lse, mass: None };
-                    backend.attend(&AttentionParams::of(shape), &mut [lane], workspace)?;
+                    let with = (&mut read.rebuilt[..], &mut read.factored, workspace);
+                    let attended = factored::attend(backend, &AttentionParams::of(shape), lane, with);
                     let (entries, bytes) = (total_rows(heads), heads.iter().map(store::bytes_read).sum());
                     let (stored, nothing) = (entries, Some(0.0));
-                    ReadReport {
+                    attended.map(|()| ReadReport {
                         entries,
                         stored,
                         units: 0,
                         bytes,
                         missing: nothing,
                         missing_at_most: nothing,
-                    }
+                    })
                 }
             };
             let Some(sequence) = self.sequences.get_mut(&lane.id) else { continue };
             let reads = &mut sequence.reads[layer];
-            reads.report = Some(report);
+            reads.rebuilt = Rebuilt(std::mem::take(&mut self.scratch.read.rebuilt));
+            reads.report = Some(report?);
             reads.held.of.clear();
             if let Way::Chosen { held, .. } = way {
                 let age = if held == Some(layer) { reads.held.age + 1 } else { 0 };
@@ -282,6 +303,7 @@ impl KvCache {
             };
             let (mut out, mut lse) = (vec![0.0; hq * dims.tokens * d_v], vec![0.0; hq * dims.tokens]);
             let mut scratch = ReadScratch::default();
+            scratch.lend(Rebuilt::default(), shape.kv_heads);
             reader.run(None, (&mut scratch, &mut Workspace::default()), (&mut out, &mut lse))?;
             for (h, (spans, units)) in spans.iter_mut().zip(&scratch.chosen.units).enumerate() {
                 index.heads()[h].spans(units, true, heads[h].rows(), spans, &mut Vec::new());

@@ -10,6 +10,7 @@ use super::reader::Reader;
 use super::{Held, PartScratch, ReadReport, ReadScratch};
 use crate::error::KernelError;
 use crate::kernel::attend::Workspace;
+use crate::kernel::attend_factored::Remembered;
 use crate::kernel::simd::take;
 
 /// What a thread needs to go through some heads.
@@ -26,6 +27,7 @@ struct Heads<'a> {
     parts: &'a mut [Part],
     chosen: &'a mut [Vec<u32>],
     reports: &'a mut [Result<ReadReport, KernelError>],
+    rebuilt: &'a mut [Remembered],
     out: &'a mut [f32],
     lse: &'a mut [f32],
 }
@@ -42,7 +44,7 @@ impl Reader<'_> {
         (scratch, workspace): (&mut ReadScratch, &mut Workspace),
         (out, lse): (&mut [f32], &mut [f32]),
     ) -> Result<ReadReport, KernelError> {
-        let ReadScratch { parts, chosen, reports } = scratch;
+        let ReadScratch { parts, chosen, reports, rebuilt, .. } = scratch;
         let count = self.heads.len();
         let pool = self.pool().filter(|_| count > 0);
         parts.resize_with(pool.map_or(1, |pool| pool.threads().min(count)).max(parts.len()), Part::default);
@@ -52,14 +54,17 @@ impl Reader<'_> {
         let held = held.map(|held| &*held.units);
         let Some(pool) = pool else {
             let part = &mut parts[0].scratch;
-            let report = self.stages(held, (part, workspace), (out, lse))?;
+            std::mem::swap(&mut part.rebuilt, rebuilt);
+            let report = self.stages(held, (&mut *part, workspace), (out, lse));
+            std::mem::swap(&mut part.rebuilt, rebuilt);
+            let report = report?;
             chosen.units.clone_from(&part.chosen);
             return Ok(report);
         };
         reports.clear();
         reports.resize_with(count, || Ok(ReadReport::default()));
         let parts = &mut parts[..pool.threads().min(count)];
-        let heads = Heads { reader: *self, held, parts, chosen: &mut chosen.units, reports, out, lse };
+        let heads = Heads { reader: *self, held, parts, chosen: &mut chosen.units, reports, rebuilt, out, lse };
         // Entered once: between its stages this thread would fall asleep and be woken every time.
         pool.run(|| heads.spread());
         joined(reports)
@@ -82,6 +87,7 @@ impl Heads<'_> {
             parts: take(&mut self.parts, half),
             chosen: take(&mut self.chosen, at),
             reports: take(&mut self.reports, at),
+            rebuilt: take(&mut self.rebuilt, at),
             out: take(&mut self.out, rows * left.shape.d_v),
             lse: take(&mut self.lse, rows),
         };
@@ -96,7 +102,10 @@ impl Heads<'_> {
             self.out.chunks_exact_mut(rows * self.reader.shape.d_v).zip(self.lse.chunks_exact_mut(rows));
         for (h, ((report, chosen), to)) in self.reports.iter_mut().zip(self.chosen).zip(outs).enumerate() {
             let held = self.held.map(|held| &held[h..=h]);
+            scratch.rebuilt.resize_with(1, Remembered::default);
+            std::mem::swap(&mut scratch.rebuilt[0], &mut self.rebuilt[h]);
             *report = self.reader.of_heads(h..h + 1).stages(held, (&mut *scratch, &mut *workspace), to);
+            std::mem::swap(&mut scratch.rebuilt[0], &mut self.rebuilt[h]);
             chosen.clone_from(&scratch.chosen[0]);
         }
     }

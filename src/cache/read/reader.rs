@@ -1,5 +1,6 @@
 //! Scores, chooses and attends.
 
+use super::super::factored::{self, FactoredScratch};
 use super::super::scratch::resize;
 use super::refine::Refined;
 use super::tail::left_share;
@@ -12,6 +13,7 @@ use crate::geometry::LayerShape;
 use crate::index::choose::Ranking;
 use crate::index::{Codebook, Group, HeadUnits, IndexPart, Retrieval, Role, Tail, Thresholds, windowed};
 use crate::kernel::attend::{AttendLane, Share, Workspace};
+use crate::kernel::attend_factored::Remembered;
 use crate::kernel::code_scores::{CodeArgs, CodeLayout};
 use crate::kernel::dot_scores::DotArgs;
 use crate::kernel::merge_partials::MergeArgs;
@@ -447,17 +449,17 @@ impl<'a> Reader<'a> {
         (out, lse): (&mut [f32], &mut [f32]),
         report: &mut ReadReport,
     ) -> Result<(), KernelError> {
-        let PartScratch { spans, slots, chosen, fresh, .. } = scratch;
+        let PartScratch { spans, slots, chosen, fresh, rebuilt, factored, .. } = scratch;
         let units = if zone { chosen } else { fresh };
         self.each(spans.iter_mut().zip(slots).zip(0..), |((spans, slots), h): ((_, _), usize)| {
             self.index.heads()[h].spans(&units[h], zone, self.heads[h].rows(), spans, slots);
         });
-        self.over_spans(spans, workspace, zone, (out, lse), report)
+        self.over_spans((spans, rebuilt, factored), workspace, zone, (out, lse), report)
     }
 
     fn over_spans(
         &self,
-        spans: &[Spans],
+        (spans, rebuilt, factored): (&[Spans], &mut [Remembered], &mut FactoredScratch),
         workspace: &mut Workspace,
         sinks: bool,
         (out, lse): (&mut [f32], &mut [f32]),
@@ -476,10 +478,11 @@ impl<'a> Reader<'a> {
             lse,
             mass: None,
         };
-        self.backend.attend(&params, &mut [lane], workspace)?;
+        let with = (&mut rebuilt[..], factored, workspace);
+        factored::attend(self.backend, &params, lane, with)?;
         for (head, spans) in heads.iter().zip(spans) {
             report.entries += spans.rows();
-            report.bytes += spans.rows() * size_of::<i32>();
+            report.bytes += spans.rows() * size_of::<i32>() + store::factored_bytes_read(head, Some(spans));
             for side in [Side::Key, Side::Value] {
                 report.bytes += store::side_bytes_read(head, side, Some(spans));
             }

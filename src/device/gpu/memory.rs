@@ -8,6 +8,7 @@
 //! a token to every head costs no submission of its own.
 
 use super::{Context, lock};
+use crate::device::encoding::Encoding;
 use crate::device::memory::MemoryUsage;
 use crate::device::page::{Block, Page, PageLayout, Side};
 use crate::error::{DeviceError, KernelError};
@@ -299,8 +300,10 @@ impl Memory {
         first: usize,
         rows: &[f32],
     ) {
-        let Some(dtype) = layout.encoding(side).exact() else {
-            panic!("a row was written into a packed side");
+        let dtype = match layout.encoding(side) {
+            Encoding::Exact(dtype) => dtype,
+            Encoding::Factored => return,
+            Encoding::Packed(_) => panic!("a row was written into a packed side"),
         };
         let (dim, words) = (layout.dim(side), layout.row_bytes(side) / 4);
         if words == 0 {

@@ -8,6 +8,7 @@
 /// Every shader: its name, which is that of its kernel, and its source.
 pub(crate) const SHADERS: &[(&str, &str)] = &[
     ("attend", include_str!("../../../shaders/attend.wgsl")),
+    ("attend_factored", include_str!("../../../shaders/attend_factored.wgsl")),
     ("attention_mass", include_str!("../../../shaders/attention_mass.wgsl")),
     ("code_scores", include_str!("../../../shaders/code_scores.wgsl")),
     ("dot_scores", include_str!("../../../shaders/dot_scores.wgsl")),
@@ -16,6 +17,7 @@ pub(crate) const SHADERS: &[(&str, &str)] = &[
     ("merge_rows", include_str!("../../../shaders/merge_rows.wgsl")),
     ("nearest", include_str!("../../../shaders/nearest.wgsl")),
     ("pool", include_str!("../../../shaders/pool.wgsl")),
+    ("rebuild", include_str!("../../../shaders/rebuild.wgsl")),
     ("rope", include_str!("../../../shaders/rope.wgsl")),
     ("row_norms", include_str!("../../../shaders/row_norms.wgsl")),
     ("top_k", include_str!("../../../shaders/top_k.wgsl")),

@@ -16,6 +16,8 @@ pub(crate) fn kind(layout: &PageLayout, side: Side) -> u32 {
         Encoding::Exact(DType::F16) => 1,
         Encoding::Exact(DType::Bf16) => 2,
         Encoding::Packed(_) => 3,
+        // No shader is given one: kernels pass over entries that are made of factors.
+        Encoding::Factored => u32::MAX,
     }
 }
 

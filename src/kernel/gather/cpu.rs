@@ -2,10 +2,11 @@
 //!
 //! *Helps* because evictions keep long runs. *Hurts* nothing: it is a copy.
 
-use super::{GatherArgs, GatherTarget, copy_metadata};
+use super::{GatherArgs, GatherTarget, copy_metadata, in_parts, is_mixed};
 use crate::device::HeadRows;
 use crate::device::page::{Page, PageLayout, PageRef, Side};
 use crate::error::KernelError;
+use crate::kernel::rebuild;
 use crate::kernel::simd::widen::widen_row;
 use crate::kernel::simd::{Exec, Split, dispatch, take};
 use fearless_simd::Simd;
@@ -16,6 +17,9 @@ use fearless_simd::Simd;
 /// [`KernelError::Length`].
 pub fn run(exec: &Exec, args: &mut GatherArgs<'_>) -> Result<(), KernelError> {
     args.validate()?;
+    if matches!(args.target, GatherTarget::Dense { .. }) && is_mixed(args.head, args.slots) {
+        return in_parts(args, |args| run(exec, args), |args| rebuild::cpu::run(exec, args));
+    }
     let sources: Vec<PageRef<'_>> = args.head.pages().collect();
     match &mut args.target {
         GatherTarget::Pages { layout, pages } => {

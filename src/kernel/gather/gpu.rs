@@ -4,11 +4,12 @@
 //! *Helps* compaction cost one read and two writes of what is kept, and no wait. *Hurts* by the packed buffer
 //! in between, so large gathers run in parts.
 
-use super::{GatherArgs, GatherTarget, NAME, copy_metadata};
+use super::{GatherArgs, GatherTarget, NAME, copy_metadata, in_parts, is_mixed};
 use crate::device::encoding::rotate;
 use crate::device::gpu::{Binding, Call, Context, DeviceBlock, Scratch, kind, packs};
 use crate::device::page::{HeadRows, Page, PageLayout, Side};
 use crate::error::KernelError;
+use crate::kernel::rebuild;
 use std::collections::BTreeMap;
 
 /// The uniform block of `shaders/gather.wgsl`.
@@ -220,6 +221,9 @@ pub(crate) fn widened(
 /// [`KernelError`].
 pub(crate) fn run(context: &Context, args: &mut GatherArgs<'_>) -> Result<(), KernelError> {
     args.validate()?;
+    if matches!(args.target, GatherTarget::Dense { .. }) && is_mixed(args.head, args.slots) {
+        return in_parts(args, |args| run(context, args), |args| rebuild::gpu::run(context, args));
+    }
     if args.slots.is_empty() {
         return Ok(());
     }

@@ -13,6 +13,7 @@ use super::expect_len;
 use crate::device::HeadRows;
 use crate::device::page::{Page, PageLayout};
 use crate::error::KernelError;
+use crate::kernel::rebuild::RebuildArgs;
 
 /// Name in errors, benchmarks and shaders.
 pub const NAME: &str = "gather";
@@ -28,7 +29,7 @@ pub enum GatherTarget<'a> {
         /// `⌈slots / capacity⌉` fresh pages.
         pages: &'a mut [Page],
     },
-    /// Host buffers, widened to `f32`.
+    /// Host buffers, widened to `f32`; entries that are made of factors are made ([`super::rebuild`]).
     Dense {
         /// `[slots, d_k]`.
         keys: &'a mut [f32],
@@ -85,6 +86,41 @@ impl GatherArgs<'_> {
             }
         }
     }
+}
+
+/// Whether some of the slots are of entries made of factors.
+fn is_mixed(head: &HeadRows, slots: &[u32]) -> bool {
+    let meets = |run: std::ops::Range<usize>| {
+        let first = slots.partition_point(|&slot| (slot as usize) < run.start);
+        slots.get(first).is_some_and(|&slot| (slot as usize) < run.end)
+    };
+    head.factored().any(|(.., run)| meets(run))
+}
+
+/// Dense rows of a head of which some entries are made of factors: those one way, the others the other.
+fn in_parts(
+    args: &mut GatherArgs<'_>,
+    mut stored: impl FnMut(&mut GatherArgs<'_>) -> Result<(), KernelError>,
+    mut made: impl FnMut(&mut RebuildArgs<'_>) -> Result<(), KernelError>,
+) -> Result<(), KernelError> {
+    let (head, all) = (args.head, args.slots);
+    let (Some(segment), GatherTarget::Dense { keys, values }) = (head.segments.first(), &mut args.target) else {
+        return Ok(());
+    };
+    let (d_k, d_v) = (segment.layout.d_k, segment.layout.d_v);
+    let is_made = |slot: u32| head.factored().any(|(.., run)| run.contains(&(slot as usize)));
+    let mut done = 0;
+    for slots in all.chunk_by(|&a, &b| is_made(a) == is_made(b)) {
+        let keys = &mut keys[done * d_k..(done + slots.len()) * d_k];
+        let values = &mut values[done * d_v..(done + slots.len()) * d_v];
+        done += slots.len();
+        if is_made(slots[0]) {
+            made(&mut RebuildArgs { head, slots, keys, values })?;
+        } else {
+            stored(&mut GatherArgs { head, slots, target: GatherTarget::Dense { keys, values } })?;
+        }
+    }
+    Ok(())
 }
 
 /// Copies positions, β and columns of the chosen entries: host data on every backend.

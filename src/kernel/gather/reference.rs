@@ -1,8 +1,9 @@
 //! Row by row.
 
-use super::{GatherArgs, GatherTarget, copy_metadata};
+use super::{GatherArgs, GatherTarget, copy_metadata, in_parts, is_mixed};
 use crate::device::page::Side;
 use crate::error::KernelError;
+use crate::kernel::rebuild;
 
 /// See [`super`].
 ///
@@ -10,6 +11,9 @@ use crate::error::KernelError;
 /// [`KernelError::Length`].
 pub fn run(args: &mut GatherArgs<'_>) -> Result<(), KernelError> {
     args.validate()?;
+    if matches!(args.target, GatherTarget::Dense { .. }) && is_mixed(args.head, args.slots) {
+        return in_parts(args, |args| run(args), |args| rebuild::reference::run(args));
+    }
     let sources: Vec<_> = args.head.pages().collect();
     let find = |slot: u32| {
         let slot = slot as usize;

@@ -73,7 +73,7 @@ fn dense(
 /// A head whose entries are these pages.
 fn head_of(layout: &PageLayout, pages: Vec<Page>, rows: usize) -> HeadRows {
     let pages = pages.into_iter().map(Arc::new).collect();
-    HeadRows::new(vec![Segment { layout: Arc::new(layout.clone()), pages, rows }])
+    HeadRows::new(vec![Segment { pages, rows, ..Segment::new(Arc::new(layout.clone())) }])
 }
 
 /// Page operations: fresh pages, narrowing, copies, memory accounting. Not a kernel, but what all of them
