@@ -1,6 +1,6 @@
 // Latent rows times a basis, and the products turned to their positions: one workgroup per row, threads over dimensions.
 //
-// latents: | keys [rows][rank_k] | values [rows][rank_v] |      basis: [rank][stride]      out: [rows][d], from `to` on
+// latents: | keys [rows][rank_k] | values [rows][rank_v] |      basis: [rank][stride]      out: [rows][d], from `target_at` on
 
 #import group
 
@@ -10,8 +10,8 @@ struct Params {
     // Elements from one row of the basis to the next.
     stride: u32,
     // Words before the first latent row and before the first row of `out`.
-    from: u32,
-    to: u32,
+    source: u32,
+    target_at: u32,
     count: u32,
     // Leading dimensions that turn; 0 for none.
     dims: u32,
@@ -43,7 +43,7 @@ fn main(
     if index >= params.count {
         return;
     }
-    let latent = params.from + index * params.rank;
+    let latent = params.source + index * params.rank;
     for (var d = t; d < params.d; d += 64u) {
         var sum = 0.0;
         for (var j = 0u; j < params.rank; j++) {
@@ -71,6 +71,6 @@ fn main(
     }
     workgroupBarrier();
     for (var d = t; d < params.d; d += 64u) {
-        out[params.to + index * params.d + d] = row[d];
+        out[params.target_at + index * params.d + d] = row[d];
     }
 }

@@ -161,6 +161,7 @@ pub(super) struct Sequence {
     /// What became of runs of low rank.
     pub(super) low_rank: Vec<LowRankRun>,
     /// Per group of layers, entries at which factoring is tried again after it was refused.
+    #[cfg_attr(not(feature = "lowrank"), expect(dead_code, reason = "nothing is factored then"))]
     pub(super) factor_at: Vec<usize>,
 }
 

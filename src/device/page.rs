@@ -102,6 +102,11 @@ impl PageLayout {
         self.k.exact().is_some() && self.v.exact().is_some()
     }
 
+    /// Whether a side is made of factors.
+    pub fn is_factored(&self) -> bool {
+        self.k == Encoding::Factored || self.v == Encoding::Factored
+    }
+
     /// Bytes of a side.
     pub fn side_bytes(&self, side: Side) -> usize {
         match self.packed(side) {

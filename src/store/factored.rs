@@ -19,7 +19,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 /// Entries of a page of which at most one side lies in it.
-pub const FACTORED_ENTRIES: usize = 256;
+pub const FACTORED_ENTRIES: usize = 1024;
 
 /// Latent rows of a page.
 const LATENT_ROWS: usize = 256;
@@ -66,12 +66,15 @@ pub fn latents(
         steady: true,
     });
     let mut segment = Segment { rows: count, ..Segment::new(Arc::clone(&layout)) };
+    // Latent rows have no positions: one array of none for all pages.
+    let mut none = None;
     for first in (0..count).step_by(LATENT_ROWS) {
         let end = (first + LATENT_ROWS).min(count);
         let mut page = backend.allocate(&layout)?;
         let part = |rank: usize| first * rank..end * rank;
         let (keys, values) = (&keys.rows[part(keys.rank)], &values.rows[part(values.rank)]);
         backend.write_rows(&layout, &mut page, 0, keys, values)?;
+        page.positions = Arc::clone(none.get_or_insert_with(|| Arc::clone(&page.positions)));
         segment.pages.push(Arc::new(page));
     }
     Ok(segment)

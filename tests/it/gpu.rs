@@ -76,6 +76,16 @@ fn nearest() {
 }
 
 #[test]
+fn rebuild() {
+    conforms(conformance::rebuild);
+}
+
+#[test]
+fn attend_factored() {
+    conforms(conformance::attend_factored);
+}
+
+#[test]
 fn merge_rows() {
     conforms(conformance::merge_rows);
 }

@@ -11,6 +11,8 @@ mod factor;
 mod gpu;
 mod guard;
 mod hostile;
+#[cfg(feature = "lowrank")]
+mod low_rank;
 mod peers;
 mod policies;
 mod recipes;

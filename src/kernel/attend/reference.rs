@@ -5,7 +5,7 @@ use crate::device::page::{HeadRows, Side};
 use crate::error::KernelError;
 use crate::kernel::AttentionParams;
 
-/// Logits of one query on every entry of a head, `None` where it does not see the entry.
+/// Logits of one query on every entry of a head, `None` where it does not see the entry, or the entry is made of factors.
 pub(in crate::kernel) fn logits(
     params: &AttentionParams<'_>,
     head: &HeadRows,
@@ -16,7 +16,7 @@ pub(in crate::kernel) fn logits(
     let mut logits = Vec::with_capacity(head.rows());
     for p in head.pages() {
         for (row, &at) in p.positions().iter().enumerate() {
-            logits.push(params.sees(position, at).then(|| {
+            logits.push((!p.layout.is_factored() && params.sees(position, at)).then(|| {
                 p.layout.read_row(p.page, Side::Key, row, &mut key);
                 let dot: f32 = query.iter().zip(&key).map(|(a, b)| a * b).sum();
                 params.logit(dot) + p.bias().map_or(0.0, |b| b[row])

@@ -7,6 +7,7 @@
 
 mod attention;
 mod codes;
+mod factored;
 mod layout;
 mod merging;
 mod selection;
@@ -14,6 +15,7 @@ mod weighing;
 
 pub use attention::{attend, attention_mass, dot_scores, merge_partials, window_scores};
 pub use codes::code_scores;
+pub use factored::{attend_factored, rebuild};
 pub use layout::{gather, pack, rope, row_norms, storage};
 pub use merging::{merge_rows, nearest};
 pub use selection::{pool, top_k};
@@ -164,7 +166,7 @@ impl fmt::Display for Report {
 
 /// Every kernel on `backend`.
 pub fn run(backend: &dyn Backend, effort: Effort) -> Report {
-    let kernels: [fn(&dyn Backend, Effort) -> KernelReport; 16] = [
+    let kernels: [fn(&dyn Backend, Effort) -> KernelReport; 18] = [
         storage,
         pack,
         attend,
@@ -180,6 +182,8 @@ pub fn run(backend: &dyn Backend, effort: Effort) -> Report {
         gather,
         nearest,
         merge_rows,
+        rebuild,
+        attend_factored,
         rope,
     ];
     Report {
