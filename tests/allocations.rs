@@ -130,6 +130,10 @@ fn the_attend_path_allocates_nothing_when_warm() {
         "h2o+when=over(slack=1000)",
         "quest(dense=1)",
         "pages(bounds=yes)+k=int8",
+        #[cfg(feature = "lowrank")]
+        "xkv(group=2,rebuilt=8192)",
+        #[cfg(feature = "lowrank")]
+        "xkv(group=2)+index=quest(dense=0)+k=f16+v=f16",
         "auto",
         "lserve",
     ];

@@ -56,6 +56,28 @@ fn prefill(
     }
 }
 
+/// What a prompt's rows took goes back when factors take their place.
+#[cfg(feature = "lowrank")]
+fn rows_give_way_to_factors() {
+    use kvsieve::geometry::{Rotary, RotaryLayout};
+    let layer = LayerShape::new(HQ, H, D).with_rotary(Rotary::new(D, 10_000.0, RotaryLayout::HalfSplit));
+    let shape = ModelShape::uniform(LAYERS, layer).unwrap();
+    let mut cache = KvCache::builder(shape).recipe("xkv(group=3,rebuilt=0)+k=f16+v=f16").build().unwrap();
+    let id = cache.create_sequence();
+    let tokens = 24_000;
+    prefill(&mut cache, id, tokens, 2000, |_| ());
+    let (resident_before, rss_before) = (cache.memory().resident, rss());
+    cache.end_prefill(id).unwrap();
+    let (resident_after, rss_after) = (cache.memory().resident, rss());
+    // Ranks of a quarter and a half of the features.
+    let factors = 2 * (LAYERS / 3) * (tokens + 3 * H * D) * (144 + 288);
+    let share = resident_after as f64 / factors as f64;
+    assert!((1.0..1.05).contains(&share), "{resident_after} bytes resident, factors {factors}");
+    let (freed, fell) = ((resident_before - resident_after) as f64, rss_before as f64 - rss_after as f64);
+    println!("xkv: {resident_before} to {resident_after} bytes; pages freed {freed:.3e}, RSS fell {fell:.3e}");
+    assert!((fell / freed - 1.0).abs() <= 0.15, "pages freed {freed:.3e}, RSS fell {fell:.3e}");
+}
+
 fn shape() -> ModelShape {
     ModelShape::uniform(LAYERS, LayerShape::new(HQ, H, D)).unwrap()
 }
@@ -81,6 +103,9 @@ fn memory_goes_back_and_the_peak_is_bounded() {
         println!("{recipe}: {share:.4} of full resident; pages freed {freed:.3e}, RSS fell {fell:.3e}");
         assert!((fell / freed - 1.0).abs() <= 0.10, "{recipe}: pages freed {freed:.3e}, RSS fell {fell:.3e}");
     }
+
+    #[cfg(feature = "lowrank")]
+    rows_give_way_to_factors();
 
     // Peak of a chunked prefill: budget + chunk + tail, in bytes of that many entries per head.
     let (budget, chunk, tail) = (1024, 512, 64);

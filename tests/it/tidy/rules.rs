@@ -20,6 +20,7 @@ const LEVELS: &[(&str, u32)] = &[
     ("codec", 7),
     ("factor", 7),
     ("index", 7),
+    ("low_rank", 7),
     ("snapshot", 7),
     ("cache", 8),
     ("testing", 9),
@@ -40,6 +41,9 @@ const SIBLINGS: &[(&str, &str)] = &[
     // Reducers see what policies see.
     ("reduce", "policy"),
     ("recipe", "reduce"),
+    // Low rank is declared like any other method.
+    ("low_rank", "policy"),
+    ("recipe", "low_rank"),
     // A recipe names storage.
     ("recipe", "codec"),
     // An index searches encoded entries.
@@ -53,11 +57,12 @@ const SIBLINGS: &[(&str, &str)] = &[
 const FILES: &[(&str, &str)] = &[
     // The registry of names lists reducers too.
     ("src/policy/registry.rs", "reduce"),
+    ("src/policy/registry.rs", "low_rank"),
 ];
 
 /// Modules that must not see how a kernel is implemented.
 const BLIND: &[&str] = &[
-    "policy", "recipe", "reduce", "codec", "factor", "index", "plan", "columns", "store", "cache", "snapshot",
+    "policy", "recipe", "reduce", "codec", "factor", "low_rank", "index", "plan", "columns", "store", "cache", "snapshot",
 ];
 
 /// A module below the crate's root has a level.
