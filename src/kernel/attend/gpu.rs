@@ -386,7 +386,9 @@ fn rounds<'a>(plan: &Plan<'a>) -> Vec<Vec<Batch<'a>>> {
             while begin < run.end {
                 let page = begin / capacity;
                 let slab = segment.pages[page].0.slab();
-                let same = segment.pages[page..].iter().take_while(|(b, _)| b.slab() == slab).count();
+                // Of this run only: a slab may hold hundreds of pages more, and every run would walk them.
+                let rest = &segment.pages[page..run.end.div_ceil(capacity)];
+                let same = rest.iter().take_while(|(b, _)| b.slab() == slab).count();
                 let end = ((page + same) * capacity).min(run.end);
                 if rounds.len() == round {
                     rounds.push(BTreeMap::new());
