@@ -56,7 +56,8 @@ impl Run {
         for _ in 0..TOKENS / CHUNK {
             let mut step = cache.begin(id, CHUNK).unwrap();
             for (layer, states) in states.chunks_exact_mut(2).enumerate() {
-                let (k, v) = (drift(&mut random, &mut states[0], CHUNK), drift(&mut random, &mut states[1], CHUNK));
+                let (k, v) =
+                    (drift(&mut random, &mut states[0], CHUNK), drift(&mut random, &mut states[1], CHUNK));
                 let view = |x| TensorView::token_major(x, CHUNK, HEADS, DIM).unwrap();
                 step.append(layer, view(&k[..]), view(&v[..])).unwrap();
             }
@@ -88,7 +89,8 @@ impl Run {
         let began = Instant::now();
         for (layer, q) in self.queries.chunks_exact(HEADS * GROUP * DIM).enumerate() {
             let out = TensorViewMut::token_major(&mut out[..], 1, HEADS * GROUP, DIM).unwrap();
-            step.attend(layer, view(q, HEADS * GROUP), view(&row[..], HEADS), view(&row[..], HEADS), out).unwrap();
+            step.attend(layer, view(q, HEADS * GROUP), view(&row[..], HEADS), view(&row[..], HEADS), out)
+                .unwrap();
         }
         began.elapsed() / self.layers as u32
     }
@@ -116,7 +118,10 @@ fn decode(c: &mut Criterion) {
         if let Some(run) = built {
             let (hits, misses) = run.cache.rebuilt(run.id, 0).unwrap();
             if hits + misses > 0 {
-                println!("{recipe}: {:.0} % of the chunks were remembered", 100.0 * hits as f64 / (hits + misses) as f64);
+                println!(
+                    "{recipe}: {:.0} % of the chunks were remembered",
+                    100.0 * hits as f64 / (hits + misses) as f64
+                );
             }
         }
     }

@@ -74,7 +74,9 @@ fn rows_give_way_to_factors() {
     let share = resident_after as f64 / factors as f64;
     assert!((1.0..1.05).contains(&share), "{resident_after} bytes resident, factors {factors}");
     let (freed, fell) = ((resident_before - resident_after) as f64, rss_before as f64 - rss_after as f64);
-    println!("xkv: {resident_before} to {resident_after} bytes; pages freed {freed:.3e}, RSS fell {fell:.3e}");
+    println!(
+        "xkv: {resident_before} to {resident_after} bytes; pages freed {freed:.3e}, RSS fell {fell:.3e}"
+    );
     assert!((fell / freed - 1.0).abs() <= 0.15, "pages freed {freed:.3e}, RSS fell {fell:.3e}");
 }
 

@@ -261,7 +261,8 @@ pub(super) fn head_storage(
     let shape = model.layer(layer);
     let precision = recipe.precision.head((layer, model.layers()), (head, shape.kv_heads), shape.group());
     let Exact { sinks, tail, .. } = recipe.precision.exact;
-    let stays = !recipe.policy.compresses() && shape.window.is_none();
+    // Exact rows that wait to be factored leave page by page.
+    let stays = !recipe.policy.compresses() && shape.window.is_none() && recipe.low_rank.is_none();
     let exact = layout(None, (precision.exact.0.into(), precision.exact.1.into()));
     let exact = PageLayout { steady: stays && !precision.packs(), ..exact };
     let packed = || layout(Some(PACK_ENTRIES), (precision.k, precision.v));

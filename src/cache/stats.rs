@@ -9,9 +9,9 @@
 
 use super::KvCache;
 use super::sequence::{Sequence, SequenceId};
-use crate::device::{Angles, Basis, Factors, HeadRows, Segment};
 use crate::device::memory::MemoryUsage;
 use crate::device::page::Page;
+use crate::device::{Angles, Basis, Factors, HeadRows, Segment};
 use crate::error::Error;
 use crate::store::{self, Storage};
 use std::collections::HashSet;
@@ -190,7 +190,8 @@ impl Counted {
 
     /// Bytes that factors add: latent rows and angles, which heads and layers share, and bases.
     fn factors(&mut self, factors: &Factors) -> usize {
-        let basis = |b: &Basis| Segment { pages: vec![Arc::clone(&b.page)], ..Segment::new(Arc::clone(&b.layout)) };
+        let basis =
+            |b: &Basis| Segment { pages: vec![Arc::clone(&b.page)], ..Segment::new(Arc::clone(&b.layout)) };
         let bases = [&factors.keys, &factors.values].into_iter().flatten().map(basis);
         let heads: Vec<HeadRows> = std::iter::once(Segment::clone(&factors.latents))
             .chain(bases)
@@ -237,7 +238,10 @@ impl KvCache {
             LayerStats {
                 layer,
                 entries: heads.iter().map(|h| h.rows()).sum(),
-                packed: segments().filter(|s| s.factors.is_none() && !s.layout.is_exact()).map(|s| s.rows).sum(),
+                packed: segments()
+                    .filter(|s| s.factors.is_none() && !s.layout.is_exact())
+                    .map(|s| s.rows)
+                    .sum(),
                 factored: segments().filter(|s| s.factors.is_some()).map(|s| s.rows).sum(),
                 dropped: counters.dropped,
                 compactions: counters.compactions,

@@ -205,7 +205,8 @@ impl Step<'_> {
         if heads.iter().any(HeadRows::is_factored) {
             return Err(CacheError::Unsupported {
                 what: "attend_partial",
-                why: "entries of this sequence are made of factors, which one call does for all threads".to_owned(),
+                why: "entries of this sequence are made of factors, which one call does for all threads"
+                    .to_owned(),
                 change: "use attend, or a recipe without low rank",
             }
             .into());

@@ -112,7 +112,9 @@ pub enum Refused {
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Larger { exact, factored } => write!(f, "{factored} bytes of factors for {exact} bytes of rows"),
+            Self::Larger { exact, factored } => {
+                write!(f, "{factored} bytes of factors for {exact} bytes of rows")
+            }
             Self::Inexact { error, tolerance } => write!(f, "error {error:.4}, tolerance {tolerance}"),
         }
     }

@@ -396,7 +396,9 @@ impl Draft {
         let (entry, args) = match (self.policy.clone(), self.alloc.is_some() || self.reduce.is_some()) {
             (Some(policy), _) => policy,
             (None, true) => default_args(registry, score::snapkv::ENTRY.name)?,
-            (None, false) if self.index.is_some() || self.factor.is_some() => default_args(registry, whole::full::ENTRY.name)?,
+            (None, false) if self.index.is_some() || self.factor.is_some() => {
+                default_args(registry, whole::full::ENTRY.name)?
+            }
             (None, false) => {
                 return Err(reader.error(1, "expected a policy among the terms, for example full or snapkv"));
             }

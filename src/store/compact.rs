@@ -39,7 +39,8 @@ pub fn compact(
     let mut segments = Vec::with_capacity(head.segments.len());
     let (mut first, mut keep) = (0, &plan.keep[..]);
     // Runs of factors have factors of their own, whatever their layout.
-    let together = |a: &Segment, b: &Segment| a.layout == b.layout && a.factors.is_none() && b.factors.is_none();
+    let together =
+        |a: &Segment, b: &Segment| a.layout == b.layout && a.factors.is_none() && b.factors.is_none();
     for run in head.segments.chunk_by(together) {
         let rows: usize = run.iter().map(|s| s.rows).sum();
         let (here, rest) = keep.split_at(keep.partition_point(|&slot| (slot as usize) < first + rows));

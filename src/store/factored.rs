@@ -177,7 +177,8 @@ fn products(
     gather::copy_metadata(source, slots, &layout, &mut pages);
     for (page, slots) in pages.iter_mut().zip(slots.chunks(layout.capacity)) {
         if layout.encoding(Side::Key).exact().is_some() || layout.encoding(Side::Value).exact().is_some() {
-            let (mut keys, mut values) = (vec![0.0; slots.len() * layout.d_k], vec![0.0; slots.len() * layout.d_v]);
+            let (mut keys, mut values) =
+                (vec![0.0; slots.len() * layout.d_k], vec![0.0; slots.len() * layout.d_v]);
             let target = gather::GatherTarget::Dense { keys: &mut keys, values: &mut values };
             backend.gather(&mut gather::GatherArgs { head: source, slots, target })?;
             backend.write_rows(&layout, page, 0, &keys, &values)?;

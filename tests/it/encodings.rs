@@ -53,7 +53,8 @@ fn round_trip(packing: Packing, rows: &[f32]) -> Vec<f32> {
     });
     let mut page = backend.allocate(&layout).unwrap();
     backend.pack(&mut PackArgs { layout: &layout, page: &mut page, keys: rows, values: rows }).unwrap();
-    let head = HeadRows::new(vec![Segment { pages: vec![Arc::new(page)], rows: ROWS, ..Segment::new(layout) }]);
+    let head =
+        HeadRows::new(vec![Segment { pages: vec![Arc::new(page)], rows: ROWS, ..Segment::new(layout) }]);
     let (mut keys, mut values) = (vec![0.0; rows.len()], vec![0.0; rows.len()]);
     let slots: Vec<u32> = (0..ROWS as u32).collect();
     let target = GatherTarget::Dense { keys: &mut keys, values: &mut values };

@@ -47,7 +47,9 @@ impl Text {
         (0..H)
             .flat_map(|head| {
                 let basis = &self.bases[(layer * 2 + usize::from(values)) * H + head];
-                (0..D).map(|d| (0..RANK).map(|r| latent[r] * basis[r * D + d]).sum::<f32>() / 4.0).collect::<Vec<_>>()
+                (0..D)
+                    .map(|d| (0..RANK).map(|r| latent[r] * basis[r * D + d]).sum::<f32>() / 4.0)
+                    .collect::<Vec<_>>()
             })
             .collect()
     }
@@ -95,7 +97,8 @@ impl Text {
 }
 
 fn cache(recipe: &str, backend: &Arc<dyn Backend>) -> (KvCache, SequenceId) {
-    let builder = KvCache::builder(model()).recipe(recipe).shared_backend(Arc::clone(backend)).page_entries(16);
+    let builder =
+        KvCache::builder(model()).recipe(recipe).shared_backend(Arc::clone(backend)).page_entries(16);
     let builder = if recipe.contains("index") { builder.budget(Budget::Tokens(100)) } else { builder };
     let mut cache = builder.build().unwrap_or_else(|e| panic!("{recipe}: {e}"));
     let id = cache.create_sequence();
@@ -173,7 +176,8 @@ fn what_is_of_that_rank_comes_back_as_it_was() {
             }
             // Single tokens, a few at once, and a prompt's chunk, all over products.
             for step in [211..212, 212..213, 213..216, 216..281, 281..282] {
-                let (got, want) = (text.feed(&mut ours, id, step.clone()), text.feed(&mut full, all, step.clone()));
+                let (got, want) =
+                    (text.feed(&mut ours, id, step.clone()), text.feed(&mut full, all, step.clone()));
                 let difference = apart(&got, &want);
                 assert!(difference < 1e-4, "{what}: outputs of {step:?} differ by {difference}");
             }
@@ -300,7 +304,12 @@ fn bytes_are_those_of_the_factors() {
     let resident = factors + exact + 4 * 16452;
     let share = total.bytes_resident as f64 / resident as f64;
     assert!((1.0..1.06).contains(&share), "{share} of {resident}");
-    assert!(before.bytes_resident > 5 * total.bytes_resident, "{} {}", before.bytes_resident, total.bytes_resident);
+    assert!(
+        before.bytes_resident > 5 * total.bytes_resident,
+        "{} {}",
+        before.bytes_resident,
+        total.bytes_resident
+    );
     // Latent rows are counted where they are met first.
     assert!(stats.layers[0].bytes_resident > 10 * stats.layers[1].bytes_resident);
     assert_eq!(ours.memory().resident, total.bytes_resident);
@@ -359,7 +368,11 @@ fn a_decomposition_says_how_far_it_is_and_can_be_broken_off() {
     let mut heard: Vec<LowRankProgress> = Vec::new();
     let broken = ours.end_prefill_watched(id, &mut |progress| {
         heard.push(progress);
-        if progress.done == 1 && progress.share > 0.2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if progress.done == 1 && progress.share > 0.2 {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
     });
     assert!(matches!(broken, Err(Error::Factor(FactorError::Cancelled { .. }))), "{broken:?}");
     let order = |p: &LowRankProgress| p.done as f64 + p.share;
@@ -394,7 +407,10 @@ fn recipes_that_cannot_be_are_refused() {
     }
     let recipe: kvsieve::recipe::Recipe = "xkv(group=2) + k=f16".parse().unwrap();
     assert_eq!(recipe.to_string(), "full+factor=xkv(group=2)+k=f16");
-    assert_eq!(recipe.to_string().parse::<kvsieve::recipe::Recipe>().unwrap().to_string(), recipe.to_string());
+    assert_eq!(
+        recipe.to_string().parse::<kvsieve::recipe::Recipe>().unwrap().to_string(),
+        recipe.to_string()
+    );
 }
 
 #[test]

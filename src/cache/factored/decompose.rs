@@ -3,60 +3,29 @@
 
 use super::super::KvCache;
 use super::super::sequence::SequenceId;
-use crate::error::Error;
-use crate::low_rank::LowRankProgress;
-use std::ops::ControlFlow;
-
-#[cfg(feature = "lowrank")]
-use {
-    crate::backend::Backend,
-    crate::device::angles::Angles,
-    crate::device::factors::Factors,
-    crate::device::page::Side,
-    crate::device::{HeadRows, PageLayout, Pool},
-    crate::error::{FactorError, KernelError},
-    crate::factor::{self, FactorOptions, FromFn},
-    crate::geometry::{KeyPhase, LayerShape},
-    crate::kernel::gather::{GatherArgs, GatherTarget},
-    crate::low_rank::{LowRank, LowRankRun, Rank, Refused, SideOutcome},
-    crate::store::{self, SharedPositions},
-    crate::view::DType,
-    std::ops::Range,
-    std::sync::Arc,
-};
-
-/// Hears how far a decomposition is and says whether to go on.
-pub(in crate::cache) type Watch<'a> = &'a mut dyn FnMut(LowRankProgress) -> ControlFlow<()>;
-
-impl KvCache {
-    /// As [`KvCache::end_prefill`], with someone to hear how far the decompositions of low rank are, and to break them off:
-    /// groups of layers that are done stay so, the others stay exact, and the prompt stays open.
-    ///
-    /// # Errors
-    /// As [`KvCache::end_prefill`]; [`crate::error::FactorError::Cancelled`].
-    pub fn end_prefill_watched(
-        &mut self,
-        id: SequenceId,
-        watch: &mut dyn FnMut(LowRankProgress) -> ControlFlow<()>,
-    ) -> Result<(), Error> {
-        self.finish_prefill(id, watch)
-    }
-
-    #[cfg(not(feature = "lowrank"))]
-    pub(in crate::cache) fn factor_due(&mut self, _: SequenceId, _: bool, _: Watch<'_>) -> Result<(), Error> {
-        Ok(())
-    }
-}
+use super::Watch;
+use crate::backend::Backend;
+use crate::device::angles::Angles;
+use crate::device::factors::{BASIS_PAD, Factors};
+use crate::device::page::Side;
+use crate::device::{HeadRows, PageLayout, Pool};
+use crate::error::{Error, FactorError, KernelError};
+use crate::factor::{self, FactorOptions, FromFn};
+use crate::geometry::{KeyPhase, LayerShape, Rotary};
+use crate::kernel::gather::{GatherArgs, GatherTarget};
+use crate::low_rank::{LowRank, LowRankProgress, LowRankRun, Rank, Refused, SideOutcome};
+use crate::store::{self, SharedPositions};
+use crate::view::DType;
+use std::ops::{ControlFlow, Range};
+use std::sync::Arc;
 
 /// Latent rows are stored times this, a power of two near the root of their number, and bases divided by it: rows of
 /// length 1 over thousands of entries have elements that half precision rounds to nothing.
-#[cfg(feature = "lowrank")]
 fn lift(tokens: usize) -> f32 {
     2.0f32.powi(((tokens as f32).log2() / 2.0).round() as i32)
 }
 
 /// A group of layers and the entries between their sinks and tails.
-#[cfg(feature = "lowrank")]
 struct Group<'a> {
     backend: &'a dyn Backend,
     /// Geometry, KV heads and layout of each layer.
@@ -68,13 +37,11 @@ struct Group<'a> {
 }
 
 /// One side of a group, decomposed.
-#[cfg(feature = "lowrank")]
 struct Decomposed {
     factors: factor::Factors,
     lift: f32,
 }
 
-#[cfg(feature = "lowrank")]
 impl Group<'_> {
     fn dim(shape: &LayerShape, keys: bool) -> usize {
         if keys { shape.d_k } else { shape.d_v }
@@ -130,28 +97,21 @@ impl Group<'_> {
     /// Bytes of the run as it is, and as factors of these ranks; 0 leaves a side as it is.
     fn bytes(&self, ranks: [usize; 2]) -> (usize, usize) {
         let entries = self.slots.len();
-        let mut exact = 0;
-        let mut factored = 0;
-        for (shape, heads, layout) in &self.layers {
-            for (side, rank) in [Side::Key, Side::Value].into_iter().zip(ranks)
-            {
-                let row = layout.row_bytes(side);
-                exact += heads.len() * entries * row;
-                let basis = rank * layout.encoding(side).exact().map_or(0, DType::bytes)
-                    * Self::dim(shape, side == Side::Key)
-                        .next_multiple_of(crate::device::factors::BASIS_PAD);
-                factored += heads.len() * if rank > 0 { basis } else { entries * row };
+        let element = |layout: &PageLayout, side| layout.encoding(side).exact().map_or(0, DType::bytes);
+        let (mut exact, mut factored) = (0, 0);
+        for (side, rank) in [Side::Key, Side::Value].into_iter().zip(ranks) {
+            factored += entries * rank * element(self.layers[0].2, side);
+            for (shape, heads, layout) in &self.layers {
+                let rows = heads.len() * entries * layout.row_bytes(side);
+                let d = Self::dim(shape, side == Side::Key).next_multiple_of(BASIS_PAD);
+                exact += rows;
+                factored += if rank > 0 { heads.len() * rank * d * element(layout, side) } else { rows };
             }
         }
-        let element = |side| self.layers[0].2.encoding(side).exact().map_or(0, DType::bytes);
-        factored += entries
-            * (ranks[0] * element(Side::Key)
-                + ranks[1] * element(Side::Value));
         (exact, factored)
     }
 }
 
-#[cfg(feature = "lowrank")]
 impl KvCache {
     /// Stores what waits as products of low rank, if there is enough of it: at the end of a prompt any, later as much as the
     /// recipe says.
@@ -268,7 +228,8 @@ impl KvCache {
                 }
             }
         }
-        let (exact, factored) = group.bytes([0, 1].map(|i| sides[i].as_ref().map_or(0, |side| side.factors.rank)));
+        let (exact, factored) =
+            group.bytes([0, 1].map(|i| sides[i].as_ref().map_or(0, |side| side.factors.rank)));
         if sides.iter().all(Option::is_none) || factored >= exact {
             let larger = SideOutcome::Refused(Refused::Larger { exact, factored });
             let kept = |o| if matches!(o, SideOutcome::Factored { .. }) { larger } else { o };
@@ -317,9 +278,8 @@ impl KvCache {
 }
 
 /// Angles of each layer, shared by those that turn alike.
-#[cfg(feature = "lowrank")]
 fn angles<'a>(shapes: impl Iterator<Item = &'a LayerShape>, last: i32) -> Vec<Option<Arc<Angles>>> {
-    let mut known: Vec<(&crate::geometry::Rotary, Arc<Angles>)> = Vec::new();
+    let mut known: Vec<(&Rotary, Arc<Angles>)> = Vec::new();
     let of = |shape: &'a LayerShape| {
         let rotary = shape.rotary.as_ref().filter(|_| shape.key_phase == KeyPhase::PostRope)?;
         if let Some((_, angles)) = known.iter().find(|(other, _)| *other == rotary) {
@@ -332,7 +292,6 @@ fn angles<'a>(shapes: impl Iterator<Item = &'a LayerShape>, last: i32) -> Vec<Op
 }
 
 /// Factors of every KV head of every layer of a group, in their order.
-#[cfg(feature = "lowrank")]
 fn made(group: &Group<'_>, sides: &[Option<Decomposed>; 2]) -> Result<Vec<Factors>, Error> {
     let backend = group.backend;
     let dtype = |side| group.layers[0].2.encoding(side).exact().unwrap_or(DType::F32);
@@ -357,7 +316,8 @@ fn made(group: &Group<'_>, sides: &[Option<Decomposed>; 2]) -> Result<Vec<Factor
                 columns[i] += d;
                 let Some(Decomposed { factors, lift }) = &sides[i] else { continue };
                 let rows = factors.b.chunks_exact(factors.features);
-                let rows: Vec<f32> = rows.flat_map(|row| row[column..column + d].iter().map(|x| x / lift)).collect();
+                let rows: Vec<f32> =
+                    rows.flat_map(|row| row[column..column + d].iter().map(|x| x / lift)).collect();
                 bases[i] = Some(store::basis(backend, &rows, d, dtype(side))?);
             }
             let [keys, values] = bases;

@@ -6,9 +6,8 @@
 //! *Hurts* the step that does it, by seconds for a long prompt; and the peak, by the latent rows of one group in single
 //! precision.
 
+#[cfg(feature = "lowrank")]
 mod decompose;
-
-pub(super) use decompose::Watch;
 
 use super::KvCache;
 use super::scratch::resize;
@@ -20,7 +19,11 @@ use crate::kernel::attend::{AttendLane, Share, Workspace};
 use crate::kernel::attend_factored::{FactoredArgs, Remembered};
 use crate::kernel::merge_partials::MergeArgs;
 use crate::kernel::{AttentionParams, Spans};
-use crate::low_rank::LowRankRun;
+use crate::low_rank::{LowRank, LowRankProgress, LowRankRun};
+use std::ops::{ControlFlow, Range};
+
+/// Hears how far a decomposition is and says whether to go on.
+pub(super) type Watch<'a> = &'a mut dyn FnMut(LowRankProgress) -> ControlFlow<()>;
 
 /// Buffers that steps reuse.
 #[derive(Debug, Default)]
@@ -53,16 +56,8 @@ pub(super) fn attend(
     let (out, made_out) = resize(outs, 2 * out_len).split_at_mut(out_len);
     let (lse, made_lse) = resize(lses, 2 * lse_len).split_at_mut(lse_len);
     let AttendLane { heads, queries, positions, .. } = lane;
-    let stored = AttendLane {
-        heads,
-        queries,
-        positions,
-        share: Share::ALL,
-        spans: Some(spans),
-        out,
-        lse,
-        mass: None,
-    };
+    let stored =
+        AttendLane { heads, queries, positions, share: Share::ALL, spans: Some(spans), out, lse, mass: None };
     backend.attend(params, &mut [stored], workspace)?;
     let (tokens, remembered) = (positions.len(), rebuilt);
     let made = &mut FactoredArgs {
@@ -84,7 +79,7 @@ pub(super) fn attend(
 fn leave_out(head: &HeadRows, spans: Option<&Spans>, out: &mut Spans) {
     out.clear();
     let mut first = 0;
-    let mut add = |stored: std::ops::Range<usize>| match spans {
+    let mut add = |stored: Range<usize>| match spans {
         None => out.push(stored),
         Some(spans) => {
             let from = spans.spans().partition_point(|span| span.slots().end <= stored.start);
@@ -100,9 +95,27 @@ fn leave_out(head: &HeadRows, spans: Option<&Spans>, out: &mut Spans) {
 }
 
 impl KvCache {
+    /// As [`KvCache::end_prefill`], with someone to hear how far the decompositions of low rank are, and to break them off:
+    /// groups of layers that are done stay so, the others stay exact, and the prompt stays open.
+    ///
+    /// # Errors
+    /// As [`KvCache::end_prefill`]; [`crate::error::FactorError::Cancelled`].
+    pub fn end_prefill_watched(
+        &mut self,
+        id: SequenceId,
+        watch: &mut dyn FnMut(LowRankProgress) -> ControlFlow<()>,
+    ) -> Result<(), Error> {
+        self.finish_prefill(id, watch)
+    }
+
+    #[cfg(not(feature = "lowrank"))]
+    pub(super) fn factor_due(&mut self, _: SequenceId, _: bool, _: Watch<'_>) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Room for made keys of a layer, where the recipe has low rank.
     pub(super) fn new_rebuilt(&self, layer: usize) -> Rebuilt {
-        let room = |low_rank: &crate::low_rank::LowRank| {
+        let room = |low_rank: &LowRank| {
             let heads = 0..self.shape.layer(layer).kv_heads;
             heads.map(|_| Remembered::new(low_rank.rebuilt, low_rank.chunk)).collect()
         };

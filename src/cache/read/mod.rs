@@ -12,8 +12,8 @@ mod refine;
 mod tail;
 
 use super::KvCache;
-use super::ops::Selection;
 use super::factored::{self, FactoredScratch};
+use super::ops::Selection;
 use super::sequence::{Rebuilt, Sequence, SequenceId};
 use super::step::Lane;
 use crate::device::HeadRows;

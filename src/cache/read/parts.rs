@@ -64,7 +64,8 @@ impl Reader<'_> {
         reports.clear();
         reports.resize_with(count, || Ok(ReadReport::default()));
         let parts = &mut parts[..pool.threads().min(count)];
-        let heads = Heads { reader: *self, held, parts, chosen: &mut chosen.units, reports, rebuilt, out, lse };
+        let heads =
+            Heads { reader: *self, held, parts, chosen: &mut chosen.units, reports, rebuilt, out, lse };
         // Entered once: between its stages this thread would fall asleep and be woken every time.
         pool.run(|| heads.spread());
         joined(reports)

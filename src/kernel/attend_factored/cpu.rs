@@ -255,7 +255,8 @@ fn over_tiles<S: Simd>(
             entries.clear();
             entries.extend(picked.iter().map(|p| p.entry as usize));
             fetch(simd, (segment, factors), picked, entries, keys, latents, (tile, k_stride, d_k));
-            let (q, k) = (Matrix { data: queries, stride: d_k }, Matrix { data: &tile[..], stride: k_stride });
+            let (q, k) =
+                (Matrix { data: queries, stride: d_k }, Matrix { data: &tile[..], stride: k_stride });
             dots(simd, q, k, (rows, d_k, picked.len()), scores, TILE, Ahead::NONE);
             for (row, (most, total)) in running[..rows].iter_mut().enumerate() {
                 let line = &mut scores[row * TILE..][..TILE];

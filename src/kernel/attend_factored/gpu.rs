@@ -88,7 +88,8 @@ fn part(
         None => call.scratch(1),
     };
     let rank = factors.values.as_ref().map_or(d_v, |basis| basis.rank());
-    let values = if factors.values.is_some() { &latents.rows } else { stored.as_ref().unwrap_or(&latents.rows) };
+    let values =
+        if factors.values.is_some() { &latents.rows } else { stored.as_ref().unwrap_or(&latents.rows) };
     let out = call.scratch(rows * (d_v + 1 + rank));
     let uniform = Params {
         d_k: d_k as u32,

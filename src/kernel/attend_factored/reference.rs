@@ -21,7 +21,8 @@ pub fn run(params: &AttentionParams<'_>, args: &mut FactoredArgs<'_>) -> Result<
         let mut entries: Vec<(&Segment, &Factors, usize)> = Vec::new();
         for (segment, factors, slots) in head.factored() {
             let read = |slot: usize| {
-                args.spans.is_none_or(|spans| spans[h].spans().iter().any(|span| span.slots().contains(&slot)))
+                args.spans
+                    .is_none_or(|spans| spans[h].spans().iter().any(|span| span.slots().contains(&slot)))
             };
             let start = slots.start;
             entries.extend(slots.filter(|&slot| read(slot)).map(|slot| (segment, factors, slot - start)));

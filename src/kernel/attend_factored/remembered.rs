@@ -213,8 +213,14 @@ mod tests {
 
     /// A head of so many entries, of which nothing is read here but their number.
     fn head(rows: usize) -> HeadRows {
-        let layout =
-            Arc::new(PageLayout::new(&LayerShape::new(1, 1, 2), 8, Encoding::Factored, Encoding::Factored, false, 0));
+        let layout = Arc::new(PageLayout::new(
+            &LayerShape::new(1, 1, 2),
+            8,
+            Encoding::Factored,
+            Encoding::Factored,
+            false,
+            0,
+        ));
         let latents = Arc::new(Segment::new(Arc::clone(&layout)));
         let factors = Factors { latents, keys: None, values: None, rows: None, angles: None };
         HeadRows::new(vec![Segment { rows, factors: Some(Arc::new(factors)), ..Segment::new(layout) }])

@@ -104,7 +104,8 @@ fn in_parts(
     mut made: impl FnMut(&mut RebuildArgs<'_>) -> Result<(), KernelError>,
 ) -> Result<(), KernelError> {
     let (head, all) = (args.head, args.slots);
-    let (Some(segment), GatherTarget::Dense { keys, values }) = (head.segments.first(), &mut args.target) else {
+    let (Some(segment), GatherTarget::Dense { keys, values }) = (head.segments.first(), &mut args.target)
+    else {
         return Ok(());
     };
     let (d_k, d_v) = (segment.layout.d_k, segment.layout.d_v);

@@ -30,7 +30,8 @@ pub fn run(exec: &Exec, args: &mut RebuildArgs<'_>) -> Result<(), KernelError> {
     for (segment, factors, run) in args.head.factored() {
         let (slots, rest) = all.split_at(all.partition_point(|&slot| (slot as usize) < run.end));
         all = rest;
-        let (keys, values) = (take(&mut keys, slots.len() * dims[0]), take(&mut values, slots.len() * dims[1]));
+        let (keys, values) =
+            (take(&mut keys, slots.len() * dims[0]), take(&mut values, slots.len() * dims[1]));
         let rank = |side| factors.basis(side).map_or(1, Basis::rank);
         let work = rank(Side::Key) * dims[0] + rank(Side::Value) * dims[1];
         let tasks = exec.tasks(slots.len() * work);
@@ -76,7 +77,8 @@ impl Entries<'_> {
     fn make<S: Simd>(self, simd: S) {
         let mut latents = Vec::new();
         let mut entries = Vec::with_capacity(BLOCK);
-        for (side, d, out) in [(Side::Key, self.dims[0], self.keys), (Side::Value, self.dims[1], self.values)] {
+        for (side, d, out) in [(Side::Key, self.dims[0], self.keys), (Side::Value, self.dims[1], self.values)]
+        {
             let stride = d.next_multiple_of(BASIS_PAD);
             let mut rows = vec![0.0; BLOCK * stride];
             for (slots, out) in self.slots.chunks(BLOCK).zip(out.chunks_mut((BLOCK * d).max(1))) {

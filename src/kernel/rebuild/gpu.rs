@@ -67,7 +67,8 @@ impl<'a> Latents<'a> {
     ) -> Result<(), KernelError> {
         let angles = self.factors.angles.as_deref().filter(|_| side == Side::Key);
         let capacity = self.segment.layout.capacity;
-        let position = |&entry: &usize| self.segment.pages[entry / capacity].positions[entry % capacity] as u32;
+        let position =
+            |&entry: &usize| self.segment.pages[entry / capacity].positions[entry % capacity] as u32;
         let positions: Vec<u32> = self.entries.iter().map(position).collect();
         let params = Params {
             d: self.segment.layout.dim(side) as u32,

@@ -14,7 +14,8 @@ pub fn run(args: &mut RebuildArgs<'_>) -> Result<(), KernelError> {
     let Some(first) = args.head.segments.first() else { return Ok(()) };
     let (d_k, d_v) = (first.layout.d_k, first.layout.d_v);
     for (segment, factors, slots) in args.head.factored() {
-        for (i, &slot) in args.slots.iter().enumerate().filter(|(_, slot)| slots.contains(&(**slot as usize))) {
+        for (i, &slot) in args.slots.iter().enumerate().filter(|(_, slot)| slots.contains(&(**slot as usize)))
+        {
             let entry = slot as usize - slots.start;
             row(segment, factors, Side::Key, entry, &mut args.keys[i * d_k..(i + 1) * d_k]);
             row(segment, factors, Side::Value, entry, &mut args.values[i * d_v..(i + 1) * d_v]);

@@ -37,7 +37,8 @@ fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     let sizes = [(1, 1), (64, 3), (65, 130), (300, 0), (9, 64), (513, 7)];
     let ranks = [[5, 7], [16, 64], [1, 0], [0, 3], [48, 130], [33, 20]];
-    let shapes = [(1, 1, 8, 8), (6, 2, 16, 24), (8, 2, 64, 64), (3, 3, 5, 1), (12, 1, 33, 128), (4, 2, 128, 40)];
+    let shapes =
+        [(1, 1, 8, 8), (6, 2, 16, 24), (8, 2, 64, 64), (3, 3, 5, 1), (12, 1, 33, 128), (4, 2, 128, 40)];
     for (i, dtype) in [DType::F32, DType::F16, DType::Bf16].into_iter().cycle().take(18).enumerate() {
         let (hq, h, d_k, d_v) = shapes[i % shapes.len()];
         let layout = [RotaryLayout::HalfSplit, RotaryLayout::Interleaved][i / 2 % 2];
@@ -58,7 +59,10 @@ impl Case {
         let (hq, h) = (self.shape.query_heads, self.shape.kv_heads);
         let (d_k, d_v) = (self.shape.d_k, self.shape.d_v);
         let removed = if *removed { ", some removed" } else { "" };
-        format!("{hq}/{h} heads, d {d_k}/{d_v}, ranks {ranks:?}, runs {runs:?}, T {tokens}, {}{removed}", dtype.name())
+        format!(
+            "{hq}/{h} heads, d {d_k}/{d_v}, ranks {ranks:?}, runs {runs:?}, T {tokens}, {}{removed}",
+            dtype.name()
+        )
     }
 
     /// The heads; the same numbers on every backend.
@@ -75,8 +79,14 @@ impl Case {
             let positions: Vec<i32> = (next..next + n).map(|i| 3 * i as i32).collect();
             next += n;
             for head in heads {
-                let (keys, values) = (random.rows(n * shape.d_k, 1.0, dtype), random.rows(n * shape.d_v, 1.0, dtype));
-                store::append(backend, &exact, head, NewRows { positions: &positions, keys: &keys, values: &values })?;
+                let (keys, values) =
+                    (random.rows(n * shape.d_k, 1.0, dtype), random.rows(n * shape.d_v, 1.0, dtype));
+                store::append(
+                    backend,
+                    &exact,
+                    head,
+                    NewRows { positions: &positions, keys: &keys, values: &values },
+                )?;
             }
             Ok(())
         };
@@ -105,7 +115,13 @@ impl Case {
             for (h, head) in heads.iter_mut().enumerate() {
                 let rows = head.rows();
                 let keep = (0..rows as u32).filter(|slot| (slot + h as u32) % 5 != 3).collect();
-                store::compact(backend, head, &HeadPlan::new(rows, keep), &ColumnLayout::new(Vec::new()), &mut shared)?;
+                store::compact(
+                    backend,
+                    head,
+                    &HeadPlan::new(rows, keep),
+                    &ColumnLayout::new(Vec::new()),
+                    &mut shared,
+                )?;
             }
         }
         Ok(heads)
@@ -168,7 +184,8 @@ pub fn rebuild(backend: &dyn Backend, effort: Effort) -> KernelReport {
             };
             let mut keys = vec![0.0; 2 * case.shape.d_k + usize::from(what == "keys")];
             let mut values = vec![0.0; 2 * case.shape.d_v + usize::from(what == "values")];
-            let mut args = RebuildArgs { head: &heads[0], slots: &slots, keys: &mut keys, values: &mut values };
+            let mut args =
+                RebuildArgs { head: &heads[0], slots: &slots, keys: &mut keys, values: &mut values };
             match (backend.rebuild(&mut args), slots[0] == 5 && slots[1] == 6) {
                 (result, true) => expect_length_error(what, result),
                 (Err(KernelError::Layout { .. }), _) => Ok(0.0),
@@ -269,14 +286,17 @@ fn check(
             let logit = attend_factored::tolerance(case.dtype) * (1.0 + f64::from(shape.scale) * query * key);
             let pair = (&got.1[row..=row], &want.1[row..=row]);
             if pair.1[0] == f32::NEG_INFINITY {
-                if pair.0[0] != f32::NEG_INFINITY || got.0[row * d_v..(row + 1) * d_v].iter().any(|&x| x != 0.0) {
+                if pair.0[0] != f32::NEG_INFINITY
+                    || got.0[row * d_v..(row + 1) * d_v].iter().any(|&x| x != 0.0)
+                {
                     return Err(format!("row {row} sees nothing and is {}", pair.0[0]).into());
                 }
                 continue;
             }
             worst = worst.max(compare("lse", pair.0, pair.1, |_| logit)?);
             let span = row * d_v..(row + 1) * d_v;
-            let difference: Vec<f32> = got.0[span.clone()].iter().zip(&want.0[span]).map(|(a, b)| a - b).collect();
+            let difference: Vec<f32> =
+                got.0[span.clone()].iter().zip(&want.0[span]).map(|(a, b)| a - b).collect();
             // A weight is off by the factor of its logit's error, and so is their sum.
             let share = norm(&difference) / (2.0 * logit * value + f64::from(f32::MIN_POSITIVE));
             if share.is_nan() || share > 1.0 {

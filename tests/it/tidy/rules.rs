@@ -62,7 +62,8 @@ const FILES: &[(&str, &str)] = &[
 
 /// Modules that must not see how a kernel is implemented.
 const BLIND: &[&str] = &[
-    "policy", "recipe", "reduce", "codec", "factor", "low_rank", "index", "plan", "columns", "store", "cache", "snapshot",
+    "policy", "recipe", "reduce", "codec", "factor", "low_rank", "index", "plan", "columns", "store",
+    "cache", "snapshot",
 ];
 
 /// A module below the crate's root has a level.
