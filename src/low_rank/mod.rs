@@ -24,7 +24,7 @@ pub enum Rank {
     None,
     /// So many.
     Count(usize),
-    /// This share of the features of all layers of the group, rounded up to the next multiple of 8.
+    /// This share of the features of all layers of the group, rounded up to the next multiple of 16.
     Share(f64),
 }
 
@@ -34,7 +34,7 @@ impl Rank {
         let wanted = match self {
             Self::None => 0,
             Self::Count(rank) => rank,
-            Self::Share(share) => ((share * features as f64).ceil() as usize).next_multiple_of(8),
+            Self::Share(share) => ((share * features as f64).ceil() as usize).next_multiple_of(16),
         };
         wanted.min(tokens).min(features)
     }
@@ -187,6 +187,7 @@ mod tests {
     fn ranks_are_no_larger_than_the_matrix() {
         assert_eq!(Rank::Share(0.25).of(4000, 192), 48);
         assert_eq!(Rank::Share(0.3).of(4000, 192), 64);
+        assert_eq!(Rank::Share(0.35).of(4000, 192), 80);
         assert_eq!(Rank::Share(0.3).of(40, 192), 40);
         assert_eq!(Rank::Count(512).of(4000, 192), 192);
         assert_eq!(Rank::None.of(4000, 192), 0);

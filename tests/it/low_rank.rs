@@ -273,8 +273,8 @@ fn steps_give_the_same_bits_with_keys_remembered_or_made_on_any_threads() {
             match rebuilt {
                 0 => assert_eq!((hits, misses), (0, 0)),
                 4096 => assert!(hits > misses && misses > 0, "{hits} hits, {misses} misses"),
-                // A hundred entries in chunks of four do not fit.
-                _ => assert_eq!(hits, 0),
+                // A hundred entries in chunks of four do not fit; some are remembered.
+                _ => assert!(hits > 0 && misses > hits / 2, "{hits} hits, {misses} misses"),
             }
             all.push(steps.into_iter().flatten().collect());
         }

@@ -1,7 +1,7 @@
 //! Tiles of sixty-four chosen entries: their keys, the logits, the sums of latent rows; a thread per KV head.
 //!
 //! Keys that are not remembered are made by chunks, as many together as fill a block of [`super::super::rebuild`], before
-//! the tiles begin; where they do not fit, each tile makes its own. Both round keys to the type of their latent rows, so
+//! the tiles begin; those that do not fit are made by each tile. Both round keys to the type of their latent rows, so
 //! the bits are the same. The sums of a segment's latent rows are multiplied by its basis when it ends.
 //!
 //! *Helps* the few query rows of decode. *Hurts* a single KV head on many threads, and prompts, whose query rows go in
@@ -165,7 +165,7 @@ fn one_head<S: Simd>(
     }
     let (from, to) = (QUERIES * params.d_k, QUERIES * params.d_v);
     for (queries, (out, lse)) in queries.chunks(from).zip(out.chunks_mut(to).zip(lse.chunks_mut(QUERIES))) {
-        let keys = Keys { memory, kept, dtype };
+        let keys = Keys { memory, kept: kept.is_some(), dtype };
         over_tiles(simd, params, head, queries, &keys, &mut work, (out, lse));
     }
     memory.work = work;
@@ -174,9 +174,9 @@ fn one_head<S: Simd>(
 /// Where keys come from.
 struct Keys<'a> {
     memory: &'a Remembered,
-    /// The type they are remembered in, if they are.
-    kept: Option<DType>,
-    /// The type made ones are rounded to.
+    /// Whether any are remembered.
+    kept: bool,
+    /// The type made ones are rounded to, and remembered in.
     dtype: Option<DType>,
 }
 
@@ -245,16 +245,14 @@ fn over_tiles<S: Simd>(
         // Values that lie in the pages are summed as they are.
         let width = factors.values.as_ref().map_or(d_v, |basis| basis.rank());
         let stride = width.next_multiple_of(BASIS_PAD);
-        grow(values, TILE * stride);
         grow(sums, rows * stride);
         let sums = &mut sums[..rows * stride];
         sums.fill(0.0);
         while !own.is_empty() {
             let (picked, behind) = own.split_at(own.len().min(TILE));
             own = behind;
-            entries.clear();
-            entries.extend(picked.iter().map(|p| p.entry as usize));
-            fetch(simd, (segment, factors), picked, entries, keys, latents, (tile, k_stride, d_k));
+            let (of, lent) = ((segment, factors), (&mut *entries, &mut *latents, &mut *values));
+            fetch(simd, of, picked, keys, lent, (tile, k_stride, d_k));
             let (q, k) =
                 (Matrix { data: queries, stride: d_k }, Matrix { data: &tile[..], stride: k_stride });
             dots(simd, q, k, (rows, d_k, picked.len()), scores, TILE, Ahead::NONE);
@@ -269,13 +267,8 @@ fn over_tiles<S: Simd>(
                 }
                 (*most, *total) = (new, *total + share);
             }
-            if factors.values.is_some() {
-                latent_rows(simd, factors, Side::Value, entries, (values, stride));
-            } else {
-                dense(simd, (segment, factors), Side::Value, entries, latents, (values, stride));
-            }
-            let (p, v) = (Matrix { data: &scores[..], stride: TILE }, Matrix { data: &values[..], stride });
-            multiply(simd, p, v, sums, stride, (rows, picked.len(), width), true, Ahead::NONE);
+            let lent = (&mut *entries, &mut *latents, &mut *values);
+            add_values(simd, of, picked, scores, (rows, width), lent, (&mut *sums, stride));
         }
         match &factors.values {
             Some(basis) => {
@@ -293,15 +286,14 @@ fn over_tiles<S: Simd>(
     }
 }
 
-/// Keys of up to [`TILE`] entries of a segment, in single precision.
+/// Keys of up to [`TILE`] entries of a segment, in single precision; `lent` holds the entries and rows that are made.
 #[inline(always)]
 fn fetch<S: Simd>(
     simd: S,
     (segment, factors): (&Segment, &Factors),
     picked: &[Pick],
-    entries: &[usize],
     keys: &Keys<'_>,
-    latents: &mut Vec<f32>,
+    (entries, latents, made): (&mut Vec<usize>, &mut Vec<f32>, &mut Vec<f32>),
     (tile, stride, d): (&mut [f32], usize, usize),
 ) {
     let read = |dtype, words: &[u32], out: &mut [f32]| match dtype {
@@ -309,21 +301,89 @@ fn fetch<S: Simd>(
         DType::F16 => widen(simd, Rows::F16(bytemuck::cast_slice(words)), 0, out),
         DType::Bf16 => widen(simd, Rows::Bf16(bytemuck::cast_slice(words)), 0, out),
     };
-    if let (Some(dtype), Some(_)) = (keys.kept, &factors.keys) {
-        for (pick, key) in picked.iter().zip(tile.chunks_exact_mut(stride)) {
+    let (Some(dtype), Some(_)) = (keys.dtype, &factors.keys) else {
+        entries.clear();
+        entries.extend(picked.iter().map(|p| p.entry as usize));
+        return dense(simd, (segment, factors), Side::Key, entries, latents, (tile, stride));
+    };
+    let held = |pick: &Pick| keys.kept && keys.memory.holds(pick.ordinal);
+    entries.clear();
+    for (pick, key) in picked.iter().zip(tile.chunks_exact_mut(stride)) {
+        if held(pick) {
             read(dtype, keys.memory.row(pick.ordinal), &mut key[..d]);
+        } else {
+            entries.push(pick.entry as usize);
+        }
+    }
+    if entries.is_empty() {
+        return;
+    }
+    grow(made, TILE * stride);
+    dense(simd, (segment, factors), Side::Key, entries, latents, (&mut *made, stride));
+    let mut words = [0; crate::geometry::MAX_HEAD_DIM];
+    let words = &mut words[..(d * dtype.bytes()).div_ceil(4)];
+    let others = picked.iter().zip(tile.chunks_exact_mut(stride)).filter(|(pick, _)| !held(pick));
+    for ((_, key), row) in others.zip(made.chunks_exact(stride)) {
+        narrow(dtype, &row[..d], words);
+        read(dtype, words, &mut key[..d]);
+    }
+}
+
+/// Adds the values of up to [`TILE`] entries, or their latent rows, by their weights to `sums`, `[rows, width]` with
+/// `stride` elements from one to the next. Latent rows of neighbours are multiplied where they lie.
+#[inline(always)]
+fn add_values<S: Simd>(
+    simd: S,
+    (segment, factors): (&Segment, &Factors),
+    picked: &[Pick],
+    scores: &[f32],
+    (rows, width): (usize, usize),
+    (entries, latents, values): (&mut Vec<usize>, &mut Vec<f32>, &mut Vec<f32>),
+    (sums, stride): (&mut [f32], usize),
+) {
+    let layout = &*factors.latents.layout;
+    let (capacity, step) = (layout.capacity, layout.row_stride(Side::Value));
+    // Whole vectors of a row must lie in it.
+    if factors.values.is_some() && step.is_multiple_of(BASIS_PAD) {
+        let neighbours = |a: &Pick, b: &Pick| {
+            let [a, b] = [a, b].map(|pick| factors.latent(pick.entry as usize));
+            a + 1 == b && a / capacity == b / capacity
+        };
+        let mut done = 0;
+        for run in picked.chunk_by(neighbours) {
+            let latent = factors.latent(run[0].entry as usize);
+            let p = Matrix { data: &scores[done..], stride: TILE };
+            let (from, extent) = (latent % capacity * step, (rows, run.len(), width));
+            let to = from + run.len() * step;
+            match layout.rows(&factors.latents.pages[latent / capacity], Side::Value) {
+                Rows::F32(s) => {
+                    let v = Matrix { data: &s[from..to], stride: step };
+                    multiply(simd, p, v, sums, stride, extent, true, Ahead::NONE);
+                }
+                Rows::F16(s) => {
+                    let v = Matrix { data: &s[from..to], stride: step };
+                    multiply(simd, p, v, sums, stride, extent, true, Ahead::NONE);
+                }
+                Rows::Bf16(s) => {
+                    let v = Matrix { data: &s[from..to], stride: step };
+                    multiply(simd, p, v, sums, stride, extent, true, Ahead::NONE);
+                }
+                Rows::Packed(_) => unreachable!("latent rows are exact"),
+            }
+            done += run.len();
         }
         return;
     }
-    dense(simd, (segment, factors), Side::Key, entries, latents, (&mut *tile, stride));
-    if let (Some(dtype), Some(_)) = (keys.dtype, &factors.keys) {
-        let mut words = [0; crate::geometry::MAX_HEAD_DIM];
-        let words = &mut words[..(d * dtype.bytes()).div_ceil(4)];
-        for key in tile.chunks_exact_mut(stride).take(entries.len()) {
-            narrow(dtype, &key[..d], words);
-            read(dtype, words, &mut key[..d]);
-        }
+    grow(values, TILE * stride);
+    entries.clear();
+    entries.extend(picked.iter().map(|p| p.entry as usize));
+    if factors.values.is_some() {
+        latent_rows(simd, factors, Side::Value, entries, (values, stride));
+    } else {
+        dense(simd, (segment, factors), Side::Value, entries, latents, (values, stride));
     }
+    let (p, v) = (Matrix { data: scores, stride: TILE }, Matrix { data: &values[..], stride });
+    multiply(simd, p, v, sums, stride, (rows, picked.len(), width), true, Ahead::NONE);
 }
 
 /// Turns a row's dot products with `len` keys into weights relative to their maximum and that of those before: that

@@ -101,8 +101,10 @@ impl Remembered {
         self.chunk.max(1)
     }
 
-    /// Finds places for all chunks of the picked entries and lists those that must be made in `work.made`. False if they do
-    /// not fit, or nothing is to be remembered.
+    /// Finds places for the chunks of the picked entries, as many as fit, and lists those that must be made in `work.made`.
+    /// False if nothing is to be remembered.
+    ///
+    /// A chunk that is read now is not given up for another: of a context that does not fit, the same part stays.
     pub(super) fn admit(&mut self, head: &HeadRows, dtype: DType, d: usize) -> bool {
         if self.capacity == 0 {
             return false;
@@ -133,20 +135,19 @@ impl Remembered {
                 place => self.owners[place as usize].1 = clock,
             }
         }
-        if needed > self.capacity {
-            made.clear();
-            return false;
-        }
         self.hits += (needed - made.len()) as u64;
         self.misses += made.len() as u64;
         let free = self.capacity - self.owners.len();
-        let lacking = made.len().saturating_sub(free);
         self.victims.clear();
-        if lacking > 0 {
+        if made.len() > free {
             let old = self.owners.iter().zip(0..).filter(|((_, used), _)| *used < clock);
             self.victims.extend(old.map(|((_, used), place)| (*used, place)));
-            self.victims.select_nth_unstable(lacking - 1);
+            let lacking = (made.len() - free).min(self.victims.len());
+            if lacking > 0 {
+                self.victims.select_nth_unstable(lacking - 1);
+            }
             self.victims.truncate(lacking);
+            made.truncate(free + lacking);
         }
         for (i, &id) in made.iter().enumerate() {
             let place = match self.victims.get(i) {
@@ -168,6 +169,11 @@ impl Remembered {
             self.rows.resize(words, 0);
         }
         true
+    }
+
+    /// Whether the key of an entry is remembered.
+    pub(super) fn holds(&self, ordinal: u32) -> bool {
+        self.places[ordinal as usize / self.chunk] != NONE
     }
 
     /// The words of an entry's key.
@@ -241,9 +247,10 @@ mod tests {
         assert_eq!(read(&mut memory, &head, &[2, 8, 21]), Some(vec![]));
         assert_eq!(read(&mut memory, &head, &[4]), Some(vec![1]));
         assert_eq!(memory.counts(), (4, 5));
-        // Four chunks do not fit three places, and nothing is lost by asking.
-        assert_eq!(read(&mut memory, &head, &[0, 4, 8, 12]), None);
-        assert_eq!(read(&mut memory, &head, &[4]), Some(vec![]));
+        // Four chunks do not fit three places: those that are there stay, and one more comes.
+        assert_eq!(read(&mut memory, &head, &[0, 4, 8, 12]), Some(vec![0]));
+        assert!(memory.holds(0) && memory.holds(6) && memory.holds(8) && !memory.holds(12));
+        assert_eq!(read(&mut memory, &head, &[0, 4, 8, 12]), Some(vec![]));
         memory.forget();
         assert_eq!(read(&mut memory, &head, &[4]), Some(vec![1]));
         assert_eq!(read(&mut Remembered::new(0, 4), &head, &[4]), None);
