@@ -125,7 +125,8 @@ impl CacheBuilder {
     ///
     /// # Errors
     /// [`RecipeError`] for a recipe that does not parse, or does not go with the model, the budget or the
-    /// backend; it names the option to change.
+    /// backend; it names the option to change. A device error if the model has
+    /// [`SinkEntries`](crate::geometry::SinkEntries) and there is no page for them.
     pub fn build(self) -> Result<KvCache, Error> {
         let recipe = match self.recipe {
             RecipeSource::Text(text) => text.parse()?,
@@ -168,6 +169,7 @@ impl CacheBuilder {
             backend,
             storage: Vec::new(),
             tables: Vec::new(),
+            constant: Vec::new(),
             page_entries: self.page_entries,
             codebooks,
             columns,
@@ -187,6 +189,7 @@ impl CacheBuilder {
             let tables = |layer| TableStorage::of(index, cache.shape.layer(layer), cache.backend.mirrored());
             cache.tables = (0..cache.shape.layers()).map(tables).collect();
         }
+        cache.constant = super::constant::store(&cache.shape, &*cache.backend)?;
         Ok(cache)
     }
 }
