@@ -86,3 +86,8 @@ pub use wgpu;
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 pub struct Readme;
+
+/// And those of the page on learned caches.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/learned-caches.md")]
+pub struct LearnedCaches;

@@ -94,7 +94,8 @@ pub(super) fn join(
     outs[..rows * d_v].copy_from_slice(out);
     lses[..rows].copy_from_slice(lse);
     for lane in lanes {
-        let all = |dim: usize| lane.offset * query_heads * dim..(lane.offset + lane.tokens) * query_heads * dim;
+        let all =
+            |dim: usize| lane.offset * query_heads * dim..(lane.offset + lane.tokens) * query_heads * dim;
         let behind = |dim: usize| {
             let range = all(dim);
             rows * dim + range.start..rows * dim + range.end

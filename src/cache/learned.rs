@@ -139,10 +139,7 @@ impl KvCache {
                     })?;
                 }
                 let storage = &self.storage[layer][head];
-                let sides = [
-                    ("k", Side::Key, &keys, shape.d_k),
-                    ("v", Side::Value, &values, shape.d_v),
-                ];
+                let sides = [("k", Side::Key, &keys, shape.d_k), ("v", Side::Value, &values, shape.d_v)];
                 for (tensor, side, rows, d) in sides {
                     // What stays exact need not fit the packed format.
                     let (now, later) = storage.stored(side);
@@ -150,7 +147,9 @@ impl KvCache {
                     let limit = stored.largest(d);
                     if let Some(at) = rows.iter().position(|x| x.is_nan() || x.abs() > limit) {
                         let (value, entry, dim, stored) = (rows[at], at / d, at % d, stored.to_string());
-                        return Err(LearnedError::Range { layer, tensor, value, head, entry, dim, stored }.into());
+                        return Err(
+                            LearnedError::Range { layer, tensor, value, head, entry, dim, stored }.into()
+                        );
                     }
                 }
                 let new = NewRows { positions, keys: &keys, values: &values };

@@ -219,7 +219,8 @@ impl Step<'_> {
         backend.attend(&params, &mut lanes, words)?;
         // As the sink logits: they belong to the first part.
         if ith == 0 {
-            let (constant, rows) = (&self.cache.constant[layer], (&*queries, &self.cache.scratch.positions[..]));
+            let (constant, rows) =
+                (&self.cache.constant[layer], (&*queries, &self.cache.scratch.positions[..]));
             join(backend, &params, constant, &[lane], rows, (joined, words), (out, lse))?;
         }
         Ok(())
@@ -398,12 +399,7 @@ impl Step<'_> {
 
     /// What follows the attention over stored entries: the comparison with a guard's shadow, learned entries, and what
     /// commit will need.
-    fn finish_attend(
-        &mut self,
-        layer: usize,
-        mass: bool,
-        out: &mut TensorViewMut<'_>,
-    ) -> Result<(), Error> {
+    fn finish_attend(&mut self, layer: usize, mass: bool, out: &mut TensorViewMut<'_>) -> Result<(), Error> {
         self.watch(layer)?;
         self.join_constant(layer, mass)?;
         let (shape, scratch) = (self.cache.shape.layer(layer), &self.cache.scratch);
@@ -534,7 +530,12 @@ fn split_off<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
     head
 }
 
-pub(super) fn check_dims(layer: usize, tensor: &'static str, got: Dims, want: Dims) -> Result<(), CacheError> {
+pub(super) fn check_dims(
+    layer: usize,
+    tensor: &'static str,
+    got: Dims,
+    want: Dims,
+) -> Result<(), CacheError> {
     if got == want { Ok(()) } else { Err(CacheError::Extents { layer, tensor, got, want }) }
 }
 

@@ -14,7 +14,7 @@ pub enum LearnedError {
     },
     /// The bytes are not a safetensors file, or one that was cut off or changed.
     #[error(
-        "not a whole safetensors file: {problem}; convert the cartridge again with scripts/convert-cartridge.py"
+        "not a whole safetensors file: {problem}; write it anew (a cartridge: with scripts/convert-cartridge.py)"
     )]
     Damaged {
         /// What is wrong.
@@ -41,7 +41,7 @@ pub enum LearnedError {
         layers: usize,
     },
     /// A tensor is there that the metadata does not promise.
-    #[error("the file has a tensor {tensor:?} beside k and v of the {layers} layers its metadata promises")]
+    #[error("the file has a tensor {tensor:?} beside those of the {layers} layers its metadata promises")]
     Unexpected {
         /// Its name.
         tensor: String,

@@ -1,7 +1,7 @@
 //! A cartridge: trained keys and values of every layer, at positions `0 .. p`.
 
+use super::FORMAT;
 use super::file::{Tensor, TensorFile};
-use super::{FORMAT, VERSION};
 use crate::error::LearnedError;
 use crate::geometry::{KeyPhase, ModelShape};
 use crate::view::DType;
@@ -48,12 +48,7 @@ impl Cartridge {
     /// # Errors
     /// [`LearnedError`] names what is wrong, and where.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, LearnedError> {
-        let path = path.as_ref();
-        let read = |reason: std::io::Error| LearnedError::Read {
-            path: path.display().to_string(),
-            reason: reason.to_string(),
-        };
-        Self::from_bytes(std::fs::read(path).map_err(read)?)
+        Self::from_bytes(super::read(path.as_ref())?)
     }
 
     /// As [`Cartridge::open`], of a file's bytes.
@@ -62,26 +57,20 @@ impl Cartridge {
     /// As [`Cartridge::open`].
     pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, LearnedError> {
         let file = TensorFile::new(bytes)?;
-        for (key, want) in [("format", FORMAT), ("version", VERSION)] {
-            let got = file.says(key).unwrap_or("(nothing)");
-            if got != want {
-                return Err(LearnedError::Metadata { key, got: got.to_owned(), want: want.to_owned() });
-            }
-        }
+        file.check_format(FORMAT)?;
         // A layer has two tensors: more layers than tensors are a lie, found before a loop counts to it.
         let promised = file.count("layers", "the number of layers")?;
-        if let Some(tensor) = unexpected(&file, promised) {
-            return Err(LearnedError::Unexpected { tensor, layers: promised });
-        }
         if promised == 0 || promised > file.tensors.len() {
             let want = format!("1 or more, and {} by the file's tensors", file.tensors.len() / 2);
             return Err(LearnedError::Metadata { key: "layers", got: promised.to_string(), want });
         }
+        if let Some(tensor) = file.unexpected(promised, &["k", "v"]) {
+            return Err(LearnedError::Unexpected { tensor, layers: promised });
+        }
         let tokens = file.count("tokens", "the number of entries")?;
         let frozen = file.count("frozen", "the number of entries that were not trained")?;
-        let refuse = |key, got: usize, want: String| {
-            Err(LearnedError::Metadata { key, got: got.to_string(), want })
-        };
+        let refuse =
+            |key, got: usize, want: String| Err(LearnedError::Metadata { key, got: got.to_string(), want });
         if tokens == 0 {
             return refuse("tokens", tokens, "1 or more: there is nothing to load".to_owned());
         }
@@ -93,7 +82,7 @@ impl Cartridge {
         let layers = layers.collect::<Result<Vec<_>, _>>()?;
         let cartridge = Self { file, layers, tokens, frozen, rope_theta };
         cartridge.check_stated()?;
-        cartridge.check_finite()?;
+        cartridge.file.check_finite()?;
         Ok(cartridge)
     }
 
@@ -181,10 +170,9 @@ impl Cartridge {
     pub fn check_model(&self, model: &str) -> Result<(), LearnedError> {
         match self.model() {
             Some(got) if got == model => Ok(()),
-            got => Err(LearnedError::Model {
-                got: got.unwrap_or_default().to_owned(),
-                want: model.to_owned(),
-            }),
+            got => {
+                Err(LearnedError::Model { got: got.unwrap_or_default().to_owned(), want: model.to_owned() })
+            }
         }
     }
 
@@ -192,7 +180,8 @@ impl Cartridge {
     fn check_stated(&self) -> Result<(), LearnedError> {
         for layer in 0..self.layers() {
             let extents = self.layer(layer);
-            let dims = [("kv_heads", extents.kv_heads), ("head_dim", extents.d_k), ("value_dim", extents.d_v)];
+            let dims =
+                [("kv_heads", extents.kv_heads), ("head_dim", extents.d_k), ("value_dim", extents.d_v)];
             for (key, want) in dims {
                 if let Some(got) = self.file.says(key)
                     && got.parse() != Ok(want)
@@ -204,44 +193,10 @@ impl Cartridge {
         }
         Ok(())
     }
-
-    fn check_finite(&self) -> Result<(), LearnedError> {
-        let mut row = Vec::new();
-        for (layer, Layer { k, v }) in self.layers.iter().enumerate() {
-            for (tensor, name) in [(k, "k"), (v, "v")] {
-                let dim = tensor.extents[2];
-                row.resize(dim, 0.0);
-                for at in 0..tensor.extents[0] * self.tokens {
-                    self.file.read(tensor, at * dim, &mut row);
-                    if let Some(d) = row.iter().position(|x| !x.is_finite()) {
-                        return Err(LearnedError::NonFinite {
-                            tensor: named(layer, name),
-                            value: row[d],
-                            head: at / self.tokens,
-                            entry: at % self.tokens,
-                            dim: d,
-                        });
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
 }
 
 fn named(layer: usize, side: &str) -> String {
     format!("layers.{layer}.{side}")
-}
-
-/// A tensor that is none of `layers`.
-fn unexpected(file: &TensorFile, layers: usize) -> Option<String> {
-    let known = |name: &str| {
-        let layer = name.strip_prefix("layers.")?;
-        let layer: usize = layer.strip_suffix(".k").or_else(|| layer.strip_suffix(".v"))?.parse().ok()?;
-        // "layers.007.k" parses, and is none.
-        (layer < layers && [named(layer, "k"), named(layer, "v")].iter().any(|known| known == name)).then_some(())
-    };
-    file.tensors.keys().find(|name| known(name).is_none()).cloned()
 }
 
 fn theta(text: &str) -> Result<f32, LearnedError> {

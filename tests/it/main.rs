@@ -11,6 +11,9 @@ mod factor;
 mod gpu;
 mod guard;
 mod hostile;
+#[cfg(feature = "learned")]
+mod learned;
+mod parts;
 mod peers;
 mod policies;
 mod recipes;
