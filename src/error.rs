@@ -6,6 +6,10 @@
 //! *Helps* whoever reads the message, and hosts that react to one cause and pass on the rest. *Hurts* by a
 //! few long variants: an error is built on cold paths only.
 
+mod learned;
+
+pub use learned::LearnedError;
+
 use crate::geometry::Position;
 use crate::view::{Dims, Strides};
 
@@ -534,6 +538,18 @@ pub enum CacheError {
         /// Highest position it speaks for.
         last: i32,
     },
+    /// A truncation or removal that would take away part of what was learned.
+    #[error(
+        "positions {start}..{end} cannot be forgotten: those below {learned} hold learned entries, which only mean something together; truncate to 0 or to {learned} and later, or load fewer cartridges into a new sequence"
+    )]
+    SplitsLearned {
+        /// Start of what is to be forgotten.
+        start: i32,
+        /// Its end, exclusive.
+        end: i32,
+        /// End of the learned entries.
+        learned: i32,
+    },
     /// A range of positions that is reversed, or outside what can be.
     #[error("range {start}..{end} of a sequence whose next position is {next}")]
     PositionRange {
@@ -596,6 +612,9 @@ pub enum Error {
     /// A kernel.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// A learned cache.
+    #[error(transparent)]
+    Learned(#[from] LearnedError),
     /// A factorisation.
     #[error(transparent)]
     Factor(#[from] FactorError),

@@ -174,6 +174,56 @@ pub enum KeyPhase {
     Unrotated,
 }
 
+/// Learned keys and values that every query of a layer sees, at no position: never rotated, outside any sliding window,
+/// never evicted (Sink-KV of ReLIC, arXiv 2410.02751, has one for each KV head).
+///
+/// The logit of a query is `cap(scale · q·k) + β`. What is left out is zero: keys alone add to the denominator by how well they
+/// fit a query, values alone are mixed in by a constant share of it, and without either an entry is a sink logit of β for the
+/// whole group (`β = 0`: the softmax that may attend to nothing).
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SinkEntries {
+    /// Entries of each KV head, `n`; at least 1.
+    pub entries: usize,
+    /// `[H, n, d_k]`, as queries arrive (after their rotary embedding).
+    pub keys: Option<Vec<f32>>,
+    /// `[H, n, d_v]`.
+    pub values: Option<Vec<f32>>,
+    /// β of each, `[H, n]`.
+    pub bias: Option<Vec<f32>>,
+}
+
+impl SinkEntries {
+    /// One entry for each KV head: `keys` `[H, d_k]`, `values` `[H, d_v]`, either or both.
+    pub fn one(keys: Option<Vec<f32>>, values: Option<Vec<f32>>) -> Self {
+        Self { entries: 1, keys, values, bias: None }
+    }
+
+    fn validate(&self, layer: usize, shape: &LayerShape) -> Result<(), ShapeError> {
+        let invalid = |what, got, want| Err(ShapeError::Geometry { layer, what, got, want });
+        if self.entries == 0 || self.entries > MAX_SINK_ENTRIES {
+            let want = format!("1 ..= {MAX_SINK_ENTRIES}, or no sink_entries");
+            return invalid("sink_entries.entries", self.entries.to_string(), want);
+        }
+        let (heads, n) = (shape.kv_heads, self.entries);
+        let parts = [
+            ("sink_entries.keys", &self.keys, shape.d_k),
+            ("sink_entries.values", &self.values, shape.d_v),
+            ("sink_entries.bias", &self.bias, 1),
+        ];
+        for (what, numbers, dim) in parts {
+            let Some(numbers) = numbers else { continue };
+            if numbers.len() != heads * n * dim {
+                let want = format!("{} ({heads} KV heads × {n} entries × {dim})", heads * n * dim);
+                return invalid(what, format!("{} values", numbers.len()), want);
+            }
+            if let Some(at) = numbers.iter().position(|x| !x.is_finite()) {
+                return invalid(what, format!("{} at index {at}", numbers[at]), "finite".into());
+            }
+        }
+        Ok(())
+    }
+}
+
 /// The attention geometry of one layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerShape {
@@ -193,6 +243,8 @@ pub struct LayerShape {
     pub window: Option<u32>,
     /// Learned sink logits, one per query head: they join the softmax's denominator and carry no value.
     pub sink_logits: Option<Vec<f32>>,
+    /// Learned entries that every query sees, whatever is stored.
+    pub sink_entries: Option<SinkEntries>,
     /// `Some(l)`: this layer stores nothing and reads the cache of layer `l` (`l` < this layer).
     pub shared_with: Option<usize>,
     /// The rotary embedding; needed to renumber positions after an eviction.
@@ -213,6 +265,7 @@ impl LayerShape {
             softcap: None,
             window: None,
             sink_logits: None,
+            sink_entries: None,
             shared_with: None,
             rotary: None,
             key_phase: KeyPhase::PostRope,
@@ -270,6 +323,9 @@ impl LayerShape {
                 return invalid("sink_logits", "NaN or +infinity".into(), "finite values".into());
             }
         }
+        if let Some(sinks) = &self.sink_entries {
+            sinks.validate(layer, self)?;
+        }
         if let Some(owner) = self.shared_with {
             let Some(owned) = earlier.get(owner) else {
                 return invalid("shared_with", owner.to_string(), format!("a layer before {layer}"));
@@ -315,6 +371,10 @@ impl LayerShape {
         Ok(())
     }
 }
+
+/// The most entries of [`SinkEntries`] a KV head can have: they are one page. What is learned in larger numbers is a cache of its
+/// own, and takes part in positions.
+pub const MAX_SINK_ENTRIES: usize = 256;
 
 /// The largest head dimension the kernels' stack tiles are sized for.
 pub const MAX_HEAD_DIM: usize = 1024;

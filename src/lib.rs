@@ -36,6 +36,7 @@
 //! # Features
 //!
 //! - `lowrank` (on by default): truncated singular value decompositions (`factor`), by [faer](https://docs.rs/faer).
+//! - `learned` (on by default): learned caches from files (`learned`), read by [safetensors](https://docs.rs/safetensors).
 //! - `gpu` (off by default): the GPU backend, WGSL compute shaders through [wgpu](https://docs.rs/wgpu). Off because wgpu is most of the
 //!   dependency tree.
 //! - `testing` (off by default): the conformance suite of kernels and the fixtures of policies, for backends
@@ -46,6 +47,7 @@
 //! [`cache`] is what hosts call; [`policy`] and [`recipe`] decide what stays, [`index`] what a query reads; [`store`]
 //! changes pages;
 //! `factor` decomposes rows of many tokens into factors of low rank;
+//! `learned` reads caches that were trained instead of computed;
 //! [`kernel`] holds the numeric kernels, each with a scalar reference; [`backend`] runs them on CPU and GPU;
 //! [`device`] talks to the system.
 
@@ -60,6 +62,8 @@ pub mod factor;
 pub mod geometry;
 pub mod index;
 pub mod kernel;
+#[cfg(feature = "learned")]
+pub mod learned;
 pub mod low_rank;
 pub mod plan;
 pub mod policy;
@@ -83,3 +87,8 @@ pub use wgpu;
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 pub struct Readme;
+
+/// And those of the page on learned caches.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/learned-caches.md")]
+pub struct LearnedCaches;

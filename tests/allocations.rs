@@ -10,7 +10,7 @@
 mod support;
 
 use kvsieve::device::{Encoding, Format, HeadRows, Packing, PageLayout, Pool, Segment};
-use kvsieve::geometry::{LayerShape, ModelShape};
+use kvsieve::geometry::{LayerShape, ModelShape, SinkEntries};
 use kvsieve::kernel::attend::{AttendLane, Workspace};
 use kvsieve::kernel::code_scores::{CodeArgs, CodeLayout};
 use kvsieve::kernel::dot_scores::DotArgs;
@@ -91,9 +91,14 @@ fn step(cache: &mut KvCache, id: kvsieve::SequenceId, q: &[f32], k: &[f32], out:
 /// Prefills to a page boundary, warms up, and counts the allocations of 36 decode steps that cross none. An index grows
 /// while it warms up, and then again: what steps reuse doubles when it grows.
 fn decode_allocations(recipe: &str, backend: Cpu) -> Vec<usize> {
+    allocations_of(support::small_model(4, 8, 2, 64), recipe, backend)
+}
+
+/// The same for a model of four layers with 8 query heads, 2 KV heads and dimension 64.
+fn allocations_of(shape: ModelShape, recipe: &str, backend: Cpu) -> Vec<usize> {
     let (q, k) = (vec![0.3f32; 8 * 64], vec![0.2f32; 2 * 64]);
     let mut out = vec![0.0f32; 8 * 64];
-    let mut cache = KvCache::builder(support::small_model(4, 8, 2, 64))
+    let mut cache = KvCache::builder(shape)
         .recipe(recipe)
         .budget(Budget::Tokens(if recipe.starts_with("h2o") { 100_000 } else { 600 }))
         .backend(backend)
@@ -140,6 +145,14 @@ fn the_attend_path_allocates_nothing_when_warm() {
     for recipe in recipes {
         let counts = decode_allocations(recipe, Cpu::with_pool(Pool::current()));
         assert_eq!(counts.iter().sum::<usize>(), 0, "{recipe} on the calling thread: {counts:?}");
+    }
+    // Learned sinks are a part of their own, and a merge. (With mass, the kernel that sums it takes a buffer.)
+    let mut layer = support::small_model(1, 8, 2, 64).layer(0).clone();
+    layer.sink_entries = Some(SinkEntries::one(Some(vec![0.1; 2 * 64]), None));
+    let sinks = ModelShape::uniform(4, layer).unwrap();
+    for recipe in ["full", "quest(dense=1)"] {
+        let counts = allocations_of(sinks.clone(), recipe, Cpu::with_pool(Pool::current()));
+        assert_eq!(counts.iter().sum::<usize>(), 0, "{recipe} with sinks: {counts:?}");
     }
     // A host that decodes on a thread of its own pool: nothing either.
     let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap());

@@ -126,7 +126,8 @@ impl CacheBuilder {
     ///
     /// # Errors
     /// [`RecipeError`] for a recipe that does not parse, or does not go with the model, the budget or the
-    /// backend; it names the option to change.
+    /// backend; it names the option to change. A device error if the model has
+    /// [`SinkEntries`](crate::geometry::SinkEntries) and there is no page for them.
     pub fn build(self) -> Result<KvCache, Error> {
         let recipe = match self.recipe {
             RecipeSource::Text(text) => text.parse()?,
@@ -169,6 +170,7 @@ impl CacheBuilder {
             backend,
             storage: Vec::new(),
             tables: Vec::new(),
+            constant: Vec::new(),
             page_entries: self.page_entries,
             codebooks,
             columns,
@@ -188,6 +190,7 @@ impl CacheBuilder {
             let tables = |layer| TableStorage::of(index, cache.shape.layer(layer), cache.backend.mirrored());
             cache.tables = (0..cache.shape.layers()).map(tables).collect();
         }
+        cache.constant = super::constant::store(&cache.shape, &*cache.backend)?;
         Ok(cache)
     }
 }

@@ -9,9 +9,13 @@
 //! backend's threads.
 
 mod builder;
+mod compose;
 mod compress;
+mod constant;
 mod factored;
 mod guard;
+#[cfg(feature = "learned")]
+mod learned;
 mod ops;
 mod read;
 mod scratch;
@@ -23,6 +27,8 @@ mod tests;
 
 pub use builder::{CacheBuilder, RecipeSource};
 pub use guard::{Guard, GuardReport, HeadReport};
+#[cfg(feature = "learned")]
+pub use learned::{CartridgePositions, LoadOptions};
 pub use ops::{RemoveMode, Selection};
 pub use read::{READ_TOKENS, ReadReport};
 pub use sequence::SequenceId;
@@ -80,6 +86,8 @@ pub struct KvCache {
     pub(crate) storage: Vec<Vec<Storage>>,
     /// Per layer: of the index's tables.
     pub(crate) tables: Vec<Vec<TableStorage>>,
+    /// Per layer, per KV head: learned entries that every query sees; no heads where a layer has none.
+    pub(crate) constant: Vec<Vec<HeadRows>>,
     /// Entries per page of exact entries.
     pub(crate) page_entries: usize,
     pub(crate) columns: ColumnLayout,
@@ -131,6 +139,7 @@ impl KvCache {
             measures: Vec::new(),
             remembered: vec![Vec::new(); layers],
             next: 0,
+            learned: 0,
             prompt_tokens: 0,
             prefill_open: true,
             since: 0,

@@ -79,11 +79,15 @@ impl KvCache {
     /// # Errors
     /// [`CacheError::PastCompaction`] if entries below `to` were evicted because of tokens at or above it;
     /// [`CacheError::SplitsMerge`] if an entry below `to` has taken up one at or above it;
+    /// [`CacheError::SplitsLearned`] if `to` lies within learned entries (0 forgets them all);
     /// [`CacheError::PositionRange`] if `to` is negative or beyond the end.
     pub fn truncate(&mut self, id: SequenceId, to: Position) -> Result<(), Error> {
         let next = self.sequence(id)?.next;
         if to.0 < 0 || to.0 > next {
             return Err(CacheError::PositionRange { start: to.0, end: next, next }.into());
+        }
+        if to.0 > 0 {
+            self.check_learned(id, to.0..next)?;
         }
         self.check_merged(id, to.0..next)?;
         let sequence = self.sequence_mut(id)?;
@@ -102,13 +106,15 @@ impl KvCache {
             sequence.prompt_tokens = sequence.prompt_tokens.saturating_sub(removed);
         }
         sequence.next = to.0;
+        sequence.learned = sequence.learned.min(to.0);
         Ok(())
     }
 
     /// Forgets the tokens at positions `range` (half-open), for instance a finished sub-task.
     ///
     /// # Errors
-    /// [`CacheError::PositionRange`] for a reversed or outlying range; [`CacheError::SplitsMerge`] if an entry speaks for
+    /// [`CacheError::PositionRange`] for a reversed or outlying range; [`CacheError::SplitsLearned`] if it reaches into learned
+    /// entries; [`CacheError::SplitsMerge`] if an entry speaks for
     /// positions on both sides of an end of the range, or may: of merged positions the lowest and the highest are known; with [`RemoveMode::Renumber`], a
     /// [`RecipeError::Conflict`] if a layer's keys are rotated and its rotary embedding is unknown, or keys behind
     /// the range are packed.
@@ -125,6 +131,7 @@ impl KvCache {
         if start == end {
             return Ok(());
         }
+        self.check_learned(id, start..end)?;
         self.check_merged(id, start..end)?;
         let mut shared = SharedPositions::default();
         for layer in self.shape.owners().collect::<Vec<_>>() {
@@ -199,6 +206,15 @@ impl KvCache {
                     positions.partition_point(|&p| p < start)..positions.partition_point(|&p| p < end);
                 marked.for_each(|entry| columns.entry(entry)[at] = 1);
             })?;
+        }
+        Ok(())
+    }
+
+    /// Refuses to forget part of what was learned.
+    fn check_learned(&self, id: SequenceId, Range { start, end }: Range<i32>) -> Result<(), CacheError> {
+        let learned = self.sequence(id)?.learned;
+        if start < learned && start < end {
+            return Err(CacheError::SplitsLearned { start, end, learned });
         }
         Ok(())
     }

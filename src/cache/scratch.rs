@@ -28,6 +28,7 @@ pub(super) struct Scratch {
     pub(super) queries: Vec<f32>,
     pub(super) out: Vec<f32>,
     pub(super) lse: Vec<f32>,
+    pub(super) joined: super::constant::Joined,
     pub(super) positions: Vec<i32>,
     pub(super) pending: Vec<Pending>,
     pub(super) lanes: Vec<super::step::Lane>,

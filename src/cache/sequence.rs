@@ -150,6 +150,8 @@ pub(super) struct Sequence {
     pub(super) thresholds: Option<Thresholds>,
     /// Position of the next token.
     pub(super) next: i32,
+    /// Positions below this one hold learned entries, not tokens.
+    pub(super) learned: i32,
     /// Tokens committed while the prompt was open: what a fractional budget is a fraction of.
     pub(super) prompt_tokens: usize,
     pub(super) prefill_open: bool,

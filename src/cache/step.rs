@@ -8,6 +8,8 @@
 //! padding, in the order given to [`KvCache::begin_batch`].
 
 use super::KvCache;
+use super::constant::{Joined, join};
+use super::factored::FactoredScratch;
 use super::scratch::{Pending, resize};
 use super::sequence::SequenceId;
 use crate::device::page::Side;
@@ -16,6 +18,7 @@ use crate::error::{CacheError, Error};
 use crate::geometry::Position;
 use crate::kernel::AttentionParams;
 use crate::kernel::attend::{AttendLane, Share, Workspace};
+use crate::kernel::attend_factored::Remembered;
 use crate::kernel::merge_partials::MergeArgs;
 use crate::policy::FeedKind;
 use crate::store::{self, NewRows};
@@ -51,11 +54,15 @@ pub struct Step<'c> {
     pub(super) done: bool,
 }
 
-/// Memory lent to [`Step::attend_partial`], one per calling thread.
+/// Memory lent to [`Step::attend_partial`] and [`KvCache::attend_whole`], one per calling thread.
 #[derive(Debug, Default)]
 pub struct PartialWorkspace {
-    queries: Vec<f32>,
-    words: Workspace,
+    pub(super) queries: Vec<f32>,
+    pub(super) positions: Vec<i32>,
+    pub(super) words: Workspace,
+    pub(super) joined: Joined,
+    pub(super) factored: FactoredScratch,
+    pub(super) rebuilt: Vec<Remembered>,
 }
 
 impl Step<'_> {
@@ -197,7 +204,7 @@ impl Step<'_> {
             return Err(CacheError::Length { buffer: "ith (must be below nth)", got: ith, want: nth }.into());
         }
         let shape = self.cache.shape.layer(layer);
-        let PartialWorkspace { queries, words } = workspace;
+        let PartialWorkspace { queries, words, joined, .. } = workspace;
         let queries = resize(queries, shape.query_heads * lane.tokens * shape.d_k);
         load(layer, "q", &q, as_query, queries)?;
         let params = AttentionParams::of(shape);
@@ -217,11 +224,19 @@ impl Step<'_> {
             positions: &self.cache.scratch.positions[..lane.tokens],
             share: Share { index: ith, of: nth },
             spans: None,
-            out,
-            lse,
+            out: &mut *out,
+            lse: &mut *lse,
             mass: None,
         }];
-        Ok(self.cache.backend.attend(&params, &mut lanes, words)?)
+        let backend = &*self.cache.backend;
+        backend.attend(&params, &mut lanes, words)?;
+        // As the sink logits: they belong to the first part.
+        if ith == 0 {
+            let (constant, rows) =
+                (&self.cache.constant[layer], (&*queries, &self.cache.scratch.positions[..]));
+            join(backend, &params, constant, &[lane], rows, (joined, words), (out, lse))?;
+        }
+        Ok(())
     }
 
     /// Joins the parts of [`Step::attend_partial`]: `outs` `[parts, Hq, tokens, d_v]`, `lses`
@@ -347,6 +362,8 @@ impl Step<'_> {
         let scratch = &mut cache.scratch;
         let (hq, d_k, d_v) = (shape.query_heads, shape.d_k, shape.d_v);
         let want_mass = fed == FeedKind::Mass;
+        // Weights go by the whole denominator, which learned entries join after the stored ones.
+        let fused_mass = want_mass && cache.constant[layer].is_empty();
         let rows_of =
             |lane: &Lane| crate::kernel::total_rows(&cache.sequences[&lane.id].layers[owner]) * shape.group();
         resize(&mut scratch.out, self.tokens * hq * d_v);
@@ -359,6 +376,7 @@ impl Step<'_> {
         }
         pending.mass.resize(mass_len, 0.0);
         pending.mass_starts.clear();
+        let mut mass_start = 0;
         let (mut out_rest, mut lse_rest, mut mass_rest) = (
             &mut scratch.out[..self.tokens * hq * d_v],
             scratch.lse.as_mut_slice(),
@@ -366,22 +384,18 @@ impl Step<'_> {
         );
         if cache.recipe.index.is_some() {
             cache.read_layer(layer)?;
-            store_out(&cache.scratch.out, &cache.scratch.lanes, hq, d_v, &mut out);
-            self.watch(layer)?;
-            self.log_queries(layer);
-            return Ok(());
+            return self.finish_attend(layer, false, &mut out);
         }
         if cache.recipe.low_rank.is_some() {
             cache.attend_lanes(layer)?;
-            store_out(&cache.scratch.out, &cache.scratch.lanes, hq, d_v, &mut out);
-            self.log_queries(layer);
-            return Ok(());
+            return self.finish_attend(layer, false, &mut out);
         }
         for group in scratch.lanes.chunks(LANE_GROUP) {
             let mut lanes: [AttendLane<'_>; LANE_GROUP] = std::array::from_fn(|_| AttendLane::default());
             for (slot, lane) in lanes.iter_mut().zip(group) {
                 if want_mass {
-                    pending.mass_starts.push(mass_len - mass_rest.len());
+                    pending.mass_starts.push(mass_start);
+                    mass_start += rows_of(lane);
                 }
                 let heads: &[HeadRows] = &cache.sequences[&lane.id].layers[owner];
                 *slot = AttendLane {
@@ -392,13 +406,21 @@ impl Step<'_> {
                     spans: None,
                     out: split_off(&mut out_rest, lane.tokens * hq * d_v),
                     lse: split_off(&mut lse_rest, lane.tokens * hq),
-                    mass: want_mass.then(|| split_off(&mut mass_rest, rows_of(lane))),
+                    mass: fused_mass.then(|| split_off(&mut mass_rest, rows_of(lane))),
                 };
             }
             cache.backend.attend(&params, &mut lanes[..group.len()], &mut scratch.workspace)?;
         }
-        store_out(&scratch.out, &scratch.lanes, hq, d_v, &mut out);
+        self.finish_attend(layer, want_mass && !fused_mass, &mut out)
+    }
+
+    /// What follows the attention over stored entries: the comparison with a guard's shadow, learned entries, and what
+    /// commit will need.
+    fn finish_attend(&mut self, layer: usize, mass: bool, out: &mut TensorViewMut<'_>) -> Result<(), Error> {
         self.watch(layer)?;
+        self.join_constant(layer, mass)?;
+        let (shape, scratch) = (self.cache.shape.layer(layer), &self.cache.scratch);
+        store_out(&scratch.out, &scratch.lanes, shape.query_heads, shape.d_v, out);
         self.log_queries(layer);
         Ok(())
     }
@@ -525,17 +547,22 @@ fn split_off<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
     head
 }
 
-fn check_dims(layer: usize, tensor: &'static str, got: Dims, want: Dims) -> Result<(), CacheError> {
+pub(super) fn check_dims(
+    layer: usize,
+    tensor: &'static str,
+    got: Dims,
+    want: Dims,
+) -> Result<(), CacheError> {
     if got == want { Ok(()) } else { Err(CacheError::Extents { layer, tensor, got, want }) }
 }
 
 /// Queries are never stored.
-fn as_query(_head: usize) -> (Encoding, Encoding) {
+pub(super) fn as_query(_head: usize) -> (Encoding, Encoding) {
     (Encoding::Exact(DType::F32), Encoding::Exact(DType::F32))
 }
 
 /// Reads all tokens of a tensor, head-major.
-fn load(
+pub(super) fn load(
     layer: usize,
     tensor: &'static str,
     view: &TensorView<'_>,

@@ -429,3 +429,27 @@ fn a_hosts_own_threads_are_told_to_use_one_call() {
     let refused = step.attend_partial(0, view(&q[..], HQ), 0, 2, &mut memory, &mut out, &mut lse);
     assert!(matches!(refused, Err(Error::Cache(CacheError::Unsupported { what: "attend_partial", .. }))));
 }
+
+#[test]
+fn another_sequences_products_are_attended_to_as_rows_are() {
+    let text = Text::new(15);
+    for backend in backends() {
+        let (mut ours, id) = cache(XKV, &backend);
+        let (mut full, all) = cache("full", &backend);
+        for (cache, id) in [(&mut ours, id), (&mut full, all)] {
+            text.feed(cache, id, 0..120);
+            cache.end_prefill(id).unwrap();
+        }
+        let mut random = Random::new(16);
+        let q: Vec<f32> = (0..2 * HQ * D).map(|_| random.normal()).collect();
+        let whole = |cache: &KvCache, id| {
+            let (mut out, mut lse) = (vec![f32::NAN; 2 * HQ * D], vec![f32::NAN; 2 * HQ]);
+            let view = TensorView::token_major(&q[..], 2, HQ, D).unwrap();
+            let mut memory = kvsieve::cache::PartialWorkspace::default();
+            cache.attend_whole(id, 1, &view, &mut memory, &mut out, &mut lse).unwrap();
+            vec![out, lse]
+        };
+        assert!(ours.stats(id).unwrap().total().factored > 0);
+        assert!(apart(&whole(&ours, id), &whole(&full, all)) < 1e-4);
+    }
+}

@@ -11,8 +11,11 @@ mod factor;
 mod gpu;
 mod guard;
 mod hostile;
+#[cfg(feature = "learned")]
+mod learned;
 #[cfg(feature = "lowrank")]
 mod low_rank;
+mod parts;
 mod peers;
 mod policies;
 mod recipes;

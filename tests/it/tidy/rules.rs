@@ -21,6 +21,7 @@ const LEVELS: &[(&str, u32)] = &[
     ("factor", 7),
     ("index", 7),
     ("low_rank", 7),
+    ("learned", 7),
     ("snapshot", 7),
     ("cache", 8),
     ("testing", 9),
@@ -62,8 +63,8 @@ const FILES: &[(&str, &str)] = &[
 
 /// Modules that must not see how a kernel is implemented.
 const BLIND: &[&str] = &[
-    "policy", "recipe", "reduce", "codec", "factor", "low_rank", "index", "plan", "columns", "store",
-    "cache", "snapshot",
+    "policy", "recipe", "reduce", "codec", "factor", "low_rank", "index", "learned", "plan", "columns",
+    "store", "cache", "snapshot",
 ];
 
 /// A module below the crate's root has a level.
