@@ -256,6 +256,11 @@ fn recipes_and_models_that_would_lose_entries_are_refused() {
     let error = refused(&model(), "full+k=int8+exact=f16(sinks=4)", &cartridge);
     assert!(matches!(error, LearnedError::Packs { sinks: 4, tokens: 5, .. }), "{error}");
     assert!(error.to_string().contains("exact=f16(sinks=5)"), "{error}");
+    #[cfg(feature = "lowrank")]
+    {
+        let error = refused(&model(), "xkv", &cartridge);
+        assert!(matches!(error, LearnedError::Packs { sinks: 4, tokens: 5, .. }), "{error}");
+    }
     // The second one counts as well.
     let (mut cache, id) = reference(&model(), "full+k=int8+exact=f16(sinks=9,tail=0)");
     cache.load_cartridge(id, &cartridge, LoadOptions::default()).unwrap();
