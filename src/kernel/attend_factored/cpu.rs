@@ -24,6 +24,7 @@ use crate::kernel::simd::{Exec, dispatch, take};
 use crate::kernel::{AttentionParams, Spans};
 use crate::view::DType;
 use fearless_simd::{Simd, SimdBase};
+use std::ops::Range;
 
 /// Query rows of a block.
 const QUERIES: usize = 64;
@@ -119,14 +120,7 @@ fn pick(head: &HeadRows, spans: Option<&Spans>, picks: &mut Vec<Pick>) {
     picks.clear();
     let mut before = 0;
     for (index, (segment, _, slots)) in head.factored().enumerate() {
-        let all = [0..segment.rows];
-        let of = |slot: usize| slot - slots.start;
-        let runs = spans.map(|spans| {
-            let first = spans.spans().partition_point(|span| span.slots().end <= slots.start);
-            let met = spans.spans()[first..].iter().take_while(|span| span.slots().start < slots.end);
-            met.map(|span| of(span.within(&slots).start)..of(span.within(&slots).end))
-        });
-        let mut add = |run: std::ops::Range<usize>| {
+        let mut add = |run: Range<usize>| {
             let entry = |entry: usize| Pick {
                 segment: index as u32,
                 entry: entry as u32,
@@ -134,9 +128,14 @@ fn pick(head: &HeadRows, spans: Option<&Spans>, picks: &mut Vec<Pick>) {
             };
             picks.extend(run.map(entry));
         };
-        match runs {
-            Some(runs) => runs.for_each(&mut add),
-            None => all.into_iter().for_each(&mut add),
+        match spans {
+            Some(spans) => {
+                let first = spans.spans().partition_point(|span| span.slots().end <= slots.start);
+                let met = spans.spans()[first..].iter().take_while(|span| span.slots().start < slots.end);
+                let within = met.map(|span| span.within(&slots));
+                within.for_each(|run| add(run.start - slots.start..run.end - slots.start));
+            }
+            None => add(0..segment.rows),
         }
         before += segment.rows;
     }

@@ -12,7 +12,7 @@ use crate::kernel::rebuild;
 pub fn run(args: &mut GatherArgs<'_>) -> Result<(), KernelError> {
     args.validate()?;
     if matches!(args.target, GatherTarget::Dense { .. }) && is_mixed(args.head, args.slots) {
-        return in_parts(args, |args| run(args), |args| rebuild::reference::run(args));
+        return in_parts(args, run, rebuild::reference::run);
     }
     let sources: Vec<_> = args.head.pages().collect();
     let find = |slot: u32| {
