@@ -9,6 +9,7 @@ use crate::host::{self, CHUNK, Host, ModelArgs};
 use crate::metrics::{Mean, argmax, kl, log_softmax, process_resident};
 use crate::table::{Table, bytes, milliseconds, number, percent};
 use kvsieve::backend::Backend;
+use kvsieve::low_rank::SideOutcome;
 use kvsieve::{Budget, KvCache, SequenceId};
 use kvsieve_candle::{ChatMl, Logits, Role, Sampler, Sampling, SpecialTokens, Timings};
 use serde::Serialize;
@@ -85,6 +86,37 @@ struct Outcome {
     attention_seconds_per_token: f64,
     kl: Option<f64>,
     same_top1: Option<f64>,
+    /// Where the recipe has low rank: what became of keys and of values, over the groups of layers.
+    low_rank: Option<[LowRankSide; 2]>,
+}
+
+/// What low rank made of one side of the prompt's entries.
+#[derive(Debug, Default, Serialize)]
+struct LowRankSide {
+    groups: usize,
+    /// Of these, groups that were factored.
+    factored: usize,
+    /// Of those that were: the mean rank, and the mean and largest relative error.
+    rank: f64,
+    error: f64,
+    largest_error: f64,
+}
+
+impl LowRankSide {
+    fn of(outcomes: impl Iterator<Item = SideOutcome>) -> Self {
+        let (mut side, mut rank, mut mean) = (Self::default(), Mean::default(), Mean::default());
+        for outcome in outcomes {
+            side.groups += 1;
+            if let SideOutcome::Factored { rank: r, error } = outcome {
+                side.factored += 1;
+                rank.add(r as f64);
+                mean.add(error);
+                side.largest_error = side.largest_error.max(error);
+            }
+        }
+        (side.rank, side.error) = (rank.get().unwrap_or(0.0), mean.get().unwrap_or(0.0));
+        side
+    }
 }
 
 /// The full cache's answer: its tokens, and the log-probabilities that each was chosen from.
@@ -188,6 +220,10 @@ fn one(
     bar.finish_and_clear();
     let prefill = forward.timings;
     let stored = cache.stats(sequence)?.total();
+    let runs = cache.low_rank(sequence)?;
+    let sides =
+        || [LowRankSide::of(runs.iter().map(|r| r.keys)), LowRankSide::of(runs.iter().map(|r| r.values))];
+    let low_rank = (!runs.is_empty()).then(sides);
     let heads: usize = cache.shape().iter().map(|layer| layer.kv_heads).sum();
     // The buffers of the prefill's long steps are no part of a decoding process.
     cache.shrink_scratch();
@@ -213,6 +249,7 @@ fn one(
         attention_seconds_per_token: decode.attention_per_token().as_secs_f64(),
         kl: comparison.map(|(kl, _)| kl),
         same_top1: comparison.map(|(_, same)| same),
+        low_rank,
     };
     if let Some(slot @ None) = compared {
         *slot = Some(Full { tokens, rows });
@@ -303,6 +340,15 @@ fn print(outcomes: &[Outcome], compare: bool) {
         table.row(cells);
     }
     table.print();
+    for o in outcomes {
+        for (name, side) in ["keys", "values"].iter().zip(o.low_rank.iter().flatten()) {
+            let LowRankSide { groups, factored, rank, error, largest_error } = side;
+            println!(
+                "{}: {name} of {factored} of {groups} groups of layers are of low rank: rank {rank:.0}, relative error {error:.3}, at most {largest_error:.3}",
+                o.recipe
+            );
+        }
+    }
     if compare {
         println!(
             "\nKL and same top-1 compare the predictions along the full cache's answer with the full cache's own;"

@@ -448,7 +448,7 @@ fn run_compares_with_the_full_cache() {
         "--question",
         "What is a slot?",
         "--recipe",
-        "snapkv",
+        "snapkv,xkv(group=10,keys=0.03,values=0.06)",
         "--budget",
         "25%",
         "--compare",
@@ -456,7 +456,15 @@ fn run_compares_with_the_full_cache() {
         "6",
     ];
     let outcomes: Value = serde_json::from_str(&stdout(&args)).unwrap();
-    let [full, snap] = &outcomes.as_array().unwrap()[..] else { panic!("{outcomes}") };
+    let [full, snap, low] = &outcomes.as_array().unwrap()[..] else { panic!("{outcomes}") };
+    // 58 and 116 of 1,920 features, in whole vectors.
+    for (side, rank) in low["low_rank"].as_array().unwrap().iter().zip([64.0, 128.0]) {
+        assert_eq!((side["groups"].as_u64(), side["factored"].as_u64()), (Some(3), Some(3)), "{low}");
+        assert_eq!(side["rank"].as_f64(), Some(rank), "{low}");
+        assert!((0.01..0.7).contains(&side["error"].as_f64().unwrap()), "{low}");
+    }
+    assert!(low["kv_bytes_resident"].as_u64() < full["kv_bytes_resident"].as_u64());
+    assert!(low["kl"].as_f64().unwrap() < 0.1 && snap["low_rank"].is_null(), "{low}");
     assert_eq!((full["recipe"].as_str(), snap["recipe"].as_str()), (Some("full"), Some("snapkv")));
     assert!(snap["kl"].as_f64().is_some() && full["kl"].is_null());
     for field in ["prefill_tokens_per_second", "decode_tokens_per_second", "attention_seconds_per_token"] {
