@@ -111,7 +111,7 @@ fn errors_say_where_and_what() {
     fails("alloc=snapkv", &format!(r#"there is no allocator named "snapkv"; known: {allocators}"#));
     fails(
         "snapkv+speed=9",
-        r#"there is no stage named "speed"; known: score, alloc, reduce, index, k, v, layers, exact, sinks, recent, marked, when, positions"#,
+        r#"there is no stage named "speed"; known: score, alloc, reduce, index, factor, k, v, layers, exact, sinks, recent, marked, when, positions"#,
     );
     fails("snapkv(windw=3)", "snapkv: windw = 3, must be one of the arguments window, kernel, pool, agg");
     fails("knorm(x=3)", "knorm: x = 3, must be left out: knorm takes no arguments");
