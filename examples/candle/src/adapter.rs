@@ -170,7 +170,10 @@ impl Model {
         if last.is_none() {
             return Err(Error::NoTokens { what: "a prompt" });
         }
+        // Whoever waits for the first token waits for this too: compression, an index, a decomposition.
+        let began = std::time::Instant::now();
         cache.end_prefill(sequence)?;
+        timings.total += began.elapsed();
         Ok(Forward { logits: last, timings })
     }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 pub struct Timings {
     /// Inside the attention hook: appending K and V and attending, over all layers.
     pub attention: Duration,
-    /// All of the forward pass, attention included.
+    /// All of the forward pass, attention included; of a prompt, what the cache does at its end too.
     pub total: Duration,
     /// Tokens fed.
     pub tokens: usize,
