@@ -62,19 +62,20 @@ fn rows_give_way_to_factors() {
     use kvsieve::geometry::{Rotary, RotaryLayout};
     let layer = LayerShape::new(HQ, H, D).with_rotary(Rotary::new(D, 10_000.0, RotaryLayout::HalfSplit));
     let shape = ModelShape::uniform(LAYERS, layer).unwrap();
-    let tokens = 24_000;
-    let prompted = || {
-        let builder = KvCache::builder(shape.clone()).recipe("xkv(group=3,rebuilt=0)+k=f16+v=f16");
-        let mut cache = builder.build().unwrap();
-        let id = cache.create_sequence();
-        prefill(&mut cache, id, tokens, 2000, |_| ());
-        (cache, id)
-    };
-    // The system's allocator keeps the work space of a first decomposition for the next one.
-    let (mut first, id) = prompted();
-    first.end_prefill(id).unwrap();
-    drop(first);
-    let (mut cache, id) = prompted();
+    // So many that what is freed is far more than the system's allocator keeps of a decomposition's work space, which is
+    // some of the pieces below 32 MiB.
+    let (tokens, chunk) = (64_000, 2000);
+    let mut cache = KvCache::builder(shape).recipe("xkv(group=3,rebuilt=0)+k=f16+v=f16").build().unwrap();
+    let id = cache.create_sequence();
+    let rows: Vec<f32> = (0..chunk * H * D).map(|i| support::noise(i as u64)).collect();
+    for _ in 0..tokens / chunk {
+        let mut step = cache.begin(id, chunk).unwrap();
+        for layer in 0..LAYERS {
+            let view = || TensorView::token_major(&rows[..], chunk, H, D).unwrap();
+            step.append(layer, view(), view()).unwrap();
+        }
+        step.commit(chunk).unwrap();
+    }
     let (resident_before, rss_before) = (cache.memory().resident, rss());
     cache.end_prefill(id).unwrap();
     let (resident_after, rss_after) = (cache.memory().resident, rss());
@@ -86,7 +87,8 @@ fn rows_give_way_to_factors() {
     println!(
         "xkv: {resident_before} to {resident_after} bytes; pages freed {freed:.3e}, RSS fell {fell:.3e}"
     );
-    assert!((fell / freed - 1.0).abs() <= 0.15, "pages freed {freed:.3e}, RSS fell {fell:.3e}");
+    const KEPT: f64 = (64u32 << 20) as f64;
+    assert!(freed > 2.5 * KEPT && fell >= freed - KEPT, "pages freed {freed:.3e}, RSS fell {fell:.3e}");
 }
 
 fn shape() -> ModelShape {
