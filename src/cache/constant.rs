@@ -6,7 +6,7 @@
 //! have them; on a GPU these are two more submissions.
 
 use super::Step;
-use super::scratch::{Scratch, resize};
+use super::scratch::{Joined, Scratch};
 use super::step::Lane;
 use crate::backend::Backend;
 use crate::device::page::PageLayout;
@@ -15,18 +15,10 @@ use crate::error::{Error, KernelError};
 use crate::geometry::{LayerShape, ModelShape, SinkEntries};
 use crate::kernel::attend::{AttendLane, Share, Workspace};
 use crate::kernel::attention_mass::MassArgs;
-use crate::kernel::merge_partials::MergeArgs;
 use crate::kernel::{AttentionParams, total_rows};
 use crate::store::{self, NewRows};
 use crate::view::DType;
 use std::sync::Arc;
-
-/// Two parts and their log-sum-exps, side by side as the merge wants them.
-#[derive(Debug, Default)]
-pub(super) struct Joined {
-    outs: Vec<f32>,
-    lses: Vec<f32>,
-}
 
 /// The learned entries of every layer, per KV head, in pages of the backend.
 ///
@@ -89,30 +81,25 @@ pub(super) fn join(
     let query_heads = constant.len() * params.group;
     // The stored part has the sink logits already.
     let params = AttentionParams { window: None, sink_logits: None, ..*params };
-    let outs = resize(&mut joined.outs, 2 * rows * d_v);
-    let lses = resize(&mut joined.lses, 2 * rows);
-    outs[..rows * d_v].copy_from_slice(out);
-    lses[..rows].copy_from_slice(lse);
+    let [(stored_out, stored_lse), (outs, lses)] = joined.parts(rows * d_v, rows);
+    stored_out.copy_from_slice(out);
+    stored_lse.copy_from_slice(lse);
     for lane in lanes {
         let all =
             |dim: usize| lane.offset * query_heads * dim..(lane.offset + lane.tokens) * query_heads * dim;
-        let behind = |dim: usize| {
-            let range = all(dim);
-            rows * dim + range.start..rows * dim + range.end
-        };
         let mut lane = [AttendLane {
             heads: constant,
             queries: &queries[all(d_k)],
             positions: &positions[lane.offset..lane.offset + lane.tokens],
             share: Share::ALL,
             spans: None,
-            out: &mut outs[behind(d_v)],
-            lse: &mut lses[behind(1)],
+            out: &mut outs[all(d_v)],
+            lse: &mut lses[all(1)],
             mass: None,
         }];
         backend.attend(&params, &mut lane, workspace)?;
     }
-    backend.merge_partials(&mut MergeArgs { parts: 2, d_v, outs, lses, out, lse })
+    joined.merge(backend, d_v, (out, lse))
 }
 
 impl Step<'_> {

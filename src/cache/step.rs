@@ -8,9 +8,9 @@
 //! padding, in the order given to [`KvCache::begin_batch`].
 
 use super::KvCache;
-use super::constant::{Joined, join};
+use super::constant::join;
 use super::factored::FactoredScratch;
-use super::scratch::{Pending, resize};
+use super::scratch::{Joined, Pending, resize};
 use super::sequence::SequenceId;
 use crate::device::page::Side;
 use crate::device::{Encoding, HeadRows};

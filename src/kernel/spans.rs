@@ -130,11 +130,17 @@ impl Spans {
         self.spans.iter().flat_map(|s| s.slots())
     }
 
+    /// The runs among some slots, cut to them.
+    pub fn among(&self, slots: Range<usize>) -> impl Iterator<Item = Range<usize>> + '_ {
+        let first = self.spans.partition_point(|s| s.slots().end <= slots.start);
+        let (start, end) = (slots.start, slots.end);
+        let meets = self.spans[first..].iter().take_while(move |s| s.slots().start < end);
+        meets.map(move |s| s.within(&(start..end)))
+    }
+
     /// How many of some slots are in a run.
     pub fn rows_in(&self, slots: Range<usize>) -> usize {
-        let first = self.spans.partition_point(|s| s.end as usize <= slots.start);
-        let meets = self.spans[first..].iter().take_while(|s| (s.start as usize) < slots.end);
-        meets.map(|s| (s.end as usize).min(slots.end) - (s.start as usize).max(slots.start)).sum()
+        self.among(slots).map(|run| run.len()).sum()
     }
 
     /// What is between the runs, up to `rows` entries: the slots that are not read.

@@ -193,17 +193,16 @@ fn entries_that_come_later_are_factored_when_there_are_enough() {
         let (mut full, all) = cache("full", &backend);
         text.feed(&mut ours, id, 0..100);
         text.feed(&mut full, all, 0..100);
-        let mut seen = 0;
         for token in 100..190 {
             let (got, want) =
                 (text.feed(&mut ours, id, token..token + 1), text.feed(&mut full, all, token..token + 1));
             assert!(apart(&got, &want) < 1e-4, "{} token {token}", backend.name());
-            let runs = ours.low_rank(id).unwrap();
-            // Fewer than sixteen wait beside sinks and tail, refused runs apart.
-            seen = runs.len();
+            // Sinks and tail are exact, and fewer than sixteen entries wait.
+            let exact = token + 1 - ours.stats(id).unwrap().total().factored / (LAYERS * H);
+            assert!((12..12 + 16).contains(&exact), "{} token {token}: {exact} exact", backend.name());
         }
         let runs = ours.low_rank(id).unwrap().to_vec();
-        assert!(factored(&runs) >= 6 && seen == runs.len(), "{runs:?}");
+        assert!(factored(&runs) >= 6 && factored(&runs) == runs.len(), "{runs:?}");
         let first: Vec<_> = runs.iter().filter(|run| run.layers[0] == 0).collect();
         assert!(first.windows(2).all(|pair| pair[0].positions.1 <= pair[1].positions.0), "{runs:?}");
         assert!(apart(&gathered(&ours, id), &gathered(&full, all)) < 1e-4);

@@ -10,14 +10,13 @@
 mod decompose;
 
 use super::KvCache;
-use super::scratch::resize;
+use super::scratch::Joined;
 use super::sequence::{Rebuilt, SequenceId};
 use crate::backend::Backend;
 use crate::device::HeadRows;
 use crate::error::{Error, KernelError};
 use crate::kernel::attend::{AttendLane, Share, Workspace};
 use crate::kernel::attend_factored::{FactoredArgs, Remembered};
-use crate::kernel::merge_partials::MergeArgs;
 use crate::kernel::{AttentionParams, Spans};
 use crate::low_rank::{LowRank, LowRankProgress, LowRankRun};
 use std::ops::{ControlFlow, Range};
@@ -30,8 +29,7 @@ pub(super) type Watch<'a> = &'a mut dyn FnMut(LowRankProgress) -> ControlFlow<()
 pub(super) struct FactoredScratch {
     /// What is not made of factors, by KV head.
     spans: Vec<Spans>,
-    outs: Vec<f32>,
-    lses: Vec<f32>,
+    joined: Joined,
 }
 
 /// Attention of a lane over all entries, or those of its spans, whatever they are made of.
@@ -47,32 +45,27 @@ pub(super) fn attend(
     if !lane.heads.iter().any(HeadRows::is_factored) {
         return backend.attend(params, &mut [lane], workspace);
     }
-    let FactoredScratch { spans, outs, lses } = scratch;
+    let FactoredScratch { spans, joined } = scratch;
     spans.resize_with(lane.heads.len(), Spans::default);
     for (h, (stored, head)) in spans.iter_mut().zip(lane.heads).enumerate() {
         leave_out(head, lane.spans.map(|spans| &spans[h]), stored);
     }
-    let (out_len, lse_len) = (lane.out.len(), lane.lse.len());
-    let (out, made_out) = resize(outs, 2 * out_len).split_at_mut(out_len);
-    let (lse, made_lse) = resize(lses, 2 * lse_len).split_at_mut(lse_len);
     let AttendLane { heads, queries, positions, .. } = lane;
-    let stored =
-        AttendLane { heads, queries, positions, share: Share::ALL, spans: Some(spans), out, lse, mass: None };
+    let [(out, lse), (made_out, made_lse)] = joined.parts(lane.out.len(), lane.lse.len());
+    let share = Share::ALL;
+    let stored = AttendLane { heads, queries, positions, share, spans: Some(spans), out, lse, mass: None };
     backend.attend(params, &mut [stored], workspace)?;
-    let (tokens, remembered) = (positions.len(), rebuilt);
     let made = &mut FactoredArgs {
         heads,
         queries,
-        tokens,
+        tokens: positions.len(),
         spans: lane.spans,
         out: made_out,
         lse: made_lse,
-        remembered,
+        remembered: rebuilt,
     };
     backend.attend_factored(params, made)?;
-    let (outs, lses) = (&outs[..2 * out_len], &lses[..2 * lse_len]);
-    let d_v = params.d_v;
-    backend.merge_partials(&mut MergeArgs { parts: 2, d_v, outs, lses, out: lane.out, lse: lane.lse })
+    joined.merge(backend, params.d_v, (lane.out, lane.lse))
 }
 
 /// The entries of a head, or of some spans, that are not made of factors.
@@ -81,11 +74,7 @@ fn leave_out(head: &HeadRows, spans: Option<&Spans>, out: &mut Spans) {
     let mut first = 0;
     let mut add = |stored: Range<usize>| match spans {
         None => out.push(stored),
-        Some(spans) => {
-            let from = spans.spans().partition_point(|span| span.slots().end <= stored.start);
-            let met = spans.spans()[from..].iter().take_while(|span| span.slots().start < stored.end);
-            met.for_each(|span| out.push(span.within(&stored)));
-        }
+        Some(spans) => spans.among(stored).for_each(|run| out.push(run)),
     };
     for (.., run) in head.factored() {
         add(first..run.start);

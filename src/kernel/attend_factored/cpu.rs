@@ -130,10 +130,8 @@ fn pick(head: &HeadRows, spans: Option<&Spans>, picks: &mut Vec<Pick>) {
         };
         match spans {
             Some(spans) => {
-                let first = spans.spans().partition_point(|span| span.slots().end <= slots.start);
-                let met = spans.spans()[first..].iter().take_while(|span| span.slots().start < slots.end);
-                let within = met.map(|span| span.within(&slots));
-                within.for_each(|run| add(run.start - slots.start..run.end - slots.start));
+                let runs = spans.among(slots.clone());
+                runs.for_each(|run| add(run.start - slots.start..run.end - slots.start));
             }
             None => add(0..segment.rows),
         }

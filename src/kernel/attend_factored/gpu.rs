@@ -52,8 +52,7 @@ pub(crate) fn run(
             let read: Vec<usize> = match args.spans {
                 None => (0..segment.rows).collect(),
                 Some(spans) => {
-                    let within = spans[h].slots().filter(|slot| slots.contains(slot));
-                    within.map(|slot| slot - slots.start).collect()
+                    spans[h].among(slots.clone()).flatten().map(|slot| slot - slots.start).collect()
                 }
             };
             for entries in read.chunks(entries_per_call(context, segment, factors)) {
