@@ -265,9 +265,8 @@ impl KvCache {
         }
         for (&layer, heads) in layers.iter().zip(done) {
             sequence.layers[layer] = heads;
-            sequence.reads[layer].rebuilt.forget();
         }
-        // Layers that read another's rows have made keys of their own.
+        // Also of layers that read another's rows, which have made keys of their own.
         for layer in 0..self.shape.layers() {
             if layers.contains(&self.shape.owner(layer)) {
                 sequence.reads[layer].rebuilt.forget();
