@@ -20,6 +20,13 @@ pub struct ColumnSpec {
 /// position it speaks for, each plus one; both words are 0 while it speaks for itself only.
 pub const MERGED: ColumnSpec = ColumnSpec { name: "merged", words: 2 };
 
+/// The column of what a scorer made of a token's side inputs when it arrived ([`crate::policy::Scorer::rate`]), an `f32`.
+pub const RATED: ColumnSpec = ColumnSpec { name: "rated", words: 1 };
+
+/// The column of the highest attention weight that an entry received while its context was replayed
+/// ([`crate::KvCache::replay`]), an `f32`; 0 if it never was.
+pub const REPLAYED: ColumnSpec = ColumnSpec { name: "replayed", words: 1 };
+
 /// Where each declared column lies within an entry's words.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ColumnLayout {

@@ -7,8 +7,10 @@
 //! few long variants: an error is built on cold paths only.
 
 mod learned;
+mod profile;
 
 pub use learned::LearnedError;
+pub use profile::ProfileError;
 
 use crate::geometry::Position;
 use crate::view::{Dims, Strides};
@@ -488,6 +490,16 @@ pub enum CacheError {
         /// The first missing layer.
         missing: usize,
     },
+    /// Commit of a step in which the policy was not told what it judges tokens by.
+    #[error(
+        "commit without the side input of layer {layer}, by which {policy} judges tokens when they arrive: call Step::side_input for every layer, before its attend"
+    )]
+    SideInput {
+        /// The first layer without.
+        layer: usize,
+        /// The policy.
+        policy: String,
+    },
     /// More tokens accepted than begun.
     #[error("commit of {accepted} tokens in a step of {begun}")]
     TooManyAccepted {
@@ -615,6 +627,9 @@ pub enum Error {
     /// A learned cache.
     #[error(transparent)]
     Learned(#[from] LearnedError),
+    /// A profile.
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
     /// A factorisation.
     #[error(transparent)]
     Factor(#[from] FactorError),

@@ -383,6 +383,7 @@ pub const MAX_HEAD_DIM: usize = 1024;
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelShape {
     layers: Vec<LayerShape>,
+    fingerprint: Option<String>,
 }
 
 impl ModelShape {
@@ -402,7 +403,7 @@ impl ModelShape {
         for (index, layer) in layers.iter().enumerate() {
             layer.validate(index, &layers[..index])?;
         }
-        Ok(Self { layers })
+        Ok(Self { layers, fingerprint: None })
     }
 
     /// `count` equal layers.
@@ -411,6 +412,19 @@ impl ModelShape {
     /// As [`ModelShape::new`].
     pub fn uniform(count: usize, layer: LayerShape) -> Result<Self, ShapeError> {
         Self::new(vec![layer; count])
+    }
+
+    /// The same with a name for the weights behind it, which tells models of equal geometry apart: what profiles of learned
+    /// numbers ([`crate::profile::Profile`]) are held against. Any text that changes when the weights do.
+    #[must_use]
+    pub fn with_fingerprint(mut self, fingerprint: impl Into<String>) -> Self {
+        self.fingerprint = Some(fingerprint.into());
+        self
+    }
+
+    /// The name of the weights, where the host gave one.
+    pub fn fingerprint(&self) -> Option<&str> {
+        self.fingerprint.as_deref()
     }
 
     /// Number of layers `L`.

@@ -67,6 +67,7 @@ pub mod learned;
 pub mod low_rank;
 pub mod plan;
 pub mod policy;
+pub mod profile;
 pub mod recipe;
 pub mod reduce;
 pub mod store;

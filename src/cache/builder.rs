@@ -14,7 +14,8 @@ use crate::error::{Error, RecipeError};
 use crate::geometry::{KeyPhase, ModelShape};
 use crate::index::{Codebook, Codebooks, Retrieval, TableStorage};
 use crate::low_rank::LowRank;
-use crate::policy::Policy;
+use crate::policy::{Policy, SideKind};
+use crate::profile::Profile;
 use crate::recipe::{Budget, PositionMode, Recipe};
 use crate::store::{Packed, Storage};
 use std::collections::BTreeMap;
@@ -57,6 +58,7 @@ pub struct CacheBuilder {
     backend: Option<Arc<dyn Backend>>,
     page_entries: usize,
     codebooks: Codebooks,
+    profile: Option<Arc<Profile>>,
 }
 
 impl CacheBuilder {
@@ -68,6 +70,7 @@ impl CacheBuilder {
             backend: None,
             page_entries: DEFAULT_PAGE_ENTRIES,
             codebooks: Codebooks::default(),
+            profile: None,
         }
     }
 
@@ -122,16 +125,28 @@ impl CacheBuilder {
         self
     }
 
+    /// What was learned or measured of the model, for policies that go by it (`kvsieve policies` says which); others ignore it.
+    #[must_use]
+    pub fn profile(mut self, profile: impl Into<Arc<Profile>>) -> Self {
+        self.profile = Some(profile.into());
+        self
+    }
+
     /// The cache.
     ///
     /// # Errors
     /// [`RecipeError`] for a recipe that does not parse, or does not go with the model, the budget or the
-    /// backend; it names the option to change. A device error if the model has
+    /// backend; it names the option to change. [`ProfileError`](crate::error::ProfileError) for a profile of another model, or one
+    /// that lacks what the policy goes by. A device error if the model has
     /// [`SinkEntries`](crate::geometry::SinkEntries) and there is no page for them.
     pub fn build(self) -> Result<KvCache, Error> {
         let recipe = match self.recipe {
             RecipeSource::Text(text) => text.parse()?,
             RecipeSource::Recipe(recipe) => *recipe,
+        };
+        let recipe = match &self.profile {
+            Some(profile) => recipe.bind(profile, &self.shape)?,
+            None => recipe,
         };
         if self.page_entries == 0 || self.page_entries > 1 << 16 {
             return Err(RecipeError::Argument {
@@ -218,6 +233,7 @@ impl KvCache {
     ) -> Result<(), RecipeError> {
         let policy = &recipe.policy;
         policy.check(shape)?;
+        check_learned(shape, recipe)?;
         recipe.reduce.as_ref().map_or(Ok(()), |reduce| reduce.check(shape))?;
         if policy.compresses() {
             check_budget(recipe, budget)?;
@@ -283,6 +299,9 @@ pub(super) fn head_storage(
 fn check_budget(recipe: &Recipe, budget: Option<Budget>) -> Result<(), RecipeError> {
     let name = recipe.policy.name();
     let Some(budget) = budget else {
+        if !recipe.policy.needs_budget() {
+            return Ok(());
+        }
         return Err(RecipeError::Budget {
             budget: "(none)".to_owned(),
             problem: format!("{name} drops entries and must be told how many to keep"),
@@ -301,6 +320,47 @@ fn check_budget(recipe: &Recipe, budget: Option<Budget>) -> Result<(), RecipeErr
         }),
         _ => Ok(()),
     }
+}
+
+/// What a policy learned must be there, and what it learned from must be within reach.
+fn check_learned(shape: &ModelShape, recipe: &Recipe) -> Result<(), RecipeError> {
+    let policy = &recipe.policy;
+    let conflict = |with: String, why: String, change: &str| {
+        let what = policy.name().to_owned();
+        Err(RecipeError::Conflict { what, with, why, change: change.to_owned() })
+    };
+    if let Some(part) = policy.lacks() {
+        return conflict(
+            "a cache without a profile".to_owned(),
+            format!("it goes by numbers learned of the model (the part {part} of a profile)"),
+            "make them with kvsieve calibrate and give them with CacheBuilder::profile",
+        );
+    }
+    let needs = policy.needs();
+    if needs.side == SideKind::PreRope {
+        let unknown = |l: &usize| {
+            let layer = shape.layer(*l);
+            layer.window.is_none() && layer.rotary.is_none() && layer.key_phase == KeyPhase::PostRope
+        };
+        if let Some(layer) = shape.owners().find(unknown) {
+            return conflict(
+                format!("layer {layer} without a rotary description"),
+                "it judges queries and keys before their rotation, and they come rotated".to_owned(),
+                "set LayerShape::rotary, or KeyPhase::Unrotated if keys carry none",
+            );
+        }
+    }
+    if needs.replay
+        && (recipe.schedule.chunk || recipe.schedule.every.is_some() || recipe.schedule.over.is_some())
+    {
+        return conflict(
+            "a schedule that compresses before or after the end of the prompt".to_owned(),
+            "it judges a whole context by its replay, and tokens that came later were not replayed"
+                .to_owned(),
+            "use when=prefill",
+        );
+    }
+    Ok(())
 }
 
 fn check_read(index: &Retrieval, budget: Option<Budget>) -> Result<(), RecipeError> {

@@ -8,7 +8,7 @@ use super::KvCache;
 use super::factored::Watch;
 use super::sequence::{QueryLog, Sequence, SequenceId};
 use super::step::Lane;
-use crate::columns::MERGED;
+use crate::columns::{MERGED, RATED};
 use crate::device::HeadRows;
 use crate::error::{Error, PolicyError};
 use crate::geometry::{LayerShape, Position};
@@ -38,6 +38,7 @@ impl KvCache {
             for layer in 0..self.shape.layers() {
                 self.feed_layer(layer, index, accepted)?;
                 self.record_queries(layer, index, accepted);
+                self.record_ratings(layer, index, accepted)?;
             }
             let sequence = self.sequence_mut(SequenceId(lane.id))?;
             sequence.next += accepted as i32;
@@ -162,6 +163,24 @@ impl KvCache {
         }
     }
 
+    /// Writes what the policy made of the accepted tokens' side inputs beside their entries.
+    fn record_ratings(&mut self, layer: usize, lane_index: usize, accepted: usize) -> Result<(), Error> {
+        let Some((word, _)) = self.columns.find(RATED.name).filter(|_| self.rates(layer)) else {
+            return Ok(());
+        };
+        let lane = self.scratch.lanes[lane_index];
+        let kv_heads = self.shape.layer(layer).kv_heads;
+        let rated = &self.scratch.pending[layer].rated[lane.offset * kv_heads..][..accepted * kv_heads];
+        let Some(sequence) = self.sequences.get_mut(&lane.id) else { return Ok(()) };
+        for layers in sequence.stores() {
+            for (h, head) in layers[layer].iter_mut().enumerate() {
+                let of_head = rated.iter().skip(h).step_by(kv_heads);
+                store::fill_column(&*self.backend, head, word, accepted, of_head.map(|x| x.to_bits()))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Says that the prompt of a sequence is complete and compresses it where the schedule says `prefill`.
     /// Called by the first single-token step too; calling it twice is harmless.
     ///
@@ -217,7 +236,9 @@ impl KvCache {
             && self.recipe.policy.compresses()
         {
             let targets = self.targets(sequence, &sequence.measures);
-            due = targets.iter().any(|&(layer, target)| mean_rows(&sequence.layers[layer]) > target + slack);
+            due = targets
+                .iter()
+                .any(|&(layer, target)| mean_rows(&sequence.layers[layer]) > target.saturating_add(slack));
         }
         if due { self.compress(id) } else { Ok(()) }
     }
@@ -319,7 +340,7 @@ impl KvCache {
         let layers: Vec<usize> = (0..self.shape.layers()).filter(|&l| self.participates(l)).collect();
         let rows: Vec<usize> = layers.iter().map(|&l| mean_rows(&sequence.layers[l])).collect();
         let Some(target) = self.target_per_head(sequence, &layers) else {
-            return layers.into_iter().zip(rows).collect();
+            return layers.into_iter().map(|layer| (layer, usize::MAX)).collect();
         };
         let (_, recent) = self.recipe.policy.protected();
         let request = TargetRequest { layers: &layers, rows: &rows, target, recent, measures };
@@ -408,7 +429,7 @@ impl KvCache {
             .into());
         }
         let total: usize = heads.iter().map(HeadRows::rows).sum();
-        let allowed = (target * heads.len()).min(total);
+        let allowed = target.saturating_mul(heads.len()).min(total);
         if plan.kept() > allowed {
             return Err(PolicyError::InvalidPlan {
                 policy: name.to_owned(),

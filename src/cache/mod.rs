@@ -20,6 +20,7 @@ mod ops;
 mod read;
 mod scratch;
 mod sequence;
+mod side;
 mod stats;
 mod step;
 #[cfg(test)]
@@ -32,6 +33,7 @@ pub use learned::{CartridgePositions, LoadOptions};
 pub use ops::{RemoveMode, Selection};
 pub use read::{READ_TOKENS, ReadReport};
 pub use sequence::SequenceId;
+pub use side::SideInput;
 pub use stats::{EffectiveConfig, LayerStats, SequenceStats};
 pub use step::{PartialWorkspace, SPECULATIVE_TOKENS, Step};
 
@@ -41,7 +43,7 @@ use crate::device::page::{HeadRows, PageRef};
 use crate::error::{CacheError, Error};
 use crate::geometry::{ModelShape, Position, RowCount, Slot};
 use crate::index::{Codebooks, LayerIndex, TableStorage};
-use crate::policy::FeedKind;
+use crate::policy::{FeedKind, SideKind};
 use crate::recipe::{Budget, Recipe};
 use crate::store::{self, Storage};
 use scratch::{Pending, Scratch};
@@ -352,7 +354,9 @@ impl KvCache {
         for pending in &mut scratch.pending {
             pending.appended = false;
             pending.attended = false;
+            pending.rated.clear();
         }
+        scratch.side.begin();
         let mut offset = 0;
         for &(id, tokens) in batch {
             let sequence = self.sequence(id)?;
@@ -393,6 +397,11 @@ impl KvCache {
     /// What a layer feeds to the policy.
     fn fed(&self, layer: usize) -> FeedKind {
         if self.scratch.recording && self.participates(layer) { self.needs.feed } else { FeedKind::None }
+    }
+
+    /// Whether the policy judges a layer's tokens when they arrive.
+    fn rates(&self, layer: usize) -> bool {
+        self.needs.side != SideKind::None && self.participates(layer)
     }
 
     fn logs_queries(&self, layer: usize) -> bool {

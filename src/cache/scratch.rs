@@ -19,6 +19,8 @@ pub(super) struct Pending {
     pub(super) mass: Vec<f32>,
     /// Where each lane's mass starts.
     pub(super) mass_starts: Vec<usize>,
+    /// What the policy made of the tokens' side inputs, `[tokens, H]`; empty until they were seen.
+    pub(super) rated: Vec<f32>,
     pub(super) appended: bool,
     pub(super) attended: bool,
 }
@@ -40,6 +42,7 @@ pub(super) struct Scratch {
     pub(super) workspace: Workspace,
     pub(super) read: super::read::ReadScratch,
     pub(super) factored: super::factored::FactoredScratch,
+    pub(super) side: super::side::SideScratch,
 }
 
 /// Two parts of an attention and their log-sum-exps, side by side as the merge wants them.

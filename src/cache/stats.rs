@@ -13,6 +13,7 @@ use crate::device::memory::MemoryUsage;
 use crate::device::page::Page;
 use crate::device::{Angles, Basis, Factors, HeadRows, Segment};
 use crate::error::Error;
+use crate::policy::SideKind;
 use crate::store::{self, Storage};
 use std::collections::HashSet;
 use std::fmt;
@@ -116,7 +117,12 @@ impl fmt::Display for EffectiveConfig {
             "columns       {}",
             if columns.is_empty() { "none".to_owned() } else { columns.join(", ") }
         )?;
-        write!(f, "needs         last {} queries, feed {:?}", self.needs.queries, self.needs.feed)
+        write!(f, "needs         last {} queries, feed {:?}", self.needs.queries, self.needs.feed)?;
+        match self.needs.side {
+            SideKind::None => {}
+            side => write!(f, ", side input {side:?}")?,
+        }
+        f.write_str(if self.needs.replay { ", a replay of the context" } else { "" })
     }
 }
 

@@ -150,6 +150,7 @@ impl Step<'_> {
             }
         }
         self.cache.scratch.pending[layer].appended = true;
+        self.cache.scratch.side.hold(layer);
         Ok(())
     }
 
@@ -290,6 +291,7 @@ impl Step<'_> {
                 },
             )?;
         }
+        self.rate_turned(layer)?;
         self.log_queries(layer);
         Ok(())
     }
@@ -421,6 +423,7 @@ impl Step<'_> {
         self.join_constant(layer, mass)?;
         let (shape, scratch) = (self.cache.shape.layer(layer), &self.cache.scratch);
         store_out(&scratch.out, &scratch.lanes, shape.query_heads, shape.d_v, out);
+        self.rate_turned(layer)?;
         self.log_queries(layer);
         Ok(())
     }
@@ -518,6 +521,10 @@ impl Step<'_> {
             let unseen = scores && self.cache.logs_queries(*layer) && !pending[*layer].attended;
             !pending[*layer].appended || unseen
         };
+        let unrated = |layer: &usize| self.cache.rates(*layer) && pending[*layer].rated.is_empty();
+        if let Some(layer) = shape.owners().find(|layer| !missing(layer) && unrated(layer)) {
+            return Err(CacheError::SideInput { layer, policy: self.cache.recipe.policy.name().to_owned() });
+        }
         match shape.owners().find(missing) {
             Some(missing_layer) => Err(CacheError::Incomplete {
                 done: shape.owners().filter(|l| !missing(l)).count(),

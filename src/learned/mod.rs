@@ -13,6 +13,7 @@
 
 mod cartridge;
 mod file;
+mod profile;
 mod sinks;
 
 pub use cartridge::{Cartridge, LayerExtents};
@@ -33,5 +34,8 @@ pub const FORMAT: &str = "kvsieve-cartridge";
 /// What a file of [`Sinks`] must say `format` is.
 pub const SINKS_FORMAT: &str = "kvsieve-sinks";
 
-/// The version of either format that is read.
+/// What a file of a [`Profile`](crate::profile::Profile) must say `format` is.
+pub const PROFILE_FORMAT: &str = "kvsieve-profile";
+
+/// The version of every format that is read.
 pub const VERSION: &str = "1";

@@ -55,7 +55,11 @@ impl Sinks {
             return Err(LearnedError::Metadata { key: "layers", got, want }.into());
         }
         let layers = shape.iter().enumerate().map(|(index, layer)| self.layer(index, layer));
-        Ok(ModelShape::new(layers.collect::<Result<_, _>>()?)?)
+        let joined = ModelShape::new(layers.collect::<Result<_, _>>()?)?;
+        Ok(match shape.fingerprint() {
+            Some(fingerprint) => joined.with_fingerprint(fingerprint),
+            None => joined,
+        })
     }
 
     fn layer(&self, index: usize, shape: &LayerShape) -> Result<LayerShape, LearnedError> {

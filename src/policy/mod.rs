@@ -23,10 +23,12 @@ pub use staged::Staged;
 use crate::backend::Backend;
 use crate::columns::{ColumnLayout, ColumnSpec, ColumnsMut};
 use crate::device::HeadRows;
-use crate::error::{PolicyError, RecipeError};
+use crate::error::{PolicyError, ProfileError, RecipeError};
 use crate::geometry::{LayerShape, ModelShape, Position};
 use crate::plan::LayerPlan;
+use crate::profile::Profile;
 use std::fmt::Debug;
+use std::sync::Arc;
 
 /// What a policy must be fed while tokens arrive.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -35,6 +37,48 @@ pub struct Needs {
     pub queries: usize,
     /// What [`Policy::observe`] receives after each step.
     pub feed: FeedKind,
+    /// What [`Policy::rate`] is given of every new token, beside q, k and v.
+    pub side: SideKind,
+    /// The context must be replayed ([`crate::KvCache::replay`]) before it is compressed.
+    pub replay: bool,
+}
+
+/// What a policy wants to know of a token when it arrives, beside its rotated query, key and value.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SideKind {
+    /// Nothing.
+    #[default]
+    None,
+    /// Query and key before their rotary embedding. The host may hand them over ([`crate::Step::side_input`]); otherwise the
+    /// cache turns back what it was given, which takes a description of the embedding
+    /// ([`LayerShape::rotary`]).
+    PreRope,
+    /// The hidden state that the layer's projections are made of, after its norm. Only the host has it: it must call
+    /// [`crate::Step::side_input`] for every layer that takes part.
+    Hidden,
+}
+
+/// New tokens of one layer, as a scorer that judges on arrival sees them.
+#[derive(Clone, Copy, Debug)]
+pub struct NewTokens<'a> {
+    /// Index of the layer.
+    pub layer: usize,
+    /// Its geometry.
+    pub shape: &'a LayerShape,
+    /// One row per token. [`SideKind::PreRope`]: the query of every query head, the key of every KV head, both before rotation,
+    /// then the value of every KV head. [`SideKind::Hidden`]: the hidden state.
+    pub rows: &'a [f32],
+    /// Numbers in a row.
+    pub width: usize,
+    /// Where kernels run.
+    pub backend: &'a dyn Backend,
+}
+
+impl NewTokens<'_> {
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.rows.len().checked_div(self.width).unwrap_or(0)
+    }
 }
 
 /// What the attend path hands to [`Policy::observe`].
@@ -131,7 +175,7 @@ pub struct LayerView<'a> {
     pub heads: &'a [HeadRows],
     /// Position the next token will get.
     pub next: Position,
-    /// Entries each KV head of this layer is to keep on average.
+    /// Entries each KV head of this layer is to keep on average; `usize::MAX` where there is no budget.
     pub target: usize,
     /// Recorded queries: at most [`Needs::queries`], fewer if fewer tokens were seen.
     pub queries: QueryWindow<'a>,
@@ -211,6 +255,35 @@ pub trait Scorer: Debug + Send + Sync {
     /// Updates its columns after a committed step; called as [`Needs::feed`] says, page by page.
     fn observe(&self, _feed: &Feed<'_>, _columns: &mut ColumnsMut<'_>) {}
 
+    /// The part of a profile that it goes by and does not have yet; it can neither rate nor score before
+    /// [`Scorer::bind`].
+    fn lacks(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// The same scorer with its numbers out of a profile, which fits the model; `None` if it needs none.
+    ///
+    /// # Errors
+    /// [`ProfileError`] for what is missing, or of other extents than the model's.
+    fn bind(&self, _profile: &Profile, _shape: &ModelShape) -> Result<Option<Arc<dyn Scorer>>, ProfileError> {
+        Ok(None)
+    }
+
+    /// Judges new tokens by their side inputs, once; what it says lies in the column [`RATED`](crate::columns::RATED) from
+    /// the step's commit on. `out` is `[tokens, H]`. Called where [`Needs::side`] asks for side inputs.
+    ///
+    /// # Errors
+    /// [`PolicyError`].
+    fn rate(&self, _tokens: &NewTokens<'_>, _out: &mut [f32]) -> Result<(), PolicyError> {
+        Ok(())
+    }
+
+    /// A score below which an entry leaves as soon as nothing protects it, whatever the budget; the budget is then optional, and
+    /// limits what is above. None by default.
+    fn threshold(&self) -> Option<f32> {
+        None
+    }
+
     /// Entries it wants protected at each end when a KV head is to keep `target`: `(sinks, recent)`. A
     /// recipe can ask for more, never for less.
     fn protect(&self, _target: usize) -> (usize, usize) {
@@ -257,9 +330,38 @@ pub trait Policy: Debug + Send + Sync {
     /// Updates its columns after a committed step; called as [`Needs::feed`] says, page by page.
     fn observe(&self, _feed: &Feed<'_>, _columns: &mut ColumnsMut<'_>) {}
 
-    /// Whether it ever drops anything. A cache with a policy that does not needs no budget.
+    /// The part of a profile that it goes by and does not have yet; it cannot plan before
+    /// [`Policy::bind`].
+    fn lacks(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// The same policy with its numbers out of a profile, which fits the model; `None` if it needs none.
+    ///
+    /// # Errors
+    /// [`ProfileError`] for what is missing, or of other extents than the model's.
+    fn bind(&self, _profile: &Profile, _shape: &ModelShape) -> Result<Option<Arc<dyn Policy>>, ProfileError> {
+        Ok(None)
+    }
+
+    /// Judges new tokens by their side inputs, once; what it says lies in the column [`RATED`](crate::columns::RATED) from
+    /// the step's commit on. `out` is `[tokens, H]`. Called where [`Needs::side`] asks for side inputs.
+    ///
+    /// # Errors
+    /// [`PolicyError`].
+    fn rate(&self, _tokens: &NewTokens<'_>, _out: &mut [f32]) -> Result<(), PolicyError> {
+        Ok(())
+    }
+
+    /// Whether it ever drops anything.
     fn compresses(&self) -> bool {
         true
+    }
+
+    /// Whether it must be told how much to keep. A policy that need not be is given `usize::MAX` as the target where the
+    /// cache has no budget.
+    fn needs_budget(&self) -> bool {
+        self.compresses()
     }
 
     /// Whether it works for this model. Called before anything runs.

@@ -234,8 +234,12 @@ pub enum Build {
         /// Makes it.
         build: fn(&Args) -> Result<Arc<dyn Scorer>, RecipeError>,
     },
-    /// An allocator; named alone it is that allocator over the scorer `snapkv`.
+    /// An allocator.
     Allocate {
+        /// The scorer it works on where a recipe names none.
+        over: &'static str,
+        /// When a recipe without `when=` compresses, if not as its scorer says.
+        schedule: Option<Schedule>,
         /// Makes it.
         build: fn(&Args) -> Result<Arc<dyn Allocator>, RecipeError>,
     },

@@ -18,8 +18,8 @@
 //! span   := N | A..B | A.. | ..B                         half-open, negative numbers count from the last
 //! ```
 //! Later terms override earlier ones; `when=` terms add up, and together replace what the policy brings.
-//! An allocator or a reducer without a scorer works on `snapkv`, an index or low rank without a policy
-//! on `full`. White space is free between tokens. A scorer protects
+//! An allocator without a scorer works on the one it goes with best (`snapkv` for most), a reducer on `snapkv`, an index or low
+//! rank without a policy on `full`. White space is free between tokens. A scorer protects
 //! entries of its own (the window of `snapkv`); `sinks` and `recent` can add to that, not take away.
 //!
 //! *Helps* because one line in a log, a command or a C call names everything that was chosen. *Hurts* where
@@ -43,12 +43,14 @@ pub use budget::Budget;
 
 use crate::codec::Precision;
 use crate::device::encoding::Encoding;
-use crate::error::RecipeError;
+use crate::error::{ProfileError, RecipeError};
+use crate::geometry::ModelShape;
 use crate::index::Retrieval;
 use crate::low_rank::LowRank;
 use crate::policy::Policy;
 use crate::policy::registry::Registry;
 use crate::policy::schedule::Schedule;
+use crate::profile::Profile;
 use crate::reduce::Reducer;
 use std::fmt;
 use std::str::FromStr;
@@ -185,6 +187,21 @@ impl Recipe {
     pub fn positions(mut self, positions: PositionMode) -> Self {
         self.positions = positions;
         self
+    }
+
+    /// The same with the numbers that its policy goes by out of a profile; unchanged where it needs none.
+    ///
+    /// # Errors
+    /// [`ProfileError`] if the profile is of another model, or lacks what the policy needs.
+    pub fn bind(mut self, profile: &Profile, shape: &ModelShape) -> Result<Self, ProfileError> {
+        profile.check(shape)?;
+        if let Some(bound) = self.policy.bind(profile, shape)? {
+            if Arc::ptr_eq(&self.terms.0, &self.policy) {
+                self.terms.0 = Arc::clone(&bound);
+            }
+            self.policy = bound;
+        }
+        Ok(self)
     }
 
     /// Whether there is something for a budget to limit: what stays, or with an index what a step reads.

@@ -393,13 +393,18 @@ impl Draft {
     }
 
     fn finish(self, reader: &Reader<'_>, registry: &Registry) -> Result<Recipe, RecipeError> {
-        let (entry, args) = match (self.policy.clone(), self.alloc.is_some() || self.reduce.is_some()) {
+        let over = match (&self.alloc, &self.reduce) {
+            (Some((Entry { build: Build::Allocate { over, .. }, .. }, _)), _) => Some(*over),
+            (_, Some(_)) => Some(score::snapkv::ENTRY.name),
+            _ => None,
+        };
+        let (entry, args) = match (self.policy.clone(), over) {
             (Some(policy), _) => policy,
-            (None, true) => default_args(registry, score::snapkv::ENTRY.name)?,
-            (None, false) if self.index.is_some() || self.factor.is_some() => {
+            (None, Some(scorer)) => default_args(registry, scorer)?,
+            (None, None) if self.index.is_some() || self.factor.is_some() => {
                 default_args(registry, whole::full::ENTRY.name)?
             }
-            (None, false) => {
+            (None, None) => {
                 return Err(reader.error(1, "expected a policy among the terms, for example full or snapkv"));
             }
         };
@@ -415,7 +420,7 @@ impl Draft {
                     Some(chosen) => chosen,
                     None => default_args(registry, allocate::uniform::ENTRY.name)?,
                 };
-                let Build::Allocate { build } = alloc.build else {
+                let Build::Allocate { build, schedule: divided, .. } = alloc.build else {
                     return Err(RecipeError::Unknown {
                         kind: "allocator",
                         name: alloc.name.to_owned(),
@@ -438,7 +443,7 @@ impl Draft {
                     .sinks(self.sinks.unwrap_or(0))
                     .recent(self.recent.unwrap_or(0))
                     .marked_last(marked_last);
-                (Arc::new(staged), schedule)
+                (Arc::new(staged), divided.unwrap_or(schedule))
             }
             Build::Allocate { .. } | Build::Reduce { .. } | Build::Index { .. } | Build::Factor { .. } => {
                 return Err(RecipeError::Unknown {

@@ -297,6 +297,35 @@ pub fn update_columns(
     Ok(())
 }
 
+/// Writes a word of the columns of the last `count` entries, oldest first; pages before them are not touched.
+///
+/// # Errors
+/// As [`update_columns`].
+pub fn fill_column(
+    backend: &dyn Backend,
+    head: &mut HeadRows,
+    word: usize,
+    count: usize,
+    words: impl Iterator<Item = u32>,
+) -> Result<(), DeviceError> {
+    let start = head.rows() - count.min(head.rows());
+    let (mut first, mut words) = (0, words);
+    for segment in &mut head.segments {
+        let (layout, total) = (Arc::clone(&segment.layout), segment.rows);
+        for (index, page) in segment.pages.iter_mut().enumerate() {
+            let rows = (total - index * layout.capacity).min(layout.capacity);
+            if first + rows > start {
+                let page = unshare(backend, &layout, page)?;
+                for row in start.saturating_sub(first)..rows {
+                    page.columns[row * layout.column_words + word] = words.next().unwrap_or_default();
+                }
+            }
+            first += rows;
+        }
+    }
+    Ok(())
+}
+
 /// What an `Arc` keeps beside its content: two counters.
 const COUNTERS: usize = 2 * size_of::<usize>();
 

@@ -7,6 +7,8 @@
 pub mod cache;
 pub mod conformance;
 pub mod layer;
+mod profile;
 pub mod random;
 
+pub use profile::profile;
 pub use random::Random;

@@ -37,7 +37,7 @@ pub const ENTRY: Entry = Entry {
             "mix: weigh a head by the mass share of its best entries first",
         ),
     ],
-    build: Build::Allocate { build },
+    build: Build::Allocate { over: "snapkv", schedule: None, build },
 };
 
 fn build(args: &Args) -> Result<Arc<dyn Allocator>, RecipeError> {
@@ -254,6 +254,7 @@ mod tests {
         let scores = LayerScores { lengths: heads.iter().map(|h| h.len()).collect(), values: heads.concat() };
         let none = vec![0; scores.values.len()];
         let request = HeadRequest {
+            layer: 0,
             target,
             scores: &scores,
             protect: protect.unwrap_or(&none),

@@ -32,7 +32,7 @@ pub const ENTRY: Entry = Entry {
         1_000_000,
         "the last layer keeps 1/beta of the mean, the first 2 − 1/beta",
     )],
-    build: Build::Allocate { build },
+    build: Build::Allocate { over: "snapkv", schedule: None, build },
 };
 
 fn build(args: &Args) -> Result<Arc<dyn Allocator>, RecipeError> {

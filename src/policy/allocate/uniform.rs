@@ -15,7 +15,7 @@ pub const ENTRY: Entry = Entry {
     source: "the rule of SnapKV, H2O, TOVA and StreamingLLM",
     needs: "nothing",
     args: &[],
-    build: Build::Allocate { build },
+    build: Build::Allocate { over: "snapkv", schedule: None, build },
 };
 
 fn build(_: &Args) -> Result<Arc<dyn Allocator>, RecipeError> {

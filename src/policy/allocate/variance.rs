@@ -32,7 +32,7 @@ pub const ENTRY: Entry = Entry {
         1000.0,
         "factor on the variance; the paper's is 1, 0 is uniform",
     )],
-    build: Build::Allocate { build },
+    build: Build::Allocate { over: "snapkv", schedule: None, build },
 };
 
 /// Of what a layer stores, the part that it keeps at least.

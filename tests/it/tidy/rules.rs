@@ -8,6 +8,7 @@ const LEVELS: &[(&str, u32)] = &[
     ("error", 0),
     ("geometry", 1),
     ("view", 2),
+    ("profile", 2),
     ("device", 3),
     ("kernel", 4),
     ("backend", 5),
