@@ -15,6 +15,7 @@ use kvsieve::kernel::attend::{AttendLane, Share, Workspace};
 use kvsieve::kernel::code_scores::{CodeArgs, CodeLayout};
 use kvsieve::kernel::dot_scores::DotArgs;
 use kvsieve::kernel::gather::{GatherArgs, GatherTarget};
+use kvsieve::kernel::linear::{Activation, LinearArgs};
 use kvsieve::kernel::merge_rows::{MergeRowsArgs, Merges, Source, Target};
 use kvsieve::kernel::nearest::NearestArgs;
 use kvsieve::kernel::row_norms::NormArgs;
@@ -129,6 +130,12 @@ fn stream_first(heads: &[HeadRows], bytes: impl Fn(&PageRef<'_>) -> usize + Sync
             sums.iter().fold(0, |a: u64, b| a.wrapping_add(*b))
         })
         .reduce(|| 0, u64::wrapping_add)
+}
+
+/// Reads all of it once.
+fn stream_floats(all: &[f32]) -> u64 {
+    let sum = |words: &[u64]| words.iter().fold(0, |a: u64, &b| a.wrapping_add(b));
+    bytemuck::cast_slice::<_, u64>(all).par_chunks(4096).map(sum).reduce(|| 0, u64::wrapping_add)
 }
 
 fn decode(c: &mut Criterion) {
@@ -321,6 +328,35 @@ fn prefill(c: &mut Criterion) {
     group.bench_function("t64", |b| b.iter(|| call.attend(&reference, &heads, &params, false, &mut w)));
 }
 
+/// One layer of a perceptron over hidden states of 960: a token, whose time is to be compared with `stream`, a read of the
+/// weights, and a chunk of a prompt, in multiply-adds per second.
+fn linear(c: &mut Criterion) {
+    const INPUTS: usize = 960;
+    let cpu = Cpu::default();
+    for outputs in [72, 1024] {
+        let mut group = c.benchmark_group(format!("linear/{INPUTS} to {outputs}"));
+        let mut random = Random::new(4);
+        let weight = random.rows(outputs * INPUTS, 0.1, DType::F32);
+        for n in [1, 32, 512] {
+            let (x, mut out) = (random.rows(n * INPUTS, 1.0, DType::F32), vec![0.0; n * outputs]);
+            group.throughput(Throughput::Elements((n * INPUTS * outputs) as u64));
+            if n == 1 {
+                group.bench_function("stream", |b| b.iter(|| stream_floats(&weight)));
+            }
+            for activation in [Activation::None, Activation::Gelu] {
+                group.bench_function(format!("n{n}/{activation:?}"), |b| {
+                    b.iter(|| {
+                        let (x, weight, out, bias) = (&x[..], &weight[..], &mut out[..], None);
+                        let mut args =
+                            LinearArgs { x, weight, bias, inputs: INPUTS, outputs, activation, out };
+                        cpu.linear(&mut args).unwrap();
+                    });
+                });
+            }
+        }
+    }
+}
+
 fn others(c: &mut Criterion) {
     let cpu = Cpu::default();
     let heads = entries(&cpu, 128, ENTRIES, DType::F16);
@@ -399,6 +435,6 @@ fn others(c: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
-    targets = decode, packed, dot_scores, code_scores, sparse, short_decode, prefill, others
+    targets = decode, packed, dot_scores, code_scores, sparse, short_decode, prefill, linear, others
 }
 criterion_main!(benches);

@@ -14,6 +14,7 @@ use kvsieve::geometry::{LayerShape, ModelShape, SinkEntries};
 use kvsieve::kernel::attend::{AttendLane, Workspace};
 use kvsieve::kernel::code_scores::{CodeArgs, CodeLayout};
 use kvsieve::kernel::dot_scores::DotArgs;
+use kvsieve::kernel::linear::{Activation, LinearArgs};
 use kvsieve::kernel::{AttentionParams, Spans};
 use kvsieve::testing::cache::{CacheSpec, codes};
 use kvsieve::view::{DType, TensorView, TensorViewMut};
@@ -212,6 +213,18 @@ fn code_scores_allocate_nothing_when_warm() {
 }
 
 /// Attention over chosen entries: lone ones, which are copied, runs, and packed ones.
+fn layers_allocate_nothing() {
+    let cpu = Cpu::with_pool(Pool::current());
+    for (rows, inputs, outputs) in [(1, 960, 1024), (40, 1500, 100)] {
+        let (x, weight) = (vec![0.3f32; rows * inputs], vec![0.1f32; outputs * inputs]);
+        let mut out = vec![0.0f32; rows * outputs];
+        let before = OWN.get();
+        let (x, weight, activation, out) = (&x, &weight, Activation::Gelu, &mut out);
+        cpu.linear(&mut LinearArgs { x, weight, bias: None, inputs, outputs, activation, out }).unwrap();
+        assert_eq!(OWN.get() - before, 0, "{rows} rows");
+    }
+}
+
 fn chosen_entries_allocate_nothing_when_warm() {
     let params = AttentionParams {
         group: 4,
@@ -297,6 +310,7 @@ fn the_allocator_agrees() {
     the_attend_path_allocates_nothing_when_warm();
     dot_scores_allocate_nothing_when_warm();
     code_scores_allocate_nothing_when_warm();
+    layers_allocate_nothing();
     chosen_entries_allocate_nothing_when_warm();
     packed_entries_take_the_bits_that_are_claimed();
 }

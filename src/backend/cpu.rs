@@ -190,6 +190,10 @@ impl Backend for Cpu {
         kernel::pack::cpu::run(&self.exec, args)
     }
 
+    fn linear(&self, args: &mut LinearArgs<'_>) -> Result<(), KernelError> {
+        kernel::linear::cpu::run(&self.exec, args)
+    }
+
     fn rope(&self, args: &mut RopeArgs<'_>) -> Result<(), KernelError> {
         kernel::rope::cpu::run(&self.exec, args)
     }

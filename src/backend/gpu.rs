@@ -209,6 +209,10 @@ impl Backend for Gpu {
         kernel::pack::gpu::run(&self.context, args)
     }
 
+    fn linear(&self, args: &mut LinearArgs<'_>) -> Result<(), KernelError> {
+        kernel::linear::gpu::run(&self.context, args)
+    }
+
     fn rope(&self, args: &mut RopeArgs<'_>) -> Result<(), KernelError> {
         kernel::rope::gpu::run(&self.context, args)
     }

@@ -28,6 +28,7 @@ use crate::kernel::attention_mass::MassArgs;
 use crate::kernel::code_scores::CodeArgs;
 use crate::kernel::dot_scores::DotArgs;
 use crate::kernel::gather::GatherArgs;
+use crate::kernel::linear::LinearArgs;
 use crate::kernel::merge_partials::MergeArgs;
 use crate::kernel::merge_rows::MergeRowsArgs;
 use crate::kernel::nearest::NearestArgs;
@@ -218,6 +219,12 @@ pub trait Backend: Debug + Send + Sync {
     /// # Errors
     /// [`KernelError`]; the page's rows are then unspecified.
     fn pack(&self, args: &mut PackArgs<'_>) -> Result<(), KernelError>;
+
+    /// [`crate::kernel::linear`].
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    fn linear(&self, args: &mut LinearArgs<'_>) -> Result<(), KernelError>;
 
     /// [`crate::kernel::rope`].
     ///

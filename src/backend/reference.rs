@@ -141,6 +141,10 @@ impl Backend for Reference {
         kernel::pack::reference::run(args)
     }
 
+    fn linear(&self, args: &mut LinearArgs<'_>) -> Result<(), KernelError> {
+        kernel::linear::reference::run(args)
+    }
+
     fn rope(&self, args: &mut RopeArgs<'_>) -> Result<(), KernelError> {
         kernel::rope::reference::run(args)
     }

@@ -14,6 +14,7 @@ pub mod attention_mass;
 pub mod code_scores;
 pub mod dot_scores;
 pub mod gather;
+pub mod linear;
 pub mod merge_partials;
 pub mod merge_rows;
 pub mod nearest;

@@ -6,6 +6,7 @@ use kvsieve::kernel::attend::cases::{Choice, LaneSpec, cases};
 use kvsieve::kernel::attend::{AttendLane, Share, Workspace};
 use kvsieve::kernel::code_scores::{CodeArgs, CodeLayout};
 use kvsieve::kernel::dot_scores::DotArgs;
+use kvsieve::kernel::linear::{Activation, LinearArgs};
 use kvsieve::kernel::merge_rows::{MergeRowsArgs, Merges, Source, Target};
 use kvsieve::kernel::nearest::NearestArgs;
 use kvsieve::kernel::simd::Level;
@@ -148,6 +149,28 @@ fn the_number_of_threads_changes_no_bit_of_scores_by_codes() {
         let one = run(Cpu::with_threads(1).unwrap());
         for threads in [2, 5] {
             assert!(run(Cpu::with_threads(threads).unwrap()) == one, "{layout:?} on {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit_of_a_layer() {
+    // Several blocks of rows, and one, which is cut between outputs.
+    for (rows, inputs, outputs) in [(150, 700, 130), (7, 2100, 1000), (1, 960, 1024)] {
+        let mut random = Random::new(rows as u64);
+        let x = random.rows(rows * inputs, 1.0, DType::F32);
+        let weight = random.rows(outputs * inputs, 1.0, DType::F32);
+        let bias = random.rows(outputs, 1.0, DType::F32);
+        let run = |cpu: Cpu| {
+            let mut out = poisoned(rows * outputs);
+            let (x, weight, bias, activation) = (&x, &weight, Some(&bias[..]), Activation::Silu);
+            let mut args = LinearArgs { x, weight, bias, inputs, outputs, activation, out: &mut out };
+            cpu.linear(&mut args).unwrap();
+            out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        };
+        let one = run(Cpu::with_threads(1).unwrap());
+        for threads in [2, 5] {
+            assert!(run(Cpu::with_threads(threads).unwrap()) == one, "{rows} rows on {threads} threads");
         }
     }
 }

@@ -86,6 +86,11 @@ fn attend_factored() {
 }
 
 #[test]
+fn linear() {
+    conforms(conformance::linear);
+}
+
+#[test]
 fn merge_rows() {
     conforms(conformance::merge_rows);
 }

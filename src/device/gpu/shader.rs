@@ -13,6 +13,7 @@ pub(crate) const SHADERS: &[(&str, &str)] = &[
     ("code_scores", include_str!("../../../shaders/code_scores.wgsl")),
     ("dot_scores", include_str!("../../../shaders/dot_scores.wgsl")),
     ("gather", include_str!("../../../shaders/gather.wgsl")),
+    ("linear", include_str!("../../../shaders/linear.wgsl")),
     ("merge_partials", include_str!("../../../shaders/merge_partials.wgsl")),
     ("merge_rows", include_str!("../../../shaders/merge_rows.wgsl")),
     ("nearest", include_str!("../../../shaders/nearest.wgsl")),
@@ -171,6 +172,7 @@ mod tests {
         matches::<kernel::code_scores::gpu::Chunk>("code_scores", "Chunk");
         matches::<kernel::attend::gpu::Params>("dot_scores", "AttentionParams");
         matches::<kernel::attention_mass::gpu::Chunk>("dot_scores", "Chunk");
+        matches::<kernel::linear::gpu::Params>("linear", "Params");
         matches::<kernel::merge_partials::gpu::Params>("merge_partials", "Params");
         matches::<kernel::merge_partials::gpu::Row>("merge_partials", "Row");
         matches::<kernel::merge_rows::gpu::Params>("merge_rows", "Params");

@@ -9,6 +9,7 @@ mod attention;
 mod codes;
 mod factored;
 mod layout;
+mod linear;
 mod merging;
 mod selection;
 mod weighing;
@@ -17,6 +18,7 @@ pub use attention::{attend, attention_mass, dot_scores, merge_partials, window_s
 pub use codes::code_scores;
 pub use factored::{attend_factored, rebuild};
 pub use layout::{gather, pack, rope, row_norms, storage};
+pub use linear::linear;
 pub use merging::{merge_rows, nearest};
 pub use selection::{pool, top_k};
 pub use weighing::weigh_values;
@@ -166,7 +168,7 @@ impl fmt::Display for Report {
 
 /// Every kernel on `backend`.
 pub fn run(backend: &dyn Backend, effort: Effort) -> Report {
-    let kernels: [fn(&dyn Backend, Effort) -> KernelReport; 18] = [
+    let kernels: [fn(&dyn Backend, Effort) -> KernelReport; 19] = [
         storage,
         pack,
         attend,
@@ -184,6 +186,7 @@ pub fn run(backend: &dyn Backend, effort: Effort) -> Report {
         merge_rows,
         rebuild,
         attend_factored,
+        linear,
         rope,
     ];
     Report {
