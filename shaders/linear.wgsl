@@ -86,8 +86,8 @@ fn main(
         workgroupBarrier();
         var part = array<vec4<f32>, 4>();
         for (var k = 0u; k < DEPTH; k++) {
-            let from = k * LINE + column;
-            let w = vec4<f32>(w_tile[from], w_tile[from + 8u], w_tile[from + 16u], w_tile[from + 24u]);
+            let at = k * LINE + column;
+            let w = vec4<f32>(w_tile[at], w_tile[at + 8u], w_tile[at + 16u], w_tile[at + 24u]);
             part[0] += x_tile[k * LINE + row] * w;
             part[1] += x_tile[k * LINE + row + 8u] * w;
             part[2] += x_tile[k * LINE + row + 16u] * w;
