@@ -3,8 +3,11 @@
 use crate::error::{Error, Result};
 use kvsieve::backend::{Backend, Cpu, Reference};
 use kvsieve::cache::RecipeSource;
+use kvsieve::error::RecipeError;
 use kvsieve::geometry::ModelShape;
-use kvsieve::{Budget, KvCache};
+use kvsieve::profile::Profile;
+use kvsieve::{Budget, KvCache, Recipe};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// Where pages live and kernels run.
@@ -50,19 +53,86 @@ fn gpu() -> Result<Arc<dyn Backend>> {
     ))
 }
 
-/// A cache for one recipe. A recipe that drops nothing and reads everything takes no budget.
-pub(crate) fn cache(
-    shape: ModelShape,
-    recipe: impl Into<RecipeSource>,
-    budget: Option<Budget>,
-    backend: &Arc<dyn Backend>,
-) -> Result<KvCache> {
-    let builder = KvCache::builder(shape).recipe(recipe).shared_backend(Arc::clone(backend));
-    Ok(match budget {
-        Some(budget) => builder.budget(budget),
-        None => builder,
+/// Where caches run, and what was learned of the model.
+#[derive(Debug, clap::Args)]
+pub(crate) struct PlaceArgs {
+    /// Where the cache runs; a model itself always runs on the CPU.
+    #[arg(long, value_enum, default_value = "cpu")]
+    pub(crate) backend: BackendName,
+    /// What recipes go by that learned the model (locret, kvzap, duo, compresskv, …): a file made by `kvsieve calibrate`.
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
+}
+
+impl PlaceArgs {
+    pub(crate) fn open(&self) -> Result<Place> {
+        let profile = self.profile.as_deref().map(Profile::open).transpose()?.map(Arc::new);
+        Ok(Place { backend: self.backend.open()?, profile })
     }
-    .build()?)
+}
+
+/// See [`PlaceArgs`].
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    backend: Arc<dyn Backend>,
+    profile: Option<Arc<Profile>>,
+}
+
+impl Place {
+    /// A cache for one recipe. A recipe that drops nothing and reads everything takes no budget.
+    pub(crate) fn cache(
+        &self,
+        shape: ModelShape,
+        recipe: impl Into<RecipeSource>,
+        budget: Option<Budget>,
+    ) -> Result<KvCache> {
+        let mut builder = KvCache::builder(shape).recipe(recipe).shared_backend(Arc::clone(&self.backend));
+        if let Some(profile) = &self.profile {
+            builder = builder.profile(Arc::clone(profile));
+        }
+        if let Some(budget) = budget {
+            builder = builder.budget(budget);
+        }
+        Ok(builder.build()?)
+    }
+
+    /// Every recipe with every budget; a recipe that drops nothing and reads everything once. All are checked before anything runs.
+    pub(crate) fn variants(
+        &self,
+        shape: &ModelShape,
+        recipes: &[String],
+        budgets: &[Budget],
+    ) -> Result<Vec<Variant>> {
+        let mut variants = Vec::new();
+        for text in recipes {
+            let mut recipe: Recipe = text.parse()?;
+            if let Some(profile) = &self.profile {
+                recipe = recipe.bind(profile, shape)?;
+            }
+            // An index with a goal needs none either, nor a policy with a threshold.
+            let without = KvCache::check(shape, &recipe, None, &*self.backend);
+            if !recipe.takes_budget() || (budgets.is_empty() && without.is_ok()) {
+                variants.push(Variant { recipe: text.clone(), budget: None });
+                continue;
+            }
+            if budgets.is_empty() {
+                if let Err(error @ RecipeError::Conflict { .. }) = without {
+                    return Err(error.into());
+                }
+                return Err(Error::usage(
+                    format!(
+                        "the recipe {text} drops entries, or reads a part of them, and was given no budget"
+                    ),
+                    "add --budget, for example --budget 25%",
+                ));
+            }
+            for &budget in budgets {
+                KvCache::check(shape, &recipe, Some(budget), &*self.backend)?;
+                variants.push(Variant { recipe: text.clone(), budget: Some(budget) });
+            }
+        }
+        Ok(variants)
+    }
 }
 
 /// One recipe with one budget: a row of a comparison.
@@ -81,36 +151,6 @@ impl Variant {
     pub(crate) fn budget_text(&self) -> String {
         self.budget.map_or_else(|| "-".to_owned(), |budget| budget.to_string())
     }
-}
-
-/// Every recipe with every budget; a recipe that drops nothing and reads everything once. All are checked before anything runs.
-pub(crate) fn variants(
-    shape: &ModelShape,
-    recipes: &[String],
-    budgets: &[Budget],
-    backend: &dyn Backend,
-) -> Result<Vec<Variant>> {
-    let mut variants = Vec::new();
-    for text in recipes {
-        let recipe: kvsieve::recipe::Recipe = text.parse()?;
-        // An index with a goal needs none either.
-        let without = KvCache::check(shape, &recipe, None, backend).is_ok();
-        if !recipe.takes_budget() || (budgets.is_empty() && without) {
-            variants.push(Variant { recipe: text.clone(), budget: None });
-            continue;
-        }
-        if budgets.is_empty() {
-            return Err(Error::usage(
-                format!("the recipe {text} drops entries, or reads a part of them, and was given no budget"),
-                "add --budget, for example --budget 25%",
-            ));
-        }
-        for &budget in budgets {
-            KvCache::check(shape, &recipe, Some(budget), backend)?;
-            variants.push(Variant { recipe: text.clone(), budget: Some(budget) });
-        }
-    }
-    Ok(variants)
 }
 
 /// Splits a list of recipes at commas outside of parentheses: `snapkv(window=32,kernel=5),tova`.

@@ -42,7 +42,7 @@ macro_rules! through_library {
         }
     )*};
 }
-through_library!(ShapeError, ViewError, RecipeError, CacheError, DeviceError);
+through_library!(ShapeError, ViewError, RecipeError, CacheError, DeviceError, ProfileError);
 
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(|source| Error::File { action: "read", path: path.to_owned(), source })

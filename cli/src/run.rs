@@ -3,18 +3,16 @@
 //! *Helps* to see on one's own text what a recipe does to the answer, memory and speed. *Hurts* as a measurement: one
 //! document is an anecdote; `kvsieve eval` averages.
 
-use crate::args::{self, BackendName, Variant};
+use crate::args::{self, Place, PlaceArgs, Variant};
 use crate::error::{Error, Result};
 use crate::host::{self, CHUNK, Host, ModelArgs};
 use crate::metrics::{Mean, argmax, kl, log_softmax, process_resident};
 use crate::table::{Table, bytes, milliseconds, number, percent};
-use kvsieve::backend::Backend;
 use kvsieve::low_rank::SideOutcome;
 use kvsieve::{Budget, KvCache, SequenceId};
 use kvsieve_candle::{ChatMl, Logits, Role, Sampler, Sampling, SpecialTokens, Timings};
 use serde::Serialize;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -64,9 +62,8 @@ pub(crate) struct Args {
     /// Longest answer, in tokens.
     #[arg(long, default_value_t = 64)]
     answer_tokens: usize,
-    /// Where the cache runs; the model itself always runs on the CPU.
-    #[arg(long, value_enum, default_value = "cpu")]
-    backend: BackendName,
+    #[command(flatten)]
+    place: PlaceArgs,
     /// Print JSON instead of a table.
     #[arg(long)]
     json: bool,
@@ -134,10 +131,10 @@ struct Prompt {
 pub(crate) fn main(args: &Args) -> Result<()> {
     let host = Host::load(&args.model)?;
     let prompt = prompt(args, &host)?;
-    let backend = args.backend.open()?;
+    let place = args.place.open()?;
     let recipes = args::split_recipes(&args.recipe);
     let shape = host.model.shape()?;
-    let mut variants = args::variants(&shape, &recipes, &args.budget, &*backend)?;
+    let mut variants = place.variants(&shape, &recipes, &args.budget)?;
     if args.compare {
         variants.retain(|variant| variant.recipe != "full");
         variants.insert(0, Variant::full());
@@ -152,7 +149,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     let mut outcomes = Vec::new();
     for variant in &variants {
         let compared = args.compare.then_some(&mut full);
-        outcomes.push(one(args, &host, &prompt, variant, &backend, compared)?);
+        outcomes.push(one((args, &place), &host, &prompt, variant, compared)?);
     }
     if args.json {
         let text =
@@ -204,14 +201,13 @@ fn prompt(args: &Args, host: &Host) -> Result<Prompt> {
 
 /// Runs one recipe. `compared` holds the full cache's answer, or takes it if this is the full cache.
 fn one(
-    args: &Args,
+    (args, place): (&Args, &Place),
     host: &Host,
     prompt: &Prompt,
     variant: &Variant,
-    backend: &Arc<dyn Backend>,
     compared: Option<&mut Option<Full>>,
 ) -> Result<Outcome> {
-    let mut cache = args::cache(host.model.shape()?, &variant.recipe[..], variant.budget, backend)?;
+    let mut cache = place.cache(host.model.shape()?, &variant.recipe[..], variant.budget)?;
     let sequence = cache.create_sequence();
     let bar = host::bar(prompt.document.len(), &format!("{} {}", variant.recipe, variant.budget_text()));
     let progress = &mut |done: usize| bar.set_position(done as u64);

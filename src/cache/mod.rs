@@ -18,6 +18,7 @@ mod guard;
 mod learned;
 mod ops;
 mod read;
+mod replay;
 mod scratch;
 mod sequence;
 mod side;
@@ -32,6 +33,7 @@ pub use guard::{Guard, GuardReport, HeadReport};
 pub use learned::{CartridgePositions, LoadOptions};
 pub use ops::{RemoveMode, Selection};
 pub use read::{READ_TOKENS, ReadReport};
+pub use replay::Replay;
 pub use sequence::SequenceId;
 pub use side::SideInput;
 pub use stats::{EffectiveConfig, LayerStats, SequenceStats};
@@ -322,6 +324,18 @@ impl KvCache {
     /// # Errors
     /// As [`KvCache::begin`]; [`CacheError::DuplicateSequence`].
     pub fn begin_batch(&mut self, batch: &[(SequenceId, usize)]) -> Result<Step<'_>, Error> {
+        self.check_batch(batch)?;
+        // The first single token after a prompt says that the prompt is complete.
+        for &(id, tokens) in batch {
+            let sequence = self.sequence(id)?;
+            if tokens == 1 && sequence.prefill_open && sequence.next > 1 {
+                self.end_prefill(id)?;
+            }
+        }
+        self.begin_open(batch)
+    }
+
+    fn check_batch(&self, batch: &[(SequenceId, usize)]) -> Result<(), Error> {
         if batch.is_empty() || batch.iter().any(|&(_, tokens)| tokens == 0) {
             return Err(CacheError::Unsupported {
                 what: "begin",
@@ -339,13 +353,11 @@ impl KvCache {
                 return Err(CacheError::PositionOverflow { next, new: tokens }.into());
             }
         }
-        // The first single token after a prompt says that the prompt is complete.
-        for &(id, tokens) in batch {
-            let sequence = self.sequence(id)?;
-            if tokens == 1 && sequence.prefill_open && sequence.next > 1 {
-                self.end_prefill(id)?;
-            }
-        }
+        Ok(())
+    }
+
+    /// Begins a step of lanes that were checked, which ends no prompt.
+    fn begin_open(&mut self, batch: &[(SequenceId, usize)]) -> Result<Step<'_>, Error> {
         let log_rows = self.log_rows();
         self.scratch.lanes.clear();
         self.scratch.positions.clear();

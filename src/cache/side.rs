@@ -34,6 +34,8 @@ pub(super) struct SideScratch {
     heads: Vec<f32>,
     /// As [`NewTokens::rows`].
     rows: Vec<f32>,
+    /// Lent to the policy.
+    lent: Vec<f32>,
     /// The layer whose keys and values the step's buffers hold.
     held: Option<usize>,
     /// The layer whose queries and keys before rotation the host gave.
@@ -175,11 +177,12 @@ impl Step<'_> {
         let cache = &mut *self.cache;
         let shape = cache.shape.layer(layer);
         let scratch = &mut cache.scratch;
-        let rows = &scratch.side.rows[..self.tokens * width];
+        let SideScratch { rows, lent, .. } = &mut scratch.side;
+        let rows = &rows[..self.tokens * width];
         let tokens = NewTokens { layer, shape, rows, width, backend: &*cache.backend };
         let rated = &mut scratch.pending[layer].rated;
         rated.resize(self.tokens * shape.kv_heads, 0.0);
-        let outcome = cache.recipe.policy.rate(&tokens, rated);
+        let outcome = cache.recipe.policy.rate(&tokens, lent, rated);
         if outcome.is_err() {
             rated.clear();
         }

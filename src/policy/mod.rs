@@ -270,11 +270,16 @@ pub trait Scorer: Debug + Send + Sync {
     }
 
     /// Judges new tokens by their side inputs, once; what it says lies in the column [`RATED`](crate::columns::RATED) from
-    /// the step's commit on. `out` is `[tokens, H]`. Called where [`Needs::side`] asks for side inputs.
+    /// the step's commit on. `out` is `[tokens, H]`; `scratch` is memory that is lent and stays. Called where [`Needs::side`] asks for side inputs.
     ///
     /// # Errors
     /// [`PolicyError`].
-    fn rate(&self, _tokens: &NewTokens<'_>, _out: &mut [f32]) -> Result<(), PolicyError> {
+    fn rate(
+        &self,
+        _tokens: &NewTokens<'_>,
+        _scratch: &mut Vec<f32>,
+        _out: &mut [f32],
+    ) -> Result<(), PolicyError> {
         Ok(())
     }
 
@@ -345,11 +350,16 @@ pub trait Policy: Debug + Send + Sync {
     }
 
     /// Judges new tokens by their side inputs, once; what it says lies in the column [`RATED`](crate::columns::RATED) from
-    /// the step's commit on. `out` is `[tokens, H]`. Called where [`Needs::side`] asks for side inputs.
+    /// the step's commit on. `out` is `[tokens, H]`; `scratch` is memory that is lent and stays. Called where [`Needs::side`] asks for side inputs.
     ///
     /// # Errors
     /// [`PolicyError`].
-    fn rate(&self, _tokens: &NewTokens<'_>, _out: &mut [f32]) -> Result<(), PolicyError> {
+    fn rate(
+        &self,
+        _tokens: &NewTokens<'_>,
+        _scratch: &mut Vec<f32>,
+        _out: &mut [f32],
+    ) -> Result<(), PolicyError> {
         Ok(())
     }
 

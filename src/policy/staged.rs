@@ -154,8 +154,13 @@ impl Policy for Staged {
         Ok(Some(Arc::new(bound)))
     }
 
-    fn rate(&self, tokens: &NewTokens<'_>, out: &mut [f32]) -> Result<(), PolicyError> {
-        self.scorer.rate(tokens, out)
+    fn rate(
+        &self,
+        tokens: &NewTokens<'_>,
+        scratch: &mut Vec<f32>,
+        out: &mut [f32],
+    ) -> Result<(), PolicyError> {
+        self.scorer.rate(tokens, scratch, out)
     }
 
     fn needs_budget(&self) -> bool {

@@ -194,6 +194,9 @@ impl Recipe {
     /// # Errors
     /// [`ProfileError`] if the profile is of another model, or lacks what the policy needs.
     pub fn bind(mut self, profile: &Profile, shape: &ModelShape) -> Result<Self, ProfileError> {
+        if self.policy.lacks().is_none() {
+            return Ok(self);
+        }
         profile.check(shape)?;
         if let Some(bound) = self.policy.bind(profile, shape)? {
             if Arc::ptr_eq(&self.terms.0, &self.policy) {

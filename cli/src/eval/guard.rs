@@ -4,7 +4,7 @@
 //! *Hurts* nothing but time: outputs are exact while it watches, so errors do not add up from layer to layer.
 
 use super::Job;
-use crate::args::{self, Variant};
+use crate::args::Variant;
 use crate::error::{Error, Result};
 use crate::table::{Table, number};
 use kvsieve::cache::{Guard, HeadReport};
@@ -46,8 +46,7 @@ pub(super) fn run(job: &Job<'_>, protocol: Protocol, text: &[u32]) -> Result<Vec
     let tokens: Vec<u32> = job.host.leading()?.iter().chain(text).copied().take(need).collect();
     let mut rows = Vec::new();
     for variant in job.variants {
-        let mut cache =
-            args::cache(job.host.model.shape()?, &variant.recipe[..], variant.budget, &job.backend)?;
+        let mut cache = job.place.cache(job.host.model.shape()?, &variant.recipe[..], variant.budget)?;
         let sequence = cache.create_sequence();
         cache.guard(sequence, Guard { tokens: watched, threshold })?;
         let (prompt, fed) = tokens.split_at(prompt);

@@ -14,15 +14,14 @@ mod running;
 mod span;
 mod windows;
 
-use crate::args::{self, BackendName, Variant};
+use crate::args::{self, Place, PlaceArgs, Variant};
 use crate::error::{Error, Result};
 use crate::host::{self, Host, ModelArgs};
-use kvsieve::backend::Backend;
 use kvsieve::policy::schedule::Schedule;
 use kvsieve::{Budget, KvCache, SequenceId};
+use kvsieve_candle::Logits;
 use report::{Measured, Row, print, print_json};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Instant;
 
 const EXAMPLES: &str = "\
@@ -42,7 +41,7 @@ Tasks:
              per element are counted from pages, at the end of a window, over all its tokens.
   span-copy  64 tokens that stand at a depth of the prompt are fed again after it was compressed, and the last 48
              predictions scored. `fresh` is the same for tokens that the prompt does not contain: a cache that has lost
-             the passage does no better than that.
+             the passage does no better than that. With --asked the first 16 of the 64 come before compression.
   recall     What a recipe's cache reads, held against exact attention over everything. After a prompt of P tokens C
              further ones are fed as they are, at S places of the text, with the full cache; Q, K and V of some layers
              (--layers) are recorded and given to every recipe and budget, each layer by itself. Columns: share of the
@@ -153,14 +152,17 @@ pub(crate) struct Args {
     /// Where prompts start in the text, in tokens (span-copy).
     #[arg(long, value_delimiter = ',', default_value = "20000,60000")]
     offset: Vec<usize>,
+    /// Feed the first 16 tokens of the passage before the prompt is compressed: recipes that look at the last queries then know
+    /// what is asked (span-copy).
+    #[arg(long)]
+    asked: bool,
     /// Feed the model in steps of N tokens; prompts whole by default, so that every recipe chooses with the whole prompt
     /// in sight, windows one by one under recipes that pack: a step reads its own tokens before they are packed, so larger
     /// steps are faster and flatter.
     #[arg(long, value_name = "N")]
     chunk_tokens: Option<usize>,
-    /// Where the cache runs; the model itself always runs on the CPU.
-    #[arg(long, value_enum, default_value = "cpu")]
-    backend: BackendName,
+    #[command(flatten)]
+    place: PlaceArgs,
     /// Draw KL (text, windows) or the error of attention (recall) against bytes: *.svg or *.png.
     #[arg(long)]
     figure: Option<PathBuf>,
@@ -218,23 +220,33 @@ fn place(text: &[u32], window: usize, (sample, samples): (usize, usize)) -> Resu
 struct Job<'a> {
     host: &'a Host,
     variants: &'a [Variant],
-    backend: Arc<dyn Backend>,
+    place: Place,
     chunk: usize,
 }
 
 impl Job<'_> {
     /// The same in other steps.
     fn in_chunks(&self, chunk: usize) -> Self {
-        Self { chunk, backend: Arc::clone(&self.backend), ..*self }
+        Self { chunk, place: self.place.clone(), ..*self }
     }
 
     /// A cache after a prompt, compressed as the recipe says.
     fn prefilled(&self, variant: &Variant, prompt: &[u32]) -> Result<(KvCache, SequenceId, Measured)> {
-        let mut cache =
-            args::cache(self.host.model.shape()?, &variant.recipe[..], variant.budget, &self.backend)?;
+        let mut cache = self.place.cache(self.host.model.shape()?, &variant.recipe[..], variant.budget)?;
         let sequence = cache.create_sequence();
         // A cache takes the first single token for the end of the prompt.
         self.host.model.prefill(&mut cache, sequence, prompt, self.chunk.max(2), &mut |_| ())?;
+        let measured = Measured::of(&cache, sequence)?;
+        Ok((cache, sequence, measured))
+    }
+
+    /// A cache after a prompt that may go on.
+    fn opened(&self, variant: &Variant, prompt: &[u32]) -> Result<(KvCache, SequenceId, Measured)> {
+        let mut cache = self.place.cache(self.host.model.shape()?, &variant.recipe[..], variant.budget)?;
+        let sequence = cache.create_sequence();
+        for tokens in prompt.chunks(self.chunk.max(2)) {
+            self.host.model.forward(&mut cache, sequence, tokens, Logits::None)?;
+        }
         let measured = Measured::of(&cache, sequence)?;
         Ok((cache, sequence, measured))
     }
@@ -295,13 +307,12 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         let what = format!("the tokens of a sample reach {most} positions, the model's context is {context}");
         return Err(Error::usage(what, "lower --prompt-tokens, --score-tokens or --window-tokens"));
     }
-    let backend = args.backend.open()?;
+    let place = args.place.open()?;
     // Ranks are the model's, not a recipe's.
     let recipes = if args.task == Task::Ranks { Vec::new() } else { args::split_recipes(&args.recipe) };
-    let variants = args::variants(&host.model.shape()?, &recipes, &args.budget, &*backend)?;
+    let variants = place.variants(&host.model.shape()?, &recipes, &args.budget)?;
     let text = host.encode(&host::text(args.text.as_deref())?)?;
-    let job =
-        Job { host: &host, variants: &variants, backend, chunk: args.chunk_tokens.unwrap_or(usize::MAX) };
+    let job = Job { host: &host, variants: &variants, place, chunk: args.chunk_tokens.unwrap_or(usize::MAX) };
     let began = Instant::now();
     let rows = match args.task {
         Task::Text => {
@@ -349,6 +360,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
                 prompts: args.prompt_tokens.clone(),
                 offsets: args.offset.clone(),
                 depths: args.depth.clone(),
+                asked: args.asked,
             };
             span::run(&job, &protocol, &text)?
         }

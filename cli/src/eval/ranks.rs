@@ -4,7 +4,6 @@
 //! that way. *Hurts* as evidence for quality: a small error in the norm can be a large one in the softmax.
 
 use super::Job;
-use crate::args;
 use crate::error::{Error, Result};
 use crate::table::{Table, number};
 use kvsieve::device::Pool;
@@ -54,7 +53,7 @@ pub(super) fn run(job: &Job<'_>, protocol: &Protocol, text: &[u32]) -> Result<Ve
     if let Some(share) = protocol.shares.iter().find(|share| !(0.0..=1.0).contains(*share)) {
         return Err(Error::usage(format!("--share {share}"), "shares go from 0 to 1"));
     }
-    let mut cache = args::cache(shape.clone(), "full", None, &job.backend)?;
+    let mut cache = job.place.cache(shape.clone(), "full", None)?;
     let sequence = cache.create_sequence();
     let tokens: Vec<u32> = job.host.leading()?.iter().chain(text).copied().take(prompt).collect();
     job.host.model.prefill(&mut cache, sequence, &tokens, job.chunk, &mut |_| ())?;

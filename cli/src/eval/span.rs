@@ -3,13 +3,15 @@
 //! The prompt is `P` tokens of the text from an offset. The 64 tokens that stand at depth `f` of it are then fed as
 //! they are, and the predictions of the last 48 are scored: mean NLL and top-1 accuracy. *Helps* because a 135M model
 //! solves it with its full cache, and it needs exactly what eviction may have dropped. *Hurts* policies that compress
-//! before they can know what will be asked, which is the point.
+//! before they can know what will be asked, which is the point; with `--asked` the first 16 of the 64 are fed before the prompt is
+//! compressed, so that they do.
 
-use super::{Job, Row};
+use super::{Job, Measured, Row};
 use crate::args::Variant;
 use crate::error::{Error, Result};
 use crate::host;
 use crate::metrics::{Mean, argmax, log_softmax};
+use kvsieve_candle::Logits;
 
 /// Tokens fed again, and how many of the last are scored.
 const SPAN: usize = 64;
@@ -22,6 +24,8 @@ pub(super) struct Protocol {
     /// Offsets into the text, in tokens.
     pub(super) offsets: Vec<usize>,
     pub(super) depths: Vec<f64>,
+    /// Whether the tokens that are fed again and not scored belong to the prompt.
+    pub(super) asked: bool,
 }
 
 pub(super) fn run(job: &Job<'_>, protocol: &Protocol, text: &[u32]) -> Result<Vec<Row>> {
@@ -44,9 +48,10 @@ pub(super) fn run(job: &Job<'_>, protocol: &Protocol, text: &[u32]) -> Result<Ve
         for &offset in &protocol.offsets {
             let tokens: Vec<u32> = bos.iter().chain(&text[offset..offset + prompt]).copied().collect();
             for variant in &variants {
-                let (mut cache, sequence, mut measured) = job.prefilled(variant, &tokens)?;
-                // Here rather than in every fork: an index over a prompt is built once.
-                cache.end_prefill(sequence)?;
+                let (mut cache, sequence, mut measured) = match protocol.asked {
+                    false => job.prefilled(variant, &tokens)?,
+                    true => job.opened(variant, &tokens)?,
+                };
                 // `None` is the passage that the prompt does not contain: what follows it.
                 for depth in depths.iter().copied().map(Some).chain([None]) {
                     let start =
@@ -54,7 +59,8 @@ pub(super) fn run(job: &Job<'_>, protocol: &Protocol, text: &[u32]) -> Result<Ve
                     let span = &text[start..start + SPAN];
                     let fork = cache.fork(sequence)?;
                     let (mut nll, mut top) = (Mean::default(), Mean::default());
-                    job.feed(&mut cache, fork, &span[..SPAN - 1], &mut |row, logits| {
+                    let question = if protocol.asked { SPAN - SCORED } else { 0 };
+                    let mut score = |row: usize, logits: &[f32]| {
                         if row + 1 < SPAN - SCORED {
                             return;
                         }
@@ -63,6 +69,18 @@ pub(super) fn run(job: &Job<'_>, protocol: &Protocol, text: &[u32]) -> Result<Ve
                         let mut logits = logits.to_vec();
                         log_softmax(&mut logits);
                         nll.add(-f64::from(logits[target]));
+                    };
+                    if protocol.asked {
+                        // Its last row predicts the first token that is scored.
+                        let model = &job.host.model;
+                        let forward = model.forward(&mut cache, fork, &span[..question], Logits::Last)?;
+                        score(question - 1, &forward.last_row()?);
+                        let asked: Vec<u32> = tokens.iter().chain(&span[..question]).copied().collect();
+                        model.end_prompt(&mut cache, fork, &asked)?;
+                        measured = Measured::of(&cache, fork)?;
+                    }
+                    job.feed(&mut cache, fork, &span[question..SPAN - 1], &mut |row, logits| {
+                        score(question + row, logits);
                     })?;
                     measured.read(&cache, fork)?;
                     cache.drop_sequence(fork)?;

@@ -3,18 +3,16 @@
 mod report;
 mod trace;
 
-use crate::args::{self, BackendName};
+use crate::args::{Place, PlaceArgs};
 use crate::attention::{self, Exact, Recording};
 use crate::error::Result;
 use crate::metrics::Mean;
-use kvsieve::backend::Backend;
 use kvsieve::geometry::LayerShape;
 use kvsieve::policy::schedule::Schedule;
 use kvsieve::recipe::{PositionMode, Recipe};
 use kvsieve::{Budget, KvCache, SequenceId};
 use report::{LayerReport, Numbers, Outcome, Report, Tensors};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Instant;
 use trace::{Recorded, Trace};
 
@@ -51,9 +49,8 @@ pub(crate) struct Args {
     /// How much to keep: 256 (tokens per KV head), 25% (of the prompt) or 64MiB (over all layers).
     #[arg(long)]
     budget: Option<Budget>,
-    /// Where to run.
-    #[arg(long, value_enum, default_value = "cpu")]
-    backend: BackendName,
+    #[command(flatten)]
+    place: PlaceArgs,
     /// Recorded layers to use, by their index in the model; all by default. Others do not exist for the recipe.
     #[arg(long, value_delimiter = ',')]
     layers: Option<Vec<usize>>,
@@ -67,16 +64,16 @@ pub(crate) struct Args {
 
 pub(crate) fn main(args: &Args) -> Result<()> {
     let trace = Trace::read(&args.trace, args.layers.as_deref())?;
-    let backend = args.backend.open()?;
-    let mut cache = args::cache(trace.shape()?, &args.recipe[..], args.budget, &backend)?;
-    let untouched = Untouched::of(&trace, args, &backend)?;
+    let place = args.place.open()?;
+    let mut cache = place.cache(trace.shape()?, &args.recipe[..], args.budget)?;
+    let untouched = Untouched::of(&trace, args, &place)?;
     let outcome = Replay::new(&trace, &mut cache).run(untouched)?;
     outcome.tensors.write(&args.out, &trace)?;
     let report = Report {
         recipe: args.recipe.clone(),
         effective_recipe: cache.recipe().to_string(),
         budget: args.budget.map(|b| b.to_string()),
-        backend: args.backend.name(),
+        backend: args.place.backend.name(),
         total: Numbers::total(&outcome),
         layers: outcome.layers,
     };
@@ -95,10 +92,10 @@ struct Untouched {
 }
 
 impl Untouched {
-    fn of(trace: &Trace, args: &Args, backend: &Arc<dyn Backend>) -> Result<Self> {
+    fn of(trace: &Trace, args: &Args, place: &Place) -> Result<Self> {
         let mut recipe = Recipe::parse(&args.recipe)?;
         recipe.schedule = Schedule::NEVER;
-        let mut cache = args::cache(trace.shape()?, recipe, args.budget, backend)?;
+        let mut cache = place.cache(trace.shape()?, recipe, args.budget)?;
         let mut replay = Replay::new(trace, &mut cache);
         replay.prefill()?;
         let planned = planned(replay.stored()?, &replay.cache.plan(replay.sequence)?);

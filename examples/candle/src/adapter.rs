@@ -9,6 +9,7 @@
 //! host shares its buffers instead of slices.
 
 use candle_core::{CpuStorage, Device, Storage, Tensor};
+use kvsieve::cache::SideInput;
 use kvsieve::geometry::{LayerShape, ModelShape, RotaryLayout, RotaryScaling};
 use kvsieve::view::{Dims, Strides, TensorView, TensorViewMut};
 use kvsieve::{KvCache, SequenceId, Step};
@@ -16,6 +17,7 @@ use kvsieve::{KvCache, SequenceId, Step};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::model::{Attend, Forward, Logits, Model};
+use crate::replay::Repeat;
 use crate::rope::Scaling;
 use crate::timings::Timings;
 
@@ -35,22 +37,31 @@ impl<'a, 'cache> Fused<'a, 'cache> {
 
 impl Attend for Fused<'_, '_> {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let (tokens, heads, _) = q.dims3()?;
-        let value_dim = v.dim(2)?;
-        // candle guards a tensor's storage with a read lock; slices live as long as the guards.
-        let (q_data, k_data, v_data) =
-            (q.storage_and_layout().0, k.storage_and_layout().0, v.storage_and_layout().0);
-        let mut out = vec![0f32; tokens * heads * value_dim];
-        self.step.attend(
-            layer,
-            view(q, &q_data)?,
-            view(k, &k_data)?,
-            view(v, &v_data)?,
-            TensorViewMut::token_major(out.as_mut_slice(), tokens, heads, value_dim)?,
-        )?;
-        // The vector becomes the tensor's storage: no copy.
-        Ok(Tensor::from_vec(out, (tokens, heads * value_dim), &Device::Cpu)?)
+        attended([q, k, v], |[q, k, v], out| self.step.attend(layer, q, k, v, out))
     }
+
+    fn hidden(&mut self, layer: usize, states: &Tensor) -> Result<()> {
+        let states = states.unsqueeze(1)?;
+        let data = states.storage_and_layout().0;
+        Ok(self.step.side_input(layer, SideInput::Hidden(view(&states, &data)?))?)
+    }
+}
+
+/// What `attend` makes of Q, K and V, as the tensor the model goes on with.
+pub(crate) fn attended(
+    [q, k, v]: [&Tensor; 3],
+    attend: impl FnOnce([TensorView<'_>; 3], TensorViewMut<'_>) -> std::result::Result<(), kvsieve::Error>,
+) -> Result<Tensor> {
+    let (tokens, heads, _) = q.dims3()?;
+    let value_dim = v.dim(2)?;
+    // candle guards a tensor's storage with a read lock; slices live as long as the guards.
+    let (q_data, k_data, v_data) =
+        (q.storage_and_layout().0, k.storage_and_layout().0, v.storage_and_layout().0);
+    let mut out = vec![0f32; tokens * heads * value_dim];
+    let views = [view(q, &q_data)?, view(k, &k_data)?, view(v, &v_data)?];
+    attend(views, TensorViewMut::token_major(out.as_mut_slice(), tokens, heads, value_dim)?)?;
+    // The vector becomes the tensor's storage: no copy.
+    Ok(Tensor::from_vec(out, (tokens, heads * value_dim), &Device::Cpu)?)
 }
 
 /// A `(tokens, heads, dim)` tensor as a kvsieve view: its slice, its strides, its offset; nothing is copied.
@@ -95,7 +106,7 @@ impl Model {
             .with_scaling(scaling);
         let mut layer = LayerShape::new(query_heads, kv_heads, key_dim).with_rotary(rotary);
         layer.d_v = value_dim;
-        Ok(ModelShape::uniform(layers, layer)?)
+        Ok(ModelShape::uniform(layers, layer)?.with_fingerprint(self.fingerprint()))
     }
 
     /// Feeds `tokens` to a sequence of `cache`: one step, all layers, committed at the end.
@@ -170,10 +181,22 @@ impl Model {
         if last.is_none() {
             return Err(Error::NoTokens { what: "a prompt" });
         }
-        // Whoever waits for the first token waits for this too: compression, an index, a decomposition.
+        // Whoever waits for the first token waits for this too: a replay, compression, an index, a decomposition.
         let began = std::time::Instant::now();
-        cache.end_prefill(sequence)?;
+        self.end_prompt(cache, sequence, tokens)?;
         timings.total += began.elapsed();
         Ok(Forward { logits: last, timings })
+    }
+
+    /// Tells the cache that the prompt `tokens` is complete, after a replay of it where the recipe wants one: what
+    /// [`Model::prefill`] does at its end.
+    ///
+    /// # Errors
+    /// As [`Model::replay`] and [`KvCache::end_prefill`].
+    pub fn end_prompt(&self, cache: &mut KvCache, sequence: SequenceId, tokens: &[u32]) -> Result<()> {
+        if cache.needs().replay {
+            self.replay(cache, sequence, tokens, &Repeat::default())?;
+        }
+        Ok(cache.end_prefill(sequence)?)
     }
 }

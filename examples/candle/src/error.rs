@@ -82,6 +82,14 @@ pub enum Error {
         /// Vocabulary size.
         vocabulary: usize,
     },
+    /// A layer that is not.
+    #[error("layer {layer} of a model of {layers} layers")]
+    Layer {
+        /// The layer.
+        layer: usize,
+        /// Of the model.
+        layers: usize,
+    },
     /// Nothing to run.
     #[error("no tokens were given: {what} needs at least one")]
     NoTokens {

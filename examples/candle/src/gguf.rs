@@ -14,13 +14,21 @@ use candle_core::quantized::gguf_file::{Content, Value};
 
 use crate::error::{Error, Result};
 
+const FNV_OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
+const FNV_PRIME: u64 = 0x0000_0100_0000_01b3;
+
 /// An open GGUF file.
 #[derive(Debug)]
 pub struct Gguf {
     path: PathBuf,
     content: Content,
     file: BufReader<File>,
+    hash: u64,
 }
+
+/// Of every tensor as many bytes, from its start and its middle, count towards the fingerprint: fine-tuning changes all of them,
+/// and whole files of gigabytes need not be read twice.
+const HASHED: usize = 4096;
 
 impl Gguf {
     /// Opens a file and reads its header and metadata; tensors are read when asked for.
@@ -33,7 +41,7 @@ impl Gguf {
         let mut file = BufReader::with_capacity(1 << 20, file);
         let content = Content::read(&mut file)
             .map_err(|source| Error::Gguf { path: path.clone(), source: Box::new(source) })?;
-        Ok(Self { path, content, file })
+        Ok(Self { path, content, file, hash: FNV_OFFSET })
     }
 
     /// The file.
@@ -58,9 +66,23 @@ impl Gguf {
                 want: want.to_vec(),
             });
         }
-        self.content
-            .tensor(&mut self.file, name, &Device::Cpu)
-            .map_err(|source| Error::Gguf { path: self.path.clone(), source: Box::new(source) })
+        let bad = |source| Error::Gguf { path: self.path.clone(), source: Box::new(source) };
+        let tensor = self.content.tensor(&mut self.file, name, &Device::Cpu).map_err(bad)?;
+        let data = tensor.data().map_err(bad)?;
+        let middle = data.len() / 2;
+        for part in
+            [name.as_bytes(), &data[..data.len().min(HASHED)], &data[middle..data.len().min(middle + HASHED)]]
+        {
+            self.hash =
+                part.iter().fold(self.hash, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(FNV_PRIME));
+        }
+        drop(data);
+        Ok(tensor)
+    }
+
+    /// A number that differs between models, of the tensors read so far (FNV-1a).
+    pub(crate) fn fingerprint(&self) -> u64 {
+        self.hash
     }
 
     pub(crate) fn value(&self, key: &str) -> Option<&Value> {

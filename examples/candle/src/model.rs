@@ -30,6 +30,14 @@ pub trait Attend {
     /// # Errors
     /// Whatever the cache refuses.
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
+
+    /// What the projections of a layer are made of, `(tokens, width)`, before that layer's [`Attend::attend`]. Ignored by default.
+    ///
+    /// # Errors
+    /// Whatever the cache refuses.
+    fn hidden(&mut self, _layer: usize, _states: &Tensor) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Which rows of logits a forward pass computes. A vocabulary row costs as much as a layer, so ask for what you read.
@@ -89,6 +97,7 @@ pub struct Model {
     layers: Vec<Layer>,
     norm: Tensor,
     head: Linear,
+    fingerprint: String,
 }
 
 impl Model {
@@ -152,7 +161,24 @@ impl Model {
                 down,
             });
         }
-        Ok(Self { norm: norm(gguf, "output_norm.weight", width)?, config, embedding, layers, head })
+        let norm = norm(gguf, "output_norm.weight", width)?;
+        let fingerprint = format!("{} {:016x}", config.name, gguf.fingerprint());
+        Ok(Self { norm, config, embedding, layers, head, fingerprint })
+    }
+
+    /// Tells these weights from others, of the same shape too.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// Attention outputs of a layer, `(tokens, query heads * value dim)`, as they are added to the residual stream,
+    /// `(tokens, width)`: what an error of attention comes to.
+    ///
+    /// # Errors
+    /// [`Error::Layer`] for a layer that is not; extents.
+    pub fn project(&self, layer: usize, attended: &Tensor) -> Result<Tensor> {
+        let layers = self.layers.len();
+        self.layers.get(layer).ok_or(Error::Layer { layer, layers })?.output.forward(attended)
     }
 
     /// The hyper-parameters.
@@ -203,6 +229,7 @@ impl Model {
         };
         for (index, layer) in self.layers.iter().enumerate() {
             let normed = candle_nn::ops::rms_norm(&x, &layer.attention_norm, config.rms_epsilon)?;
+            attend.hidden(index, &normed)?;
             let qkv = layer.qkv.forward(&normed)?;
             // Query heads and key heads lie side by side, so one call rotates both.
             angles.rotate(&qkv, config.query_heads + config.kv_heads, config.key_dim)?;

@@ -29,7 +29,12 @@ scorers! {
     streaming,
     knorm,
     random,
+    locret,
+    kvzap,
+    kvzip,
 }
+
+mod network;
 
 /// For scorers that judge a prompt once.
 const PREFILL: Schedule = Schedule { prefill: true, chunk: false, every: None, over: None };

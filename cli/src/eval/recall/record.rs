@@ -3,7 +3,6 @@
 //! *Helps* because the model runs once, whatever is then tried on what it did. *Hurts* memory: four bytes for every
 //! element of the recorded layers, 150 MB for five layers of SmolLM2 and 8,000 tokens.
 
-use crate::args;
 use crate::error::Result;
 use crate::eval::Job;
 use crate::host;
@@ -40,7 +39,7 @@ impl Recording {
         let layers =
             layers.iter().map(|&layer| Layer::new(layer, shape.layer(layer), tokens.len())).collect();
         let mut recording = Self { layers, prompt, tokens: tokens.len() };
-        let mut cache = args::cache(shape, "full", None, &job.backend)?;
+        let mut cache = job.place.cache(shape, "full", None)?;
         let sequence = cache.create_sequence();
         let mut at = 0;
         for tokens in tokens.chunks(job.chunk.min(host::CHUNK)) {

@@ -6,7 +6,7 @@
 
 use super::record::{Layer, Recording};
 use super::tally::Tally;
-use crate::args::{self, Variant};
+use crate::args::Variant;
 use crate::attention::{self, Exact, tokens_of};
 use crate::error::Result;
 use crate::eval::Job;
@@ -81,11 +81,10 @@ impl<'a> Scene<'a> {
 
     /// Feeds everything to a recipe and adds what came of it.
     pub(super) fn run(&self, job: &Job<'_>, variant: &Variant, tally: &mut Tally) -> Result<()> {
-        let mut cache = args::cache(
+        let mut cache = job.place.cache(
             self.shape.clone(),
             &variant.recipe[..],
             variant.budget.map(|budget| self.share(budget)),
-            &job.backend,
         )?;
         let sequence = cache.create_sequence();
         self.prefill(&mut cache, sequence)?;
