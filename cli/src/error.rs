@@ -23,6 +23,9 @@ pub(crate) enum Error {
     /// The model host.
     #[error(transparent)]
     Host(#[from] kvsieve_candle::Error),
+    /// The training of networks.
+    #[error("candle failed in training: {0}")]
+    Training(#[from] candle_core::Error),
 }
 
 pub(crate) type Result<T> = std::result::Result<T, Error>;

@@ -75,15 +75,24 @@ fn find_smollm2() -> Result<PathBuf> {
 pub(crate) fn text(path: Option<&Path>) -> Result<String> {
     let bytes = match path {
         Some(path) => read(path)?,
-        None => python_topics()?,
+        None => python_text(include_str!("../../scripts/pydoc-text.py"))?,
     };
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-fn python_topics() -> Result<Vec<u8>> {
-    let out = std::env::temp_dir().join(format!("kvsieve-topics-{}.txt", std::process::id()));
+/// A text file, or without one docstrings of Python's standard library: a megabyte that the other default text is no part of.
+pub(crate) fn calibration_text(path: Option<&Path>) -> Result<String> {
+    let bytes = match path {
+        Some(path) => read(path)?,
+        None => python_text(include_str!("../../scripts/calibration-text.py"))?,
+    };
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// What a script writes that makes a text.
+fn python_text(script: &str) -> Result<Vec<u8>> {
+    let out = std::env::temp_dir().join(format!("kvsieve-text-{}.txt", std::process::id()));
     let python = std::env::var_os("PYTHON").unwrap_or_else(|| "python3".into());
-    let script = include_str!("../../scripts/pydoc-text.py");
     let outcome = Command::new(&python).arg("-c").arg(script).arg(&out).output();
     let failure = match outcome {
         Ok(output) if output.status.success() => None,

@@ -7,6 +7,7 @@
 
 mod args;
 mod attention;
+mod calibrate;
 mod error;
 mod eval;
 mod host;
@@ -53,6 +54,8 @@ enum Command {
     Run(run::Args),
     /// Measure a recipe on a text: KL to the full cache, same-top-1, NLL; span copy; needles.
     Eval(eval::Args),
+    /// Learn of a model what some recipes go by, as a profile file.
+    Calibrate(calibrate::Args),
 }
 
 fn main() -> ExitCode {
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Command::Replay(args) => replay::main(&args),
         Command::Run(args) => run::main(&args),
         Command::Eval(args) => eval::main(&args),
+        Command::Calibrate(args) => calibrate::main(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
