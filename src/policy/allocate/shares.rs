@@ -78,7 +78,7 @@ mod tests {
     fn what_rounding_left_over_goes_where_it_took_most() {
         assert_eq!(whole(&[1.5, 2.7, 0.8], &[(0, 9); 3], 5), [1, 3, 1]);
         assert_eq!(whole(&[1.5, 1.5, 1.0], &[(0, 9); 3], 4), [2, 1, 1], "the earlier of equals");
-        assert_eq!(whole(&[1.5, 1.5, 1.0], &[(0, 1), (0, 9), (0, 9)], 9), [1, 5, 3]);
+        assert_eq!(whole(&[1.5, 1.5, 1.0], &[(0, 1), (0, 9), (0, 9)], 9), [1, 4, 4]);
     }
 
     #[test]
