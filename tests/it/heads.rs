@@ -178,7 +178,7 @@ fn every_backend_plans_the_same() {
 #[test]
 fn bytes_are_those_of_what_the_classes_keep_and_fall_with_the_share() {
     let shape = small_model(4, 2, 2, 64);
-    let gates: Vec<f32> = (0..8).map(|i| noise(i)).collect();
+    let gates: Vec<f32> = (0..8).map(noise).collect();
     let gates = Part::new("by hand").with("gates", Array::new(vec![4, 2], gates).unwrap());
     let profile = Arc::new(Profile::new(&shape).unwrap().with("duo", gates));
     let tokens = 2048;
