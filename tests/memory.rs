@@ -91,6 +91,46 @@ fn rows_give_way_to_factors() {
     assert!(freed > 2.5 * KEPT && fell >= freed - KEPT, "pages freed {freed:.3e}, RSS fell {fell:.3e}");
 }
 
+/// What streaming heads need not keep goes back; trimmed as the prompt comes in, they never hold it.
+fn streaming_heads_give_back() {
+    use kvsieve::profile::{Array, Part, Profile};
+    let gates = (0..LAYERS * H).map(|i| support::noise(i as u64)).collect();
+    let gates = Part::new("by hand").with("gates", Array::new(vec![LAYERS, H], gates).unwrap());
+    let build = |recipe: &str| {
+        let profile = Profile::new(&shape()).unwrap().with("duo", gates.clone());
+        KvCache::builder(shape()).recipe(recipe).profile(profile).build().unwrap()
+    };
+    let (tokens, chunk, ends, streaming) = (4000, 500, 320, LAYERS * H / 2);
+
+    let mut cache = build("duo+when=prefill");
+    let id = cache.create_sequence();
+    prefill(&mut cache, id, tokens, chunk, |_| ());
+    let (resident_before, rss_before) = (cache.memory().resident, rss());
+    cache.end_prefill(id).unwrap();
+    let (resident_after, rss_after) = (cache.memory().resident, rss());
+    let (freed, fell) = ((resident_before - resident_after) as f64, rss_before as f64 - rss_after as f64);
+    println!(
+        "duo: {resident_before} to {resident_after} bytes; pages freed {freed:.3e}, RSS fell {fell:.3e}"
+    );
+    assert!((fell / freed - 1.0).abs() <= 0.10, "duo: pages freed {freed:.3e}, RSS fell {fell:.3e}");
+    let entry = cache.config().entry_bytes[0];
+    drop(cache);
+
+    let mut cache = build("duo");
+    let id = cache.create_sequence();
+    prefill(&mut cache, id, tokens, chunk, |_| ());
+    cache.end_prefill(id).unwrap();
+    let retrieving = LAYERS * H - streaming;
+    let want = (retrieving * tokens + streaming * ends) * entry;
+    let share = cache.memory().resident as f64 / want as f64;
+    assert!((share - 1.0).abs() <= 0.03, "duo: {} bytes resident, {want} kept", cache.memory().resident);
+    let tail = 64;
+    let allowed = (retrieving * (tokens + tail) + streaming * (ends + chunk + tail)) * entry;
+    let peak = cache.memory().peak;
+    println!("duo: peak {peak} of {allowed} allowed");
+    assert!(peak <= allowed, "duo: peak {peak} above {allowed}");
+}
+
 fn shape() -> ModelShape {
     ModelShape::uniform(LAYERS, LayerShape::new(HQ, H, D)).unwrap()
 }
@@ -116,6 +156,8 @@ fn memory_goes_back_and_the_peak_is_bounded() {
         println!("{recipe}: {share:.4} of full resident; pages freed {freed:.3e}, RSS fell {fell:.3e}");
         assert!((fell / freed - 1.0).abs() <= 0.10, "{recipe}: pages freed {freed:.3e}, RSS fell {fell:.3e}");
     }
+
+    streaming_heads_give_back();
 
     #[cfg(feature = "lowrank")]
     rows_give_way_to_factors();

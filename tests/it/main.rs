@@ -10,6 +10,7 @@ mod factor;
 #[cfg(feature = "gpu")]
 mod gpu;
 mod guard;
+mod heads;
 mod hostile;
 #[cfg(feature = "learned")]
 mod learned;

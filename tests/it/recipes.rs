@@ -54,17 +54,27 @@ fn canonical_forms() {
     // Later terms override earlier ones.
     canonical("snapkv+h2o+k=f16+k=f32+sinks=1+sinks=2", "h2o+sinks=2");
     canonical("adakv+uniform", "snapkv");
+    // Allocators with a scorer, or a schedule, of their own.
+    canonical("duo", "streaming+alloc=duo");
+    canonical("duo(share=0.50)+knorm", "knorm+alloc=duo");
+    canonical("duo+when=every+when=chunk+when=prefill", "streaming+alloc=duo");
+    canonical("duo+when=prefill", "streaming+alloc=duo+when=prefill");
+    canonical("compress_error(most=2)", "compresskv+alloc=compress_error(most=2)");
+    canonical("headkv+compresskv", "compresskv+alloc=headkv");
 }
 
 #[test]
 fn presets_compress_when_their_papers_do() {
     let schedule = |name: &str| Recipe::parse(name).unwrap().schedule;
     let prefill = Schedule { prefill: true, ..Schedule::NEVER };
-    for name in ["snapkv", "knorm", "random", "adakv", "pyramid"] {
+    for name in ["snapkv", "knorm", "random", "adakv", "pyramid", "compresskv", "compress_error", "headkv"] {
         assert_eq!(schedule(name), prefill, "{name}");
     }
     for name in ["streaming", "h2o", "tova", "scissorhands", "h2o+adakv"] {
         assert_eq!(schedule(name), Schedule { over: Some(32), ..prefill }, "{name}");
+    }
+    for name in ["duo", "snapkv+duo", "duo+h2o"] {
+        assert_eq!(schedule(name), Schedule { chunk: true, every: Some(16), ..prefill }, "{name}");
     }
     assert_eq!(schedule("full"), Schedule::NEVER);
     let several = Schedule { prefill: false, chunk: true, every: Some(8), over: Some(0) };
@@ -118,6 +128,8 @@ fn errors_say_where_and_what() {
     fails("snapkv(window=0)", "snapkv: window = 0, must be a whole number from 1 to 65536");
     fails("snapkv(window=-3)", "snapkv: window = -3, must be a whole number from 1 to 65536");
     fails("snapkv(kernel=4)", "snapkv: kernel = 4, must be odd, so that it has a middle");
+    fails("compresskv(kernel=4)", "compresskv: kernel = 4, must be odd, so that it has a middle");
+    fails("duo(share=1.5)", "duo: share = 1.5, must be a number from 0 to 1");
     fails("snapkv(pool=min)", "snapkv: pool = min, must be one of avg, max");
     fails("adakv(safeguard=NaN)", "adakv: safeguard = NaN, must be a number from 0 to 1");
     fails("adakv(safeguard=-0.1)", "adakv: safeguard = -0.1, must be a number from 0 to 1");
@@ -148,7 +160,12 @@ fn errors_say_where_and_what() {
 
 #[test]
 fn conflicts_name_the_option_to_change() {
-    for recipe in ["adakv+positions=renumber", "pyramid+positions=renumber", "positions=renumber+h2o+adakv"] {
+    for recipe in [
+        "adakv+positions=renumber",
+        "pyramid+positions=renumber",
+        "positions=renumber+h2o+adakv",
+        "duo(share=0)+positions=renumber",
+    ] {
         let error = Recipe::parse(recipe).unwrap_err();
         assert!(matches!(error, RecipeError::Conflict { .. }), "{error:?}");
         assert!(error.to_string().contains("alloc=uniform"), "{error}");

@@ -4,6 +4,8 @@
 //! different heads are not comparable (key norms, counts), and where all heads must stay equally long
 //! (renumbered positions): then only `uniform` serves.
 
+mod shares;
+
 use super::registry::Entry;
 use super::{LayerScores, TargetRequest};
 use crate::backend::Backend;
@@ -112,4 +114,7 @@ allocators! {
     pyramid,
     adakv,
     variance,
+    duo,
+    compress_error,
+    headkv,
 }

@@ -12,7 +12,7 @@
 //! *Helps* little: variances of normalised scores differ by hundredths, so budgets do by percents (`sharpness` raises that).
 //! *Hurts* little for the same reason, and rules out renumbered positions.
 
-use super::{Allocator, HeadRequest};
+use super::{Allocator, HeadRequest, shares};
 use crate::error::{PolicyError, RecipeError};
 use crate::policy::allocate::uniform::Uniform;
 use crate::policy::registry::{Arg, Args, Build, Entry};
@@ -100,33 +100,13 @@ fn spread(scores: &LayerScores) -> f32 {
 /// `target · layers` entries by weight, within what every layer must and can keep.
 fn divide(request: &TargetRequest<'_>, weights: &[f64]) -> Vec<usize> {
     let total = request.rows.iter().sum::<usize>().min(request.target * request.layers.len());
-    let bounds = |rows: usize| {
+    let bounds = |&rows: &usize| {
         let least = (rows as f64 * LEAST).max(request.recent.min(request.target).min(rows) as f64);
         (least.min(request.target as f64), rows as f64)
     };
-    let share = |scale: f64| {
-        let each = weights.iter().zip(request.rows);
-        each.map(|(weight, &rows)| {
-            let (least, most) = bounds(rows);
-            (weight * scale).clamp(least.min(most), most)
-        })
-        .collect::<Vec<f64>>()
-    };
-    // The sum grows with the scale, whose logarithm is found by halves; weights go down to exp(−250).
-    let (mut low, mut high) = (-64.0, 320.0);
-    for _ in 0..100 {
-        let middle = f64::midpoint(low, high);
-        let sum: f64 = share(middle.exp()).iter().sum();
-        *(if sum < total as f64 { &mut low } else { &mut high }) = middle;
-    }
-    let shares = share(f64::exp(high));
-    let mut counts: Vec<usize> = shares.iter().map(|&x| x as usize).collect();
-    // What rounding down left over goes to those it took most from, the earlier of equals first.
-    let mut order: Vec<usize> = (0..counts.len()).filter(|&l| counts[l] < request.rows[l]).collect();
-    order.sort_by(|&a, &b| shares[b].fract().total_cmp(&shares[a].fract()).then(a.cmp(&b)));
-    let left = total.saturating_sub(counts.iter().sum());
-    order.iter().take(left).for_each(|&layer| counts[layer] += 1);
-    counts
+    let bounds: Vec<(f64, f64)> = request.rows.iter().map(bounds).collect();
+    let ends: Vec<(usize, usize)> = request.rows.iter().map(|&rows| (0, rows)).collect();
+    shares::whole(&shares::fill(weights, &bounds, total as f64), &ends, total)
 }
 
 #[cfg(test)]

@@ -29,6 +29,7 @@ pub const ENTRY: Entry = Entry {
     needs: "a profile (kvzap); hidden states",
     args: &[
         Arg::count("window", 128, 0, 1 << 20, "last entries that are not judged yet"),
+        Arg::count("sinks", 4, 0, 1 << 20, "first entries that stay"),
         Arg::real(
             "threshold",
             f64::NEG_INFINITY,
@@ -46,7 +47,8 @@ pub const ENTRY: Entry = Entry {
 
 fn build(args: &Args) -> Result<Arc<dyn Scorer>, RecipeError> {
     let threshold = Some(args.real("threshold")? as f32).filter(|threshold| threshold.is_finite());
-    Ok(Arc::new(KvZap { window: args.count("window")?, threshold, networks: None }))
+    let (window, sinks) = (args.count("window")?, args.count("sinks")?);
+    Ok(Arc::new(KvZap { window, sinks, threshold, networks: None }))
 }
 
 /// See the [module](self).
@@ -54,6 +56,8 @@ fn build(args: &Args) -> Result<Arc<dyn Scorer>, RecipeError> {
 pub struct KvZap {
     /// Last entries that are not judged yet.
     pub window: usize,
+    /// First entries that stay.
+    pub sinks: usize,
     /// Predicted log score below which an entry goes.
     pub threshold: Option<f32>,
     networks: Option<Arc<Networks>>,
@@ -97,7 +101,7 @@ impl Scorer for KvZap {
     }
 
     fn protect(&self, _: usize) -> (usize, usize) {
-        (0, self.window)
+        (self.sinks, self.window)
     }
 
     fn score(&self, view: &LayerView<'_>) -> Result<LayerScores, PolicyError> {

@@ -37,13 +37,14 @@ pub const ENTRY: Entry = Entry {
             "share of the budget that the last entries take whatever their score",
         ),
         Arg::count("local", 32, 0, 1 << 20, "last entries that stay whatever their score, at least"),
+        Arg::count("sinks", 4, 0, 1 << 20, "first entries that stay"),
     ],
     build: Build::Score { schedule: Schedule { prefill: true, chunk: true, every: None, over: None }, build },
 };
 
 fn build(args: &Args) -> Result<Arc<dyn Scorer>, RecipeError> {
     let (stabilizers, local) = (args.real("stabilizers")?, args.count("local")?);
-    Ok(Arc::new(Locret { stabilizers, local, networks: None }))
+    Ok(Arc::new(Locret { stabilizers, local, sinks: args.count("sinks")?, networks: None }))
 }
 
 /// See the [module](self).
@@ -53,6 +54,8 @@ pub struct Locret {
     pub stabilizers: f64,
     /// Last entries that stay, at least.
     pub local: usize,
+    /// First entries that stay.
+    pub sinks: usize,
     networks: Option<Arc<Networks>>,
 }
 
@@ -95,7 +98,7 @@ impl Scorer for Locret {
 
     fn protect(&self, target: usize) -> (usize, usize) {
         // `usize::MAX` is no budget: then nothing is dropped.
-        (0, self.local.max((self.stabilizers * target as f64) as usize))
+        (self.sinks, self.local.max((self.stabilizers * target as f64) as usize))
     }
 
     fn score(&self, view: &LayerView<'_>) -> Result<LayerScores, PolicyError> {

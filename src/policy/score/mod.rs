@@ -6,6 +6,7 @@
 use super::registry::{Args, Entry};
 use super::schedule::Schedule;
 use super::{LayerScores, LayerView};
+use crate::device::HeadRows;
 use crate::error::{PolicyError, RecipeError};
 use crate::kernel::window_scores::{WindowArgs, WindowReduce};
 use crate::kernel::{AttentionParams, total_rows};
@@ -29,6 +30,7 @@ scorers! {
     streaming,
     knorm,
     random,
+    compresskv,
     locret,
     kvzap,
     kvzip,
@@ -89,6 +91,31 @@ pub(crate) fn window_sums<'a>(
     let reduce = WindowReduce::Sum;
     let mut args = WindowArgs { heads: view.heads, queries: &queries, positions, reduce, out: &mut out };
     view.backend.window_scores(&AttentionParams::of(view.shape), &mut args)?;
+    Ok((out, positions))
+}
+
+/// As [`window_sums`], of some query heads only: a row over the entries of its KV head for each.
+fn window_sums_of<'a>(
+    policy: &str,
+    view: &LayerView<'a>,
+    count: usize,
+    query_heads: &[usize],
+) -> Result<(Vec<f32>, &'a [i32]), PolicyError> {
+    let (queries, positions) = last_queries(policy, view, count)?;
+    let params = AttentionParams::of(view.shape);
+    // Each of them as a KV head of its own: no other query head of its group is computed.
+    let of = |&head: &usize| view.heads[head / params.group].clone();
+    let heads: Vec<HeadRows> = query_heads.iter().map(of).collect();
+    let row = positions.len() * view.shape.d_k;
+    let queries: Vec<f32> =
+        query_heads.iter().flat_map(|&head| queries[head * row..(head + 1) * row].iter().copied()).collect();
+    let sinks: Option<Vec<f32>> =
+        params.sink_logits.map(|logits| query_heads.iter().map(|&head| logits[head]).collect());
+    let params = AttentionParams { group: 1, sink_logits: sinks.as_deref(), ..params };
+    let mut out = vec![0.0; total_rows(&heads)];
+    let reduce = WindowReduce::Sum;
+    let mut args = WindowArgs { heads: &heads, queries: &queries, positions, reduce, out: &mut out };
+    view.backend.window_scores(&params, &mut args)?;
     Ok((out, positions))
 }
 
