@@ -316,7 +316,7 @@ impl KvCache {
 
     /// What the policy measures of each participating layer, once: of layers that were given budgets it would see what these
     /// left.
-    fn measures(&self, id: SequenceId) -> Result<Vec<f32>, Error> {
+    fn measures(&self, id: SequenceId) -> Result<Vec<Vec<f32>>, Error> {
         let sequence = self.sequence(id)?;
         if !self.recipe.policy.measures() || !sequence.measures.is_empty() {
             return Ok(sequence.measures.clone());
@@ -336,7 +336,7 @@ impl KvCache {
     }
 
     /// Entries per KV head that each participating layer is to keep now.
-    fn targets(&self, sequence: &Sequence, measures: &[f32]) -> Vec<(usize, usize)> {
+    fn targets(&self, sequence: &Sequence, measures: &[Vec<f32>]) -> Vec<(usize, usize)> {
         let layers: Vec<usize> = (0..self.shape.layers()).filter(|&l| self.participates(l)).collect();
         let rows: Vec<usize> = layers.iter().map(|&l| mean_rows(&sequence.layers[l])).collect();
         let Some(target) = self.target_per_head(sequence, &layers) else {

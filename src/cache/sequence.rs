@@ -143,7 +143,7 @@ pub(super) struct Sequence {
     pub(super) queries: Vec<QueryLog>,
     pub(super) counters: Vec<LayerCounters>,
     /// What the policy measured of each layer that takes part, before the first compression.
-    pub(super) measures: Vec<f32>,
+    pub(super) measures: Vec<Vec<f32>>,
     /// What the last plan of each layer wanted remembered.
     pub(super) remembered: Vec<Vec<f32>>,
     /// What the end of the prompt made of an index that calibrates.

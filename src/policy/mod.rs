@@ -314,7 +314,7 @@ pub struct TargetRequest<'a> {
     /// Of these, entries protected as recent.
     pub recent: usize,
     /// What [`Policy::measure`] gave for each of these layers; empty if nothing was measured.
-    pub measures: &'a [f32],
+    pub measures: &'a [Vec<f32>],
 }
 
 /// The large door: anything that returns a plan.
@@ -395,12 +395,12 @@ pub trait Policy: Debug + Send + Sync {
         false
     }
 
-    /// A number that [`Policy::layer_targets`] goes by, measured before the first compression; asked for where
+    /// Numbers that [`Policy::layer_targets`] goes by, measured before the first compression; asked for where
     /// [`Policy::measures`] says so. None by default.
     ///
     /// # Errors
     /// [`PolicyError`].
-    fn measure(&self, _view: &LayerView<'_>) -> Result<Option<f32>, PolicyError> {
+    fn measure(&self, _view: &LayerView<'_>) -> Result<Option<Vec<f32>>, PolicyError> {
         Ok(None)
     }
 

@@ -179,7 +179,7 @@ impl Policy for Staged {
         self.allocator.measure().is_some()
     }
 
-    fn measure(&self, view: &LayerView<'_>) -> Result<Option<f32>, PolicyError> {
+    fn measure(&self, view: &LayerView<'_>) -> Result<Option<Vec<f32>>, PolicyError> {
         let Some(measure) = self.allocator.measure() else { return Ok(None) };
         let scores = self.scorer.score(view)?;
         select::check_scores(&self.name, view, &scores)?;

@@ -81,8 +81,8 @@ pub trait Allocator: Debug + Send + Sync {
         true
     }
 
-    /// A number that layer budgets go by, made of a layer's scores without its protected entries. None by default.
-    fn measure(&self) -> Option<fn(&LayerScores) -> f32> {
+    /// Numbers that layer budgets go by, made of a layer's scores without its protected entries. None by default.
+    fn measure(&self) -> Option<fn(&LayerScores) -> Vec<f32>> {
         None
     }
 
@@ -117,4 +117,5 @@ allocators! {
     duo,
     compress_error,
     headkv,
+    global,
 }

@@ -58,8 +58,8 @@ impl Allocator for Variance {
         false
     }
 
-    fn measure(&self) -> Option<fn(&LayerScores) -> f32> {
-        Some(spread)
+    fn measure(&self) -> Option<fn(&LayerScores) -> Vec<f32>> {
+        Some(|scores| vec![spread(scores)])
     }
 
     fn layer_targets(&self, request: &TargetRequest<'_>) -> Vec<usize> {
@@ -67,9 +67,10 @@ impl Allocator for Variance {
         if request.measures.len() != layers || request.rows.iter().all(|&rows| rows <= request.target) {
             return vec![request.target; layers];
         }
-        let least = request.measures.iter().fold(f32::INFINITY, |a, &b| a.min(b));
+        let spreads: Vec<f32> = request.measures.iter().flatten().copied().collect();
+        let least = spreads.iter().fold(f32::INFINITY, |a, &b| a.min(b));
         let weight = |&x: &f32| (-self.sharpness * f64::from(x - least)).exp();
-        let weights: Vec<f64> = request.measures.iter().map(weight).collect();
+        let weights: Vec<f64> = spreads.iter().map(weight).collect();
         divide(request, &weights)
     }
 
@@ -116,7 +117,8 @@ mod tests {
 
     fn targets(rows: &[usize], target: usize, recent: usize, measures: &[f32], sharpness: f64) -> Vec<usize> {
         let layers: Vec<usize> = (0..rows.len()).collect();
-        let request = TargetRequest { layers: &layers, rows, target, recent, measures };
+        let measures: Vec<Vec<f32>> = measures.iter().map(|spread| vec![*spread]).collect();
+        let request = TargetRequest { layers: &layers, rows, target, recent, measures: &measures };
         Variance { sharpness }.layer_targets(&request)
     }
 
