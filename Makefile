@@ -6,7 +6,7 @@ FLAGS ?=
 export DOCUMENT QUESTION
 
 .DEFAULT_GOAL := help
-.PHONY: demo test bench bench-peers fmt lint docs clean help
+.PHONY: demo test profiles bench bench-peers fmt lint docs clean help
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ demo: ## Compare cache policies on a real model and a real document (DOCUMENT=fi
 
 test: ## Everything that must pass: format, lints, tests, GPU conformance, docs, host and program
 	@scripts/test.sh
+
+profiles: ## Learn of the demo's model what kvzap, locret, duo, compresskv and others go by (FLAGS="--samples 8")
+	@scripts/profiles.sh $(FLAGS)
 
 bench: ## Time the kernels and the decode step on this machine
 	cargo bench --features testing

@@ -1,4 +1,4 @@
-//! The `kvsieve` program: list the policies, replay a recorded trace, run a real model, evaluate.
+//! The `kvsieve` program: list the policies, replay a recorded trace, run a real model, evaluate, learn of a model.
 //!
 //! *Helps* to see what a policy does before embedding the library: on one recorded layer (`replay`), on one document
 //! (`run`), or over a text (`eval`). *Hurts* as a server or a chat program: one sequence, one process, no history.
@@ -29,6 +29,8 @@ Examples:
       a real model on your document: answer, memory and speed, beside the full cache
   kvsieve eval --recipe snapkv,streaming --budget 50%,25%,10% --figure kl.svg
       how far each recipe moves the model's predictions, and for how many bytes
+  kvsieve calibrate --out models/smollm2.profile.safetensors
+      what recipes go by that learned the model (kvzap, locret, duo, …); see --profile of run and eval
   kvsieve replay --trace trace.safetensors --recipe snapkv --budget 25% --out out.safetensors
       recorded Q, K and V through one recipe: what was kept and how wrong attention became
 

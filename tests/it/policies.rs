@@ -200,7 +200,9 @@ proptest! {
             for (head, len) in [a, b].into_iter().enumerate() {
                 for slot in (0..len).filter(|&s| protected(head, s)) {
                     // The scorer's own protection, or that of a class of heads, may push recent ones out; sinks always stay.
-                    let own = policy.protected().1 > recent
+                    let (own_sinks, own_recent) = policy.protected();
+                    let own = own_sinks > sinks
+                        || own_recent > recent
                         || !fills
                         || name.starts_with("h2o")
                         || name.starts_with("streaming");

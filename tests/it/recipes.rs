@@ -238,7 +238,10 @@ fn very_long_recipes_are_refused_shortly() {
 fn argument(arg: Arg) -> BoxedStrategy<String> {
     match arg.accepts {
         Accepts::Count { min, max } => (min..=max).prop_map(move |n| format!("{}={n}", arg.name)).boxed(),
-        Accepts::Real { min, max } => (min..=max).prop_map(move |x| format!("{}={x}", arg.name)).boxed(),
+        // What has no bound is drawn from a range that has one.
+        Accepts::Real { min, max } => {
+            (min.max(-1e9)..=max.min(1e9)).prop_map(move |x| format!("{}={x}", arg.name)).boxed()
+        }
         Accepts::Word(words) => {
             prop::sample::select(words).prop_map(move |w| format!("{}={w}", arg.name)).boxed()
         }

@@ -77,7 +77,7 @@ pub(crate) struct Args {
     #[arg(long, value_enum, value_delimiter = ',', default_value = "duo,heads,errors,kvzap,locret")]
     parts: Vec<PartName>,
     /// Samples, at equal strides through the text.
-    #[arg(long, default_value_t = 24)]
+    #[arg(long, default_value_t = 16)]
     samples: usize,
     /// Tokens of a sample, each read twice.
     #[arg(long, default_value_t = 1024)]

@@ -7,8 +7,9 @@ use std::path::PathBuf;
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
+use kvsieve::profile::Profile;
 use kvsieve::{Budget, Cpu, KvCache};
-use kvsieve_candle::{Error, Forward, Logits, Model, Sampler, Sampling, Stock, Weights};
+use kvsieve_candle::{Error, Forward, Logits, Model, Repeat, Sampler, Sampling, Stock, Weights};
 
 const VOCABULARY: usize = 96;
 const WIDTH: usize = 64;
@@ -287,4 +288,84 @@ fn the_shape_tells_the_library_our_rotation() {
         }
         assert_eq!((shape.layers(), shape.layer(0).group()), (2, 2));
     }
+}
+
+fn profile(model: &Model) -> Profile {
+    kvsieve::testing::profile(&model.shape().unwrap(), WIDTH, 7).unwrap()
+}
+
+fn learned_cache(model: &Model, recipe: &str) -> KvCache {
+    let builder = KvCache::builder(model.shape().unwrap()).recipe(recipe).budget(Budget::Tokens(24));
+    builder.profile(profile(model)).backend(Cpu::default()).build().unwrap()
+}
+
+#[test]
+fn the_model_repeats_the_prompt_for_recipes_that_ask_for_it() {
+    let model = load("replay", PLAIN);
+    let text = tokens(90);
+    let mut cache = learned_cache(&model, "kvzip");
+    let sequence = cache.create_sequence();
+    let after = model.prefill(&mut cache, sequence, &text, 40, &mut |_| ()).unwrap();
+    // The logits are those of the prompt, not of its repetition.
+    let mut stock = Stock::new(&model);
+    assert_close(&after, &model.forward_stock(&mut stock, &text, Logits::Last).unwrap());
+    assert_eq!(cache.next_position(sequence).unwrap().0, 90);
+    assert!(cache.stored(sequence, 1).unwrap().iter().all(|rows| rows.0 == 24));
+
+    // Parts shorter than the prompt, behind a request: every entry is scored.
+    let mut cache = learned_cache(&model, "kvzip+when=never");
+    let sequence = cache.create_sequence();
+    model.forward(&mut cache, sequence, &text, Logits::None).unwrap();
+    let repeat = Repeat { part: 32, overlap: 8, ask: vec![1, 2, 3] };
+    model.replay(&mut cache, sequence, &text, &repeat).unwrap();
+    let scores = cache.scores(sequence, 0).unwrap().unwrap().values;
+    assert!(scores.len() == 180 && scores.iter().all(|score| *score > 0.0 && *score <= 1.0));
+    // There must be room for a part and its repetition.
+    let long = tokens(300);
+    let sequence = cache.create_sequence();
+    model.forward(&mut cache, sequence, &long, Logits::None).unwrap();
+    let error = model.replay(&mut cache, sequence, &long, &Repeat::default()).unwrap_err();
+    assert!(matches!(error, Error::Context { end: 600, context: 512 }), "{error}");
+    assert_eq!(cache.next_position(sequence).unwrap().0, 300, "nothing of it stays");
+}
+
+#[test]
+fn hidden_states_reach_the_policy() {
+    let model = load("hidden", PLAIN);
+    let text = tokens(80);
+    let scores = |recipe: &str, chunk: usize| {
+        let mut cache = learned_cache(&model, recipe);
+        let sequence = cache.create_sequence();
+        for tokens in text.chunks(chunk) {
+            model.forward(&mut cache, sequence, tokens, Logits::None).unwrap();
+        }
+        let scores = |layer| cache.scores(sequence, layer).unwrap().unwrap().values;
+        (0..2).map(scores).collect::<Vec<_>>()
+    };
+    for recipe in ["kvzap+when=never", "locret+when=never"] {
+        let (whole, parts) = (scores(recipe, 80), scores(recipe, 7));
+        assert!(whole[0] != whole[1] && whole[0].iter().any(|score| *score != whole[0][0]), "{recipe}");
+        for (a, b) in whole.iter().flatten().zip(parts.iter().flatten()) {
+            assert!((a - b).abs() < 1e-3 * (1.0 + a.abs()), "{recipe}: {a} {b}");
+        }
+    }
+    let mut cache = learned_cache(&model, "kvzap(window=4)");
+    let sequence = cache.create_sequence();
+    model.prefill(&mut cache, sequence, &text, 32, &mut |_| ()).unwrap();
+    assert!(cache.stored(sequence, 0).unwrap().iter().all(|rows| rows.0 == 24));
+}
+
+#[test]
+fn a_profile_knows_the_model_it_was_made_for() {
+    let model = load("fingerprint", PLAIN);
+    let again = load("fingerprint-again", PLAIN);
+    assert_eq!(model.fingerprint(), again.fingerprint(), "the file's name does not count");
+    // The same geometry, other weights: an output matrix of its own.
+    let other = load("fingerprint-other", Tiny { tied: false, ..PLAIN });
+    let builder = KvCache::builder(other.shape().unwrap()).recipe("kvzap").budget(Budget::Tokens(24));
+    let error = builder.profile(profile(&model)).build().unwrap_err().to_string();
+    assert!(error.contains(model.fingerprint()) && error.contains(other.fingerprint()), "{error}");
+    let states = Tensor::ones((3, HEADS * 16), candle_core::DType::F32, &Device::Cpu).unwrap();
+    assert_eq!(model.project(1, &states).unwrap().dims(), [3, WIDTH]);
+    assert!(matches!(model.project(2, &states), Err(Error::Layer { layer: 2, layers: 2 })));
 }

@@ -28,7 +28,13 @@ pub const ENTRY: Entry = Entry {
     source: "NVIDIA kvpress, KVzapPress and DMSPress",
     needs: "a profile (kvzap); hidden states",
     args: &[
-        Arg::count("window", 128, 0, 1 << 20, "last entries that are not judged yet"),
+        Arg::count(
+            "window",
+            128,
+            0,
+            1 << 20,
+            "last entries that are not judged yet; at most half of a budget",
+        ),
         Arg::count("sinks", 4, 0, 1 << 20, "first entries that stay"),
         Arg::real(
             "threshold",
@@ -54,7 +60,7 @@ fn build(args: &Args) -> Result<Arc<dyn Scorer>, RecipeError> {
 /// See the [module](self).
 #[derive(Clone, Debug)]
 pub struct KvZap {
-    /// Last entries that are not judged yet.
+    /// Last entries that are not judged yet, at most half of a budget.
     pub window: usize,
     /// First entries that stay.
     pub sinks: usize,
@@ -100,8 +106,9 @@ impl Scorer for KvZap {
         self.threshold
     }
 
-    fn protect(&self, _: usize) -> (usize, usize) {
-        (self.sinks, self.window)
+    fn protect(&self, target: usize) -> (usize, usize) {
+        // A window that fills the budget would leave nothing to judge.
+        (self.sinks, self.window.min(target / 2))
     }
 
     fn score(&self, view: &LayerView<'_>) -> Result<LayerScores, PolicyError> {
