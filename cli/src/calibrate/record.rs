@@ -48,7 +48,7 @@ impl Recording {
         };
         let shape = host.model.shape()?;
         let mut recording = Self {
-            sums: shape.iter().map(|layer| LayerSums::new(layer)).collect(),
+            sums: shape.iter().map(LayerSums::new).collect(),
             layers: shape.iter().map(|_| Examples::default()).collect(),
             tokens: Tokens { samples, each: tokens },
         };

@@ -2,7 +2,7 @@
 //!
 //! A vector of weights serves up to eight rows while it is in a register, and a block of weights all rows of a block while it
 //! is in the second cache level; a single row streams the weights, sixteen of their rows side by side. Inputs are cut at
-//! multiples of [`DEPTH`], so that rows of a block stay in the first level. Every element is summed in the same order
+//! multiples of `DEPTH`, so that rows of a block stay in the first level. Every element is summed in the same order
 //! wherever it lies: a row has the same bits alone and among others, on any number of threads. *Helps* because the weights are
 //! read as they are stored, without a transposed copy. *Hurts* many rows of few inputs, where folding the vectors of partial
 //! sums is much of the work.
