@@ -342,7 +342,7 @@ fn hidden_states_reach_the_policy() {
         let scores = |layer| cache.scores(sequence, layer).unwrap().unwrap().values;
         (0..2).map(scores).collect::<Vec<_>>()
     };
-    for recipe in ["kvzap+when=never", "locret+when=never"] {
+    for recipe in ["kvzap+when=never", "locret(local=4)+when=never"] {
         let (whole, parts) = (scores(recipe, 80), scores(recipe, 7));
         assert!(whole[0] != whole[1] && whole[0].iter().any(|score| *score != whole[0][0]), "{recipe}");
         for (a, b) in whole.iter().flatten().zip(parts.iter().flatten()) {
