@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Learn of SmolLM2 what some policies go by, into models/smollm2.profile.safetensors: about ten minutes on two cores.
+# Learn of SmolLM2 what some policies go by, into models/smollm2.profile.safetensors: about six minutes on two cores.
 #
 #   scripts/profiles.sh [options of `kvsieve calibrate`]
 #

@@ -196,8 +196,10 @@ impl CacheBuilder {
         cache.storage = (0..cache.shape.layers())
             .map(|layer| {
                 let heads = 0..cache.shape.layer(layer).kv_heads;
-                let of =
-                    |head| head_storage(&cache.shape, &cache.recipe, (layer, head), cache.layout_of(layer));
+                let of = |head| {
+                    let recipe = (&cache.recipe, cache.budget);
+                    head_storage(&cache.shape, recipe, (layer, head), cache.layout_of(layer))
+                };
                 heads.map(of).collect()
             })
             .collect();
@@ -273,7 +275,7 @@ fn needs(recipe: &Recipe) -> crate::policy::Needs {
 /// entries or as many as pages of exact ones hold.
 pub(super) fn head_storage(
     model: &ModelShape,
-    recipe: &Recipe,
+    (recipe, budget): (&Recipe, Option<Budget>),
     (layer, head): (usize, usize),
     layout: impl Fn(Option<usize>, (Encoding, Encoding)) -> PageLayout,
 ) -> Storage {
@@ -281,7 +283,9 @@ pub(super) fn head_storage(
     let precision = recipe.precision.head((layer, model.layers()), (head, shape.kv_heads), shape.group());
     let Exact { sinks, tail, .. } = recipe.precision.exact;
     // Exact rows that wait to be factored leave page by page.
-    let stays = !recipe.policy.compresses() && shape.window.is_none() && recipe.low_rank.is_none();
+    let limited = budget.is_some() && recipe.policy.compresses();
+    let stays =
+        !limited && recipe.policy.stays(layer, head) && shape.window.is_none() && recipe.low_rank.is_none();
     let exact = layout(None, (precision.exact.0.into(), precision.exact.1.into()));
     let exact = PageLayout { steady: stays && !precision.packs(), ..exact };
     let packed = || layout(Some(PACK_ENTRIES), (precision.k, precision.v));

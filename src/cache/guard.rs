@@ -180,7 +180,8 @@ impl KvCache {
         let (k, v) = (Some(upgraded.0), Some(upgraded.1));
         self.recipe.precision.add(Rule { layers: only(layer), heads: only(head), group: 1, k, v });
         let layout = self.layout_of(layer);
-        self.storage[layer][head] = head_storage(&self.shape, &self.recipe, (layer, head), layout);
+        self.storage[layer][head] =
+            head_storage(&self.shape, (&self.recipe, self.budget), (layer, head), layout);
         Some(upgraded)
     }
 

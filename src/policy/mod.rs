@@ -368,6 +368,11 @@ pub trait Policy: Debug + Send + Sync {
         true
     }
 
+    /// Whether a KV head's entries all stay where the cache has no budget: their pages then lie as storage that stays does.
+    fn stays(&self, _layer: usize, _head: usize) -> bool {
+        !self.compresses()
+    }
+
     /// Whether it must be told how much to keep. A policy that need not be is given `usize::MAX` as the target where the
     /// cache has no budget.
     fn needs_budget(&self) -> bool {

@@ -163,6 +163,10 @@ impl Policy for Staged {
         self.scorer.rate(tokens, scratch, out)
     }
 
+    fn stays(&self, layer: usize, head: usize) -> bool {
+        self.scorer.threshold().is_none() && self.allocator.ends(layer, head).is_none()
+    }
+
     fn needs_budget(&self) -> bool {
         self.allocator.needs_budget() && self.scorer.threshold().is_none()
     }
