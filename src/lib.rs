@@ -36,7 +36,7 @@
 //! # Features
 //!
 //! - `lowrank` (on by default): truncated singular value decompositions (`factor`), by [faer](https://docs.rs/faer).
-//! - `learned` (on by default): learned caches from files (`learned`), read by [safetensors](https://docs.rs/safetensors).
+//! - `learned` (on by default): learned caches and profiles from files (`learned`), read by [safetensors](https://docs.rs/safetensors).
 //! - `gpu` (off by default): the GPU backend, WGSL compute shaders through [wgpu](https://docs.rs/wgpu). Off because wgpu is most of the
 //!   dependency tree.
 //! - `testing` (off by default): the conformance suite of kernels and the fixtures of policies, for backends
@@ -47,7 +47,8 @@
 //! [`cache`] is what hosts call; [`policy`] and [`recipe`] decide what stays, [`index`] what a query reads; [`store`]
 //! changes pages;
 //! `factor` decomposes rows of many tokens into factors of low rank;
-//! `learned` reads caches that were trained instead of computed;
+//! [`profile`] holds numbers learned of a model, which some policies go by;
+//! `learned` reads them, and caches that were trained instead of computed;
 //! [`kernel`] holds the numeric kernels, each with a scalar reference; [`backend`] runs them on CPU and GPU;
 //! [`device`] talks to the system.
 

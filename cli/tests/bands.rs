@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
 
+mod support;
+
 use serde_json::Value;
 use std::path::Path;
 use std::process::Command;
@@ -18,15 +20,7 @@ const TOP1_BAND: f64 = 2.0 / 128.0;
 
 #[test]
 fn three_policies_stay_in_their_bands() {
-    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/SmolLM2-135M-Instruct.Q4_1.gguf");
-    if !model.exists() {
-        assert!(
-            std::env::var_os("KVSIEVE_ALLOW_MISSING_MODEL").is_some(),
-            "no model: run scripts/fetch-model.sh (KVSIEVE_ALLOW_MISSING_MODEL=1 goes on without it)"
-        );
-        eprintln!("NOT CHECKED: quality bands, for want of the model");
-        return;
-    }
+    let Some(model) = support::model("quality bands") else { return };
     let recipes = RECORDED.iter().map(|r| r.0).collect::<Vec<_>>().join(",");
     let output = Command::new(env!("CARGO_BIN_EXE_kvsieve"))
         .args(["eval", "--recipe", &recipes, "--budget", "25%", "--prompt-tokens", "512"])

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
 
+mod support;
+
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -292,19 +294,8 @@ fn eval_and_run_refuse_before_they_load_a_model() {
     assert!(failure(&["run", "--model", "nowhere.gguf", "--budget", "25%"]).contains("nowhere.gguf"));
 }
 
-/// The model, or `None` only if its absence was excused.
 fn model() -> Option<String> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/SmolLM2-135M-Instruct.Q4_1.gguf");
-    if path.exists() {
-        return Some(path.to_str().unwrap().to_owned());
-    }
-    let excused = std::env::var("KVSIEVE_ALLOW_MISSING_MODEL").is_ok_and(|value| value == "1");
-    assert!(
-        excused,
-        "the model is missing: run scripts/fetch-model.sh, or set KVSIEVE_ALLOW_MISSING_MODEL=1"
-    );
-    eprintln!("NOT CHECKED: the model is missing and KVSIEVE_ALLOW_MISSING_MODEL=1");
-    None
+    Some(support::model("the program on a real model")?.to_str().unwrap().to_owned())
 }
 
 /// Prose that is at hand: this repository's own.

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
 
+mod support;
+
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -30,17 +32,8 @@ fn failure(args: &[&str]) -> String {
 
 /// Prose that is at hand, and the model; `None` only if the model's absence was excused.
 fn inputs() -> Option<(PathBuf, PathBuf)> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let model = root.join("models/SmolLM2-135M-Instruct.Q4_1.gguf");
-    if !model.exists() {
-        assert!(
-            std::env::var_os("KVSIEVE_ALLOW_MISSING_MODEL").is_some(),
-            "no model: run scripts/fetch-model.sh (KVSIEVE_ALLOW_MISSING_MODEL=1 goes on without it)"
-        );
-        eprintln!("NOT CHECKED: recall, for want of the model");
-        return None;
-    }
-    Some((model, root.join("docs/architecture.md")))
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/architecture.md");
+    Some((support::model("recall")?, text))
 }
 
 #[track_caller]

@@ -3,7 +3,7 @@
 //! A text is cut into samples. The model reads each of them twice in one pass: the second time it repeats the first, and what
 //! its queries look at then is what everything is made of. Nothing flows back through the model.
 //!
-//! *Helps* with any GGUF model that the host runs: what others publish is for a handful of models. *Hurts* by half an hour on
+//! *Helps* with any GGUF model that the host runs: what others publish is for a handful of models. *Hurts* by some minutes on
 //! two cores for a small model; what it makes is as good as the text is like what the model will read.
 
 mod measure;

@@ -189,13 +189,15 @@ impl Model {
     }
 
     /// Tells the cache that the prompt `tokens` is complete, after a replay of it where the recipe wants one: what
-    /// [`Model::prefill`] does at its end.
+    /// [`Model::prefill`] does at its end. Parts of the replay are shorter where the context has no room for longer ones.
     ///
     /// # Errors
     /// As [`Model::replay`] and [`KvCache::end_prefill`].
     pub fn end_prompt(&self, cache: &mut KvCache, sequence: SequenceId, tokens: &[u32]) -> Result<()> {
         if cache.needs().replay {
-            self.replay(cache, sequence, tokens, &Repeat::default())?;
+            let end = usize::try_from(cache.next_position(sequence)?.0).unwrap_or(0);
+            let room = self.config().context.saturating_sub(end);
+            self.replay(cache, sequence, tokens, &Repeat::default().within(room))?;
         }
         Ok(cache.end_prefill(sequence)?)
     }

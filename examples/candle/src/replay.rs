@@ -29,6 +29,19 @@ impl Default for Repeat {
     }
 }
 
+/// Shorter parts would repeat little and cost a pass each: a context that has no room for them is an error.
+const SHORTEST: usize = 64;
+
+impl Repeat {
+    /// The same in parts that leave no more than `room` positions behind the context used.
+    #[must_use]
+    pub fn within(mut self, room: usize) -> Self {
+        let part = room.saturating_sub(self.overlap + self.ask.len()).max(SHORTEST);
+        self.part = self.part.min(part);
+        self
+    }
+}
+
 /// Answers the model's attention hook from a replay.
 struct Repeating<'a, 'cache>(&'a mut Replay<'cache>);
 

@@ -327,6 +327,13 @@ fn the_model_repeats_the_prompt_for_recipes_that_ask_for_it() {
     let error = model.replay(&mut cache, sequence, &long, &Repeat::default()).unwrap_err();
     assert!(matches!(error, Error::Context { end: 600, context: 512 }), "{error}");
     assert_eq!(cache.next_position(sequence).unwrap().0, 300, "nothing of it stays");
+    assert_eq!(Repeat::default().within(212).part, 204);
+    model.end_prompt(&mut cache, sequence, &long).unwrap();
+    assert!(cache.scores(sequence, 1).unwrap().unwrap().values.iter().all(|score| *score > 0.0));
+    // Not even the shortest part fits.
+    let sequence = cache.create_sequence();
+    model.forward(&mut cache, sequence, &tokens(480), Logits::None).unwrap();
+    assert!(matches!(model.end_prompt(&mut cache, sequence, &tokens(480)), Err(Error::Context { .. })));
 }
 
 #[test]
