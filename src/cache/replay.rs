@@ -96,9 +96,33 @@ impl Replay<'_> {
         out: TensorViewMut<'_>,
     ) -> Result<(), Error> {
         self.step.attend(layer, q, k, v, out)?;
-        if self.step.cache.participates(layer) {
-            self.best[layer] = self.weigh(layer)?;
+        self.join(layer)
+    }
+
+    /// As [`Step::attend_stored`], for layers that share another's cache: entries remember the higher weight of both.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn attend_stored(
+        &mut self,
+        layer: usize,
+        q: TensorView<'_>,
+        out: TensorViewMut<'_>,
+    ) -> Result<(), Error> {
+        self.step.attend_stored(layer, q, out)?;
+        self.join(layer)
+    }
+
+    /// What the queries of a layer pay joins what others paid the same entries.
+    fn join(&mut self, layer: usize) -> Result<(), Error> {
+        let owner = self.step.cache.shape.owner(layer);
+        if !self.step.cache.participates(owner) {
+            return Ok(());
         }
+        let paid = self.weigh(layer)?;
+        let best = &mut self.best[owner];
+        best.resize(paid.len(), 0.0);
+        best.iter_mut().zip(paid).for_each(|(best, paid)| *best = best.max(paid));
         Ok(())
     }
 
@@ -108,7 +132,7 @@ impl Replay<'_> {
         let shape = cache.shape.layer(layer);
         let (tokens, start, d_k) = (self.tokens(), self.start().0, shape.d_k);
         let counted = |position: i32| position < SINKS || self.part.contains(&position) || position >= start;
-        let whole = &cache.sequence(self.id)?.layers[layer];
+        let whole = &cache.sequence(self.id)?.layers[cache.shape.owner(layer)];
         let heads: Vec<HeadRows> = whole.iter().map(|head| meeting(head, counted)).collect();
         let mut judged: Vec<Judged> = heads.iter().map(|head| Judged::of(head, counted)).collect();
         let params = AttentionParams::of(shape);

@@ -197,3 +197,35 @@ fn what_cannot_be_replayed_is_refused() {
         assert!(error.to_string().contains("use when=prefill"), "{error}");
     }
 }
+
+#[test]
+fn layers_that_share_a_cache_pay_the_same_entries() {
+    let backend: Arc<dyn Backend> = Arc::new(kvsieve::Cpu::default());
+    let own = model().layer(0).clone();
+    let shared = kvsieve::geometry::LayerShape { shared_with: Some(0), ..own.clone() };
+    let shape = ModelShape::new(vec![own, shared]).unwrap();
+    let context: Vec<u64> = (0..24).collect();
+    let repeated: Vec<u64> = (4..20).collect();
+    let scores = |with_second: bool| {
+        let builder = KvCache::builder(shape.clone()).recipe("kvzip").budget(Budget::Tokens(16));
+        let mut cache = builder.shared_backend(Arc::clone(&backend)).build().unwrap();
+        let id = cache.create_sequence();
+        feed(&mut cache, id, &context, context.len());
+        let mut replay = cache.replay(id, part(0..24), repeated.len()).unwrap();
+        repeat(&mut replay, &repeated, 1);
+        if with_second {
+            let (start, n) = (replay.start().0, repeated.len());
+            let rows = repeated.iter().enumerate().flat_map(|(i, &t)| {
+                let of = shape.layer(1);
+                (0..HQ).flat_map(move |h| placed(Kind::Query, of, t, 1, h, start + i as i32))
+            });
+            let (q, mut out) = (rows.collect::<Vec<f32>>(), vec![f32::NAN; n * HQ * D]);
+            let out = TensorViewMut::token_major(&mut out[..], n, HQ, D).unwrap();
+            replay.attend_stored(1, TensorView::token_major(&q[..], n, HQ, D).unwrap(), out).unwrap();
+        }
+        replay.finish().unwrap();
+        cache.scores(id, 0).unwrap().unwrap().values
+    };
+    let (one, both) = (scores(false), scores(true));
+    assert!(one.iter().zip(&both).all(|(one, both)| both >= one) && one != both);
+}
