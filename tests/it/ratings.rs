@@ -322,3 +322,50 @@ fn profile_with(name: &'static str, array: &str, extents: Vec<usize>) -> Profile
     let part = profile.part(name).unwrap().clone();
     profile.with(name, part.with(format!("layers.1.{array}"), Array::new(extents, numbers).unwrap()))
 }
+
+#[test]
+fn a_linear_map_needs_no_hidden_layer() {
+    let backend: Arc<dyn Backend> = Arc::new(kvsieve::Cpu::default());
+    let weights: Vec<f32> = (0..H * HIDDEN).map(|i| 0.3 * i as f32 - 1.0).collect();
+    let bias = [0.5, -0.25];
+    let part = (0..LAYERS).fold(Part::new("by hand"), |part, layer| {
+        let name = |array: &str| format!("layers.{layer}.{array}");
+        part.with(name("weight"), Array::new(vec![H, HIDDEN], weights.clone()).unwrap())
+            .with(name("bias"), Array::new(vec![H], bias.to_vec()).unwrap())
+    });
+    let linear = Profile::new(&model()).unwrap().with("kvzap", part);
+    let builder = KvCache::builder(model()).recipe("kvzap+when=never").budget(Budget::Tokens(40));
+    let mut cache = builder.shared_backend(backend).profile(linear).build().unwrap();
+    let id = cache.create_sequence();
+    let tokens: Vec<u64> = (0..30).collect();
+    feed_hidden(&mut cache, id, &tokens, 30);
+    let want = |token, layer| {
+        let x = hidden(token, layer);
+        let rows = weights.chunks_exact(HIDDEN).zip(bias);
+        let dot = |w: &[f32]| x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum::<f64>();
+        rows.map(|(w, bias)| dot(w) + f64::from(bias)).collect()
+    };
+    check(&cache, id, &tokens, want, "linear");
+}
+
+#[test]
+fn renumbered_entries_keep_their_ratings() {
+    let backend: Arc<dyn Backend> = Arc::new(kvsieve::Cpu::default());
+    let (mut kept, kept_id) = build("locret(local=4)", Some(24), &backend);
+    let (mut moved, moved_id) = build("locret(local=4)+positions=renumber", Some(24), &backend);
+    for chunk in (0..90u64).collect::<Vec<_>>().chunks(30) {
+        feed(&mut kept, kept_id, chunk, chunk.len());
+        // Its tokens stand at other positions, and are turned back from there.
+        feed(&mut moved, moved_id, chunk, chunk.len());
+        for layer in 0..LAYERS {
+            let scores = |cache: &KvCache, id| cache.scores(id, layer).unwrap().unwrap().values;
+            let (want, got) = (scores(&kept, kept_id), scores(&moved, moved_id));
+            assert_eq!(want.len(), got.len());
+            for (got, want) in got.iter().zip(&want) {
+                assert!((got - want).abs() < 1e-4 * (1.0 + want.abs()), "layer {layer}: {got}, not {want}");
+            }
+        }
+    }
+    assert_eq!(moved.next_position(moved_id).unwrap().0, 24);
+    assert_eq!(kept.next_position(kept_id).unwrap().0, 90);
+}
