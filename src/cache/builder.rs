@@ -223,7 +223,8 @@ impl KvCache {
         move |entries, (k, v)| PageLayout::new(&shape, entries.unwrap_or(page_entries), k, v, mirrored, words)
     }
 
-    /// Whether a recipe works for a model with a budget on a backend, without building anything.
+    /// Whether a recipe works for a model with a budget on a backend, without building anything. A recipe that goes by a profile
+    /// must have it: see [`Recipe::bind`].
     ///
     /// # Errors
     /// [`RecipeError`] names what does not go together and the option to change.

@@ -19,7 +19,6 @@ use crate::error::{Error, Result};
 use crate::host::{self, Host, ModelArgs};
 use kvsieve::policy::schedule::Schedule;
 use kvsieve::{Budget, KvCache, SequenceId};
-use kvsieve_candle::Logits;
 use report::{Measured, Row, print, print_json};
 use std::path::PathBuf;
 use std::time::Instant;
@@ -232,23 +231,19 @@ impl Job<'_> {
 
     /// A cache after a prompt, compressed as the recipe says.
     fn prefilled(&self, variant: &Variant, prompt: &[u32]) -> Result<(KvCache, SequenceId, Measured)> {
-        let mut cache = self.place.cache(self.host.model.shape()?, &variant.recipe[..], variant.budget)?;
-        let sequence = cache.create_sequence();
-        // A cache takes the first single token for the end of the prompt.
-        self.host.model.prefill(&mut cache, sequence, prompt, self.chunk.max(2), &mut |_| ())?;
+        let (mut cache, sequence) = self.opened(variant, prompt)?;
+        self.host.model.end_prompt(&mut cache, sequence, prompt)?;
         let measured = Measured::of(&cache, sequence)?;
         Ok((cache, sequence, measured))
     }
 
     /// A cache after a prompt that may go on.
-    fn opened(&self, variant: &Variant, prompt: &[u32]) -> Result<(KvCache, SequenceId, Measured)> {
+    fn opened(&self, variant: &Variant, prompt: &[u32]) -> Result<(KvCache, SequenceId)> {
         let mut cache = self.place.cache(self.host.model.shape()?, &variant.recipe[..], variant.budget)?;
         let sequence = cache.create_sequence();
-        for tokens in prompt.chunks(self.chunk.max(2)) {
-            self.host.model.forward(&mut cache, sequence, tokens, Logits::None)?;
-        }
-        let measured = Measured::of(&cache, sequence)?;
-        Ok((cache, sequence, measured))
+        // A cache takes a single token behind others for the end of the prompt.
+        self.host.model.begin_prompt(&mut cache, sequence, prompt, self.chunk.max(2), &mut |_| ())?;
+        Ok((cache, sequence))
     }
 
     /// Feeds tokens and visits every row of logits. One token at a time where the recipe may compress in between, as

@@ -50,7 +50,11 @@ pub(super) fn run(job: &Job<'_>, protocol: &Protocol, text: &[u32]) -> Result<Ve
             for variant in &variants {
                 let (mut cache, sequence, mut measured) = match protocol.asked {
                     false => job.prefilled(variant, &tokens)?,
-                    true => job.opened(variant, &tokens)?,
+                    // Measured when the question was fed.
+                    true => {
+                        let (cache, sequence) = job.opened(variant, &tokens)?;
+                        (cache, sequence, Measured::default())
+                    }
                 };
                 // `None` is the passage that the prompt does not contain: what follows it.
                 for depth in depths.iter().copied().map(Some).chain([None]) {

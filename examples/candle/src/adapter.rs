@@ -47,6 +47,13 @@ impl Attend for Fused<'_, '_> {
     }
 }
 
+/// Where the chunk from `done` ends. A cache takes a single token behind others for the end of the prompt, so the last chunk
+/// takes a token that would be left alone.
+fn chunk_end(done: usize, tokens: usize, chunk: usize) -> usize {
+    let end = tokens.min(done + chunk);
+    if chunk > 1 && end + 1 == tokens { tokens } else { end }
+}
+
 /// What `attend` makes of Q, K and V, as the tensor the model goes on with.
 pub(crate) fn attended(
     [q, k, v]: [&Tensor; 3],
@@ -166,26 +173,43 @@ impl Model {
         chunk: usize,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Forward> {
-        let mut timings = Timings::default();
-        let mut last = None;
-        let mut done = 0;
-        for tokens_now in tokens.chunks(chunk.max(1)) {
-            done += tokens_now.len();
-            // Only the very last row of a prompt is ever sampled from.
-            let logits = if done == tokens.len() { Logits::Last } else { Logits::None };
-            let forward = self.forward(cache, sequence, tokens_now, logits)?;
-            timings += forward.timings;
-            last = forward.logits;
-            progress(done);
-        }
-        if last.is_none() {
-            return Err(Error::NoTokens { what: "a prompt" });
-        }
+        let mut forward = self.begin_prompt(cache, sequence, tokens, chunk, progress)?;
         // Whoever waits for the first token waits for this too: a replay, compression, an index, a decomposition.
         let began = std::time::Instant::now();
         self.end_prompt(cache, sequence, tokens)?;
-        timings.total += began.elapsed();
-        Ok(Forward { logits: last, timings })
+        forward.timings.total += began.elapsed();
+        Ok(forward)
+    }
+
+    /// The first half of [`Model::prefill`]: more of the prompt may follow.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn begin_prompt(
+        &self,
+        cache: &mut KvCache,
+        sequence: SequenceId,
+        tokens: &[u32],
+        chunk: usize,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Forward> {
+        let mut timings = Timings::default();
+        let mut last = None;
+        let mut done = 0;
+        while done < tokens.len() {
+            let end = chunk_end(done, tokens.len(), chunk.max(1));
+            // Only the very last row of a prompt is ever sampled from.
+            let logits = if end == tokens.len() { Logits::Last } else { Logits::None };
+            let forward = self.forward(cache, sequence, &tokens[done..end], logits)?;
+            timings += forward.timings;
+            last = forward.logits;
+            done = end;
+            progress(done);
+        }
+        match last {
+            None => Err(Error::NoTokens { what: "a prompt" }),
+            logits => Ok(Forward { logits, timings }),
+        }
     }
 
     /// Tells the cache that the prompt `tokens` is complete, after a replay of it where the recipe wants one: what

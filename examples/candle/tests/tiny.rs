@@ -312,6 +312,13 @@ fn the_model_repeats_the_prompt_for_recipes_that_ask_for_it() {
     assert_eq!(cache.next_position(sequence).unwrap().0, 90);
     assert!(cache.stored(sequence, 1).unwrap().iter().all(|rows| rows.0 == 24));
 
+    // A last chunk of one token would have ended the prompt before its replay.
+    let mut seen = Vec::new();
+    let sequence = cache.create_sequence();
+    model.prefill(&mut cache, sequence, &text[..81], 40, &mut |done| seen.push(done)).unwrap();
+    assert_eq!(seen, [40, 81]);
+    assert!(cache.stored(sequence, 0).unwrap().iter().all(|rows| rows.0 == 24));
+
     // Parts shorter than the prompt, behind a request: every entry is scored.
     let mut cache = learned_cache(&model, "kvzip+when=never");
     let sequence = cache.create_sequence();
