@@ -1,4 +1,5 @@
-// Latent rows times a basis, and the products turned to their positions: one workgroup per row, threads over dimensions.
+// Latent rows times a basis, or keys that are kept in their place, turned to their positions: one workgroup per row, threads
+// over dimensions.
 //
 // latents: | keys [rows][rank_k] | values [rows][rank_v] |      basis: [rank][stride]      out: [rows][d], from `target_at` on
 
@@ -22,13 +23,18 @@ struct Params {
 // As in `src/device/angles.rs`.
 const FINE: u32 = 128u;
 
+// As in `src/kernel/rebuild/gpu.rs`.
+const MADE: u32 = 0xffffffffu;
+
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> latents: array<f32>;
 @group(0) @binding(2) var<storage, read> basis: array<f32>;
-@group(0) @binding(3) var<storage, read> positions: array<u32>;
-@group(0) @binding(4) var<storage, read> fine: array<vec2<f32>>;
-@group(0) @binding(5) var<storage, read> coarse: array<vec2<f32>>;
-@group(0) @binding(6) var<storage, read_write> out: array<f32>;
+// Position, and which row of `kept` stands in the place of the product.
+@group(0) @binding(3) var<storage, read> places: array<vec2<u32>>;
+@group(0) @binding(4) var<storage, read> kept: array<f32>;
+@group(0) @binding(5) var<storage, read> fine: array<vec2<f32>>;
+@group(0) @binding(6) var<storage, read> coarse: array<vec2<f32>>;
+@group(0) @binding(7) var<storage, read_write> out: array<f32>;
 
 // The largest head dimension there is.
 var<workgroup> row: array<f32, 1024>;
@@ -44,7 +50,12 @@ fn main(
         return;
     }
     let latent = params.source + index * params.rank;
+    let own = places[index].y;
     for (var d = t; d < params.d; d += 64u) {
+        if own != MADE {
+            row[d] = kept[own * params.d + d];
+            continue;
+        }
         var sum = 0.0;
         for (var j = 0u; j < params.rank; j++) {
             sum += latents[latent + j] * basis[j * params.stride + d];
@@ -54,7 +65,7 @@ fn main(
     workgroupBarrier();
     let pairs = params.dims / 2u;
     for (var i = t; i < pairs; i += 64u) {
-        let position = positions[index];
+        let position = places[index].x;
         let f = fine[position % FINE * pairs + i];
         let c = coarse[position / FINE * pairs + i];
         let angle = vec2<f32>(f.x * c.x - f.y * c.y, f.x * c.y + f.y * c.x);

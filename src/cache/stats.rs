@@ -11,7 +11,7 @@ use super::KvCache;
 use super::sequence::{Sequence, SequenceId};
 use crate::device::memory::MemoryUsage;
 use crate::device::page::Page;
-use crate::device::{Angles, Basis, Factors, HeadRows, Segment};
+use crate::device::{Angles, Basis, Factors, HeadRows, Kept, Segment};
 use crate::error::Error;
 use crate::policy::SideKind;
 use crate::store::{self, Storage};
@@ -194,17 +194,19 @@ impl Counted {
         bytes
     }
 
-    /// Bytes that factors add: latent rows and angles, which heads and layers share, and bases.
+    /// Bytes that factors add: latent rows and angles, which heads and layers share, bases, and keys beside them.
     fn factors(&mut self, factors: &Factors) -> usize {
         let basis =
             |b: &Basis| Segment { pages: vec![Arc::clone(&b.page)], ..Segment::new(Arc::clone(&b.layout)) };
         let bases = [&factors.keys, &factors.values].into_iter().flatten().map(basis);
         let heads: Vec<HeadRows> = std::iter::once(Segment::clone(&factors.latents))
             .chain(bases)
+            .chain(factors.kept.iter().map(|kept| Segment::clone(&kept.keys)))
             .map(|segment| HeadRows::new(vec![segment]))
             .collect();
         let angles = factors.angles.as_ref().filter(|angles| self.angles.insert(Arc::as_ptr(angles)));
-        let rows = factors.rows.as_ref().map_or(0, |rows| size_of_val(&**rows));
+        let rows = factors.rows.as_ref().map_or(0, |rows| size_of_val(&**rows))
+            + factors.kept.as_ref().map_or(0, |kept| size_of_val(&*kept.latents));
         self.pages(heads.iter()) + angles.map_or(0, |angles| angles.bytes()) + rows
     }
 }
@@ -218,7 +220,7 @@ impl LogicalFactors {
     fn add<'a>(&mut self, segments: impl Iterator<Item = &'a Segment>) -> usize {
         let mut bytes = 0;
         for factors in segments.filter_map(|s| s.factors.as_deref()) {
-            bytes += factors.basis_bytes();
+            bytes += factors.basis_bytes() + factors.kept.as_ref().map_or(0, Kept::bytes);
             if self.0.insert(Arc::as_ptr(&factors.latents)) {
                 bytes += factors.latents.rows * factors.latent_bytes();
             }

@@ -15,7 +15,7 @@ pub mod pool;
 
 pub use angles::Angles;
 pub use encoding::{Encoding, Format, Packing};
-pub use factors::{Basis, Factors};
+pub use factors::{Basis, Factors, Kept};
 pub use memory::{HostArena, HostBlock, MemoryUsage};
 pub use page::{Block, HeadRows, Page, PageLayout, Segment};
 pub use pool::Pool;

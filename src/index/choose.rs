@@ -66,6 +66,15 @@ impl Ranking {
         }
     }
 
+    /// Lets units be the best, in their order as far as ranks are told apart: the first ones to be taken.
+    ///
+    /// # Panics
+    /// If units are chosen several at a time, or there are none of that number.
+    pub fn put_first(&mut self, units: &[u32]) {
+        assert!(self.fold == 1, "groups of {} units", self.fold);
+        units.iter().for_each(|&unit| self.scores[unit as usize] = f32::MAX);
+    }
+
     /// The same without scores: for what units weigh, and not for taking any.
     ///
     /// # Panics

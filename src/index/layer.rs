@@ -24,6 +24,9 @@ const TABLE_ENTRIES: usize = 64;
 /// The same of codes, which are much smaller.
 const CODE_ENTRIES: usize = 512;
 
+/// Elements by which lists grow.
+const LIST_STEP: usize = 64;
+
 /// How many chosen entries ahead the slot of one is requested.
 const PICKS_AHEAD: usize = 32;
 
@@ -105,6 +108,11 @@ pub struct HeadUnits {
     /// Then: how far each unit's farthest key lies from its mean, and the logarithm of its members.
     radii: Vec<f32>,
     logarithms: Vec<f32>,
+    /// Where outliers are read first: how far each unit's members point away from their mean, and the units that do so
+    /// furthest, furthest first.
+    strays: Vec<f32>,
+    outliers: Vec<u32>,
+    most_outliers: usize,
 }
 
 /// The tables of one layer, and the units of its KV heads.
@@ -167,6 +175,27 @@ impl HeadUnits {
             single: retrieval.residuals().is_some(),
             radii: Vec::new(),
             logarithms: Vec::new(),
+            strays: Vec::new(),
+            outliers: Vec::new(),
+            most_outliers: retrieval.rule.outliers,
+        }
+    }
+
+    /// The units whose members point furthest away from their mean, furthest first.
+    pub fn outliers(&self) -> &[u32] {
+        &self.outliers
+    }
+
+    /// Puts the units from one on among the outliers, as far as they are; of equals the older comes first.
+    fn note_outliers(&mut self, from: usize) {
+        let Self { strays, outliers, most_outliers, .. } = self;
+        for (unit, stray) in strays.iter().enumerate().skip(from) {
+            let at = outliers.partition_point(|&other| strays[other as usize] >= *stray);
+            if at < *most_outliers {
+                outliers.truncate(*most_outliers - 1);
+                reserve(outliers, 1);
+                outliers.insert(at, unit as u32);
+            }
         }
     }
 
@@ -315,8 +344,9 @@ impl HeadUnits {
 
     /// Bytes the index keeps on the host beside its pages.
     pub fn list_bytes(&self) -> usize {
-        let radii = (self.radii.capacity() + self.logarithms.capacity()) * size_of::<f32>();
-        radii
+        let numbers = self.radii.capacity() + self.logarithms.capacity() + self.strays.capacity();
+        numbers * size_of::<f32>()
+            + self.outliers.capacity() * size_of::<u32>()
             + match &self.members {
                 Members::Runs { .. } => 0,
                 Members::Lists { ends, slots, batches } => {
@@ -336,6 +366,12 @@ impl HeadUnits {
         }));
         self.units += units.counts.len();
         self.radii.extend_from_slice(&units.radii);
+        if !units.strays.is_empty() {
+            let before = self.strays.len();
+            reserve(&mut self.strays, units.strays.len());
+            self.strays.extend_from_slice(&units.strays);
+            self.note_outliers(before);
+        }
         if self.single {
             self.logarithms.extend(units.counts.iter().map(|&n| (n as f32).ln()));
         }
@@ -371,6 +407,11 @@ impl HeadUnits {
         }
         self.radii.truncate(self.units);
         self.logarithms.truncate(self.units);
+        if self.strays.len() > self.units {
+            self.strays.truncate(self.units);
+            self.outliers.clear();
+            self.note_outliers(0);
+        }
         // Groups are of units that were made together, and go with them.
         let stay = self.groups.partition_point(|&end| end as usize <= self.units);
         self.groups.truncate(stay);
@@ -588,6 +629,12 @@ impl LayerIndex {
         self.spread.fill(Default::default());
         self.books.iter_mut().for_each(|book| drop(book.take_if(|book| !book.lasts())));
     }
+}
+
+/// Room for so many elements more, of a size that does not depend on how many came at a time.
+fn reserve<T>(list: &mut Vec<T>, more: usize) {
+    let len = list.len();
+    list.reserve_exact((len + more).next_multiple_of(LIST_STEP) - len);
 }
 
 /// Positions of some slots of a KV head.

@@ -40,7 +40,7 @@ pub use layer::{Growth, HeadUnits, LayerIndex, TableStorage};
 pub use options::{Calibration, Goal, Group, ReadRule, Tail, Thresholds};
 pub use part::IndexPart;
 pub use spread::Spread;
-pub use units::Pages;
+pub use units::{Pages, stray};
 
 use crate::backend::Backend;
 use crate::device::encoding::Encoding;
@@ -177,6 +177,8 @@ pub struct Units {
     pub rows: Vec<UnitRows>,
     /// Where entries have codes within units: how far the farthest key of each lies from its mean.
     pub radii: Vec<f32>,
+    /// Where outliers are read first: how far each unit's members point away from their mean.
+    pub strays: Vec<f32>,
     /// What was learnt, where nothing had been before.
     pub book: Option<Codebook>,
 }

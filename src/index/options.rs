@@ -97,6 +97,9 @@ pub struct ReadRule {
     pub widen: f64,
     /// Which are heaviest is said of their farthest key, taken to reach beyond the mean by this many times what keys vary.
     pub reach: f64,
+    /// So many units whose members point furthest away from their mean are taken before all others, as far as they fill no
+    /// more than [`ReadRule::OUTLIERS`] of what a step may read.
+    pub outliers: usize,
     /// A choice is kept for so many steps.
     pub every: usize,
     /// So many neighbouring layers use the choice of the first of them.
@@ -175,6 +178,9 @@ pub const fn arguments<const N: usize, const M: usize>(own: [Arg; N], defaults: 
 pub const COMMON: usize = 15;
 
 impl ReadRule {
+    /// Share of what a step may read that outliers fill at most: ShadowKV's 24 chunks of 8 in 1,024 entries.
+    pub const OUTLIERS: f64 = 0.1875;
+
     /// Reads what [`arguments`] declared; units are chosen one by one.
     ///
     /// # Errors
@@ -198,6 +204,7 @@ impl ReadRule {
             calibration: None,
             widen: 1.0,
             reach: 0.0,
+            outliers: 0,
             goal: (mass > 0.0).then_some(Goal { mass, certified, floor }),
             every: args.count("every")?,
             share: args.count("share")?,

@@ -16,17 +16,19 @@ pub struct Pages {
     /// Entries are taken in multiples of this.
     step: usize,
     tables: Vec<Table>,
+    /// Whether how far members point away from their mean is said of every page.
+    stray: bool,
 }
 
 impl Pages {
     /// Pages with means.
     pub fn means(page: usize, encoding: Encoding) -> Self {
-        Self { page, step: page, tables: vec![Table { role: Role::Mean, encoding }] }
+        Self { page, step: page, tables: vec![Table { role: Role::Mean, encoding }], stray: false }
     }
 
     /// Pages with bounds.
     pub fn bounds(page: usize, encoding: Encoding) -> Self {
-        Self { page, step: page, tables: vec![Table { role: Role::Bound, encoding }] }
+        Self { page, step: page, tables: vec![Table { role: Role::Bound, encoding }], stray: false }
     }
 
     /// The same with means beside, stored alike.
@@ -43,6 +45,13 @@ impl Pages {
 
     fn and(mut self, role: Role) -> Self {
         self.tables.push(Table { role, encoding: self.tables[0].encoding });
+        self
+    }
+
+    /// The same with [`Units::strays`].
+    #[must_use]
+    pub fn and_strays(mut self) -> Self {
+        self.stray = true;
         self
     }
 
@@ -95,8 +104,23 @@ impl Summary for Pages {
             rows
         });
         let rows = rows.collect();
-        Ok(Units { counts: vec![self.page as u32; units], rows, ..Units::default() })
+        let strays = match self.stray {
+            true => entries.keys.chunks_exact(self.page * shape.d_k).map(|p| stray(p, shape.d_k)).collect(),
+            false => Vec::new(),
+        };
+        Ok(Units { counts: vec![self.page as u32; units], rows, strays, ..Units::default() })
     }
+}
+
+/// How far the keys of a page (`[n, d]`) point away from their mean: 1 less the least cosine between one of them and it.
+pub fn stray(keys: &[f32], d: usize) -> f32 {
+    let mut center = [0.0; crate::geometry::MAX_HEAD_DIM];
+    let center = &mut center[..d];
+    mean(keys, center);
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f32>();
+    let length = dot(center, center).sqrt();
+    let cosine = |key: &[f32]| dot(key, center) / (length * dot(key, key).sqrt()).max(f32::MIN_POSITIVE);
+    1.0 - keys.chunks_exact(d).map(cosine).fold(1.0, f32::min)
 }
 
 /// The mean of some rows.

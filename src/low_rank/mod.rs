@@ -7,6 +7,10 @@
 //! decomposition, and every reader of a key, who makes it first.
 
 #[cfg(feature = "lowrank")]
+mod options;
+#[cfg(feature = "lowrank")]
+pub mod shadowkv;
+#[cfg(feature = "lowrank")]
 pub mod xkv;
 
 #[cfg(feature = "lowrank")]
@@ -15,7 +19,7 @@ use std::fmt;
 
 /// The built-in methods.
 #[cfg(feature = "lowrank")]
-pub const ENTRIES: &[Entry] = &[xkv::ENTRY];
+pub const ENTRIES: &[Entry] = &[xkv::ENTRY, shadowkv::ENTRY];
 
 /// How many dimensions the latent rows of a group of layers have.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -62,8 +66,11 @@ pub struct LowRank {
     pub again: usize,
     /// Entries per KV head whose keys are remembered between steps.
     pub rebuilt: usize,
-    /// Entries that are remembered together.
+    /// Entries that are remembered together, and whose keys are kept together.
     pub chunk: usize,
+    /// Chunks of a KV head whose keys stay exact beside the products: those with a key that points furthest away from the
+    /// mean of its chunk (ShadowKV, arXiv 2410.21465).
+    pub outliers: usize,
 }
 
 impl LowRank {
@@ -167,6 +174,7 @@ mod tests {
             again: 1,
             rebuilt: 0,
             chunk: 8,
+            outliers: 0,
         }
     }
 

@@ -257,6 +257,8 @@ pub enum Build {
     },
     /// Storage of low rank; named alone it is that under the policy `full`.
     Factor {
+        /// The term of the index it is read through where a recipe names none.
+        index: Option<&'static str>,
         /// Makes it.
         build: fn(&Args) -> Result<Arc<LowRank>, RecipeError>,
     },

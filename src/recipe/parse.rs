@@ -376,7 +376,11 @@ impl Draft {
     /// The terms of a preset in the place of its name.
     fn expand(&mut self, term: &Term, preset: &Preset, registry: &Registry) -> Result<(), RecipeError> {
         filled(term, &[])?;
-        let mut reader = Reader { text: preset.terms, chars: preset.terms.chars().collect(), at: 0 };
+        self.add_all(preset.terms, registry)
+    }
+
+    fn add_all(&mut self, terms: &str, registry: &Registry) -> Result<(), RecipeError> {
+        let mut reader = Reader { text: terms, chars: terms.chars().collect(), at: 0 };
         reader.terms()?.iter().try_for_each(|term| self.add(&reader, term, registry))
     }
 
@@ -392,7 +396,12 @@ impl Draft {
         Ok(())
     }
 
-    fn finish(self, reader: &Reader<'_>, registry: &Registry) -> Result<Recipe, RecipeError> {
+    fn finish(mut self, reader: &Reader<'_>, registry: &Registry) -> Result<Recipe, RecipeError> {
+        if let (Some((Entry { build: Build::Factor { index: Some(index), .. }, .. }, _)), None) =
+            (&self.factor, &self.index)
+        {
+            self.add_all(index, registry)?;
+        }
         let over = match (&self.alloc, &self.reduce) {
             (Some((Entry { build: Build::Allocate { over, .. }, .. }, _)), _) => Some(*over),
             (_, Some(_)) => Some(score::snapkv::ENTRY.name),
@@ -466,7 +475,7 @@ impl Draft {
             _ => None,
         };
         let low_rank_term = match &self.factor {
-            Some((Entry { build: Build::Factor { build }, .. }, args)) => {
+            Some((Entry { build: Build::Factor { build, .. }, .. }, args)) => {
                 Some((build(args)?, args.to_string()))
             }
             _ => None,

@@ -21,7 +21,7 @@ use std::sync::Arc;
 /// Entries of a page of which at most one side lies in it.
 pub const FACTORED_ENTRIES: usize = 1024;
 
-/// Latent rows of a page.
+/// Latent rows of a page, at most.
 const LATENT_ROWS: usize = 256;
 
 /// A matrix of latent rows, `[rows, rank]`, or none where the rank is 0.
@@ -55,8 +55,10 @@ pub fn latents(
     (keys, key_type): (Matrix<'_>, DType),
     (values, value_type): (Matrix<'_>, DType),
 ) -> Result<Segment, DeviceError> {
+    // As few pages as there must be, equally long.
+    let capacity = count.div_ceil(count.div_ceil(LATENT_ROWS).max(1)).max(1);
     let layout = Arc::new(PageLayout {
-        capacity: LATENT_ROWS,
+        capacity,
         d_k: keys.rank,
         d_v: values.rank,
         k: key_type.into(),
@@ -68,8 +70,8 @@ pub fn latents(
     let mut segment = Segment { rows: count, ..Segment::new(Arc::clone(&layout)) };
     // Latent rows have no positions: one array of none for all pages.
     let mut none = None;
-    for first in (0..count).step_by(LATENT_ROWS) {
-        let end = (first + LATENT_ROWS).min(count);
+    for first in (0..count).step_by(capacity) {
+        let end = (first + capacity).min(count);
         let mut page = backend.allocate(&layout)?;
         let part = |rank: usize| first * rank..end * rank;
         let (keys, values) = (&keys.rows[part(keys.rank)], &values.rows[part(values.rank)]);

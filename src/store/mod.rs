@@ -357,12 +357,23 @@ pub fn bytes_read(head: &HeadRows) -> usize {
 }
 
 /// Bytes a kernel reads of factors of a head: latent rows of all entries that are made of them, or of those of some
-/// spans, and the bases.
+/// spans, or the keys that are kept in their place, and the bases.
 pub fn factored_bytes_read(head: &HeadRows, spans: Option<&Spans>) -> usize {
     head.factored()
         .map(|(segment, factors, slots)| {
-            let rows = spans.map_or(segment.rows, |spans| spans.rows_in(slots));
-            rows * factors.latent_bytes() + if rows > 0 { factors.basis_bytes() } else { 0 }
+            let rows = spans.map_or(segment.rows, |spans| spans.rows_in(slots.clone()));
+            let kept = match spans {
+                _ if factors.kept.is_none() => 0,
+                None => factors.kept_among(0..segment.rows),
+                Some(spans) => {
+                    let runs = spans.among(slots.clone());
+                    runs.map(|run| factors.kept_among(run.start - slots.start..run.end - slots.start)).sum()
+                }
+            };
+            let key = factors.kept.as_ref().map_or(0, |kept| kept.keys.layout.row_bytes(Side::Key));
+            let instead = factors.latents.layout.row_bytes(Side::Key);
+            let bases = if rows > 0 { factors.basis_bytes() } else { 0 };
+            rows * factors.latent_bytes() - kept * instead + kept * key + bases
         })
         .sum()
 }

@@ -140,6 +140,7 @@ fn what_is_of_that_rank_comes_back_as_it_was() {
             "xkv(group=1,rank_k=6,rank_v=6,rebuilt=0)+exact=f32(sinks=0,tail=0)",
             "xkv(group=4,rank_k=6,values=0,rebuilt=8)+exact=f32(sinks=3,tail=9)",
             "xkv(group=2,stride=2,rank_v=6,keys=0)",
+            "shadowkv(rank_k=6,outliers=3,chunk=4)+index=pages(page=4,outliers=3,group=max,min_context=0)",
             "xkv(group=3,skip=1,rank_k=6,rank_v=6)+index=quest(page=4,dense=0,sinks=2,recent=8,min_context=0)",
         ] {
             let what = format!("{recipe} on {}", backend.name());
@@ -213,11 +214,9 @@ fn entries_that_come_later_are_factored_when_there_are_enough() {
 fn what_happens_to_a_sequence_happens_to_its_products() {
     let text = Text::new(9);
     for backend in backends() {
-        for values in ["", ",values=0"] {
-            let recipe = format!(
-                "xkv(group=2,rank_k=6{},again=16,rebuilt=64,chunk=4)+exact=f32(sinks=3,tail=9)",
-                if values.is_empty() { ",rank_v=6" } else { values }
-            );
+        for own in ["rank_v=6", "values=0", "values=0,outliers=9"] {
+            let recipe =
+                format!("xkv(group=2,rank_k=6,{own},again=16,rebuilt=64,chunk=4)+exact=f32(sinks=3,tail=9)");
             let (mut ours, id) = cache(&recipe, &backend);
             let (mut full, all) = cache("full", &backend);
             for (cache, id) in [(&mut ours, id), (&mut full, all)] {
@@ -315,6 +314,89 @@ fn bytes_are_those_of_the_factors() {
     // A fork shares them.
     ours.fork(id).unwrap();
     assert!(ours.memory().resident < total.bytes_resident * 101 / 100);
+}
+
+/// Slots of a KV head's outliers as [`kvsieve::low_rank::LowRank::outliers`] defines them, of entries `first ..` in chunks.
+fn outliers(keys: &[f32], range: std::ops::Range<usize>, chunk: usize, count: usize) -> Vec<usize> {
+    let key = |slot: usize| keys[slot * D..(slot + 1) * D].iter().map(|&x| f64::from(x));
+    let chunks = range.start..range.start + range.len() / chunk * chunk;
+    let mut order: Vec<(f64, usize)> = chunks
+        .step_by(chunk)
+        .map(|start| {
+            let mean: Vec<f64> =
+                (0..D).map(|d| (start..start + chunk).map(|s| key(s).nth(d).unwrap()).sum::<f64>()).collect();
+            let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+            let cosine = |slot: usize| {
+                let dot: f64 = key(slot).zip(&mean).map(|(k, m)| k * m).sum();
+                dot / (norm(&mut key(slot)) * norm(&mut mean.iter().copied()))
+            };
+            ((start..start + chunk).map(cosine).fold(f64::INFINITY, f64::min), start)
+        })
+        .collect();
+    order.sort_by(|a, b| a.0.total_cmp(&b.0));
+    order[..count].iter().flat_map(|&(_, start)| start..start + chunk).collect()
+}
+
+#[test]
+fn keys_of_outliers_stay_as_they_were_and_an_index_reads_them() {
+    // Two of six dimensions: no product is near its key.
+    let text = Text::new(17);
+    for backend in backends() {
+        let recipe = "shadowkv(rank_k=2,outliers=5,chunk=4,again=16)+exact=f32(sinks=3,tail=9)\
+                      +index=pages(page=4,sinks=3,recent=9,outliers=4,group=max,min_context=0)";
+        let (mut ours, id) = cache(recipe, &backend);
+        let (mut full, all) = cache("full", &backend);
+        text.feed(&mut ours, id, 0..210);
+        ours.end_prefill(id).unwrap();
+        text.feed(&mut full, all, 0..210);
+        let (made, stored) = (gathered(&ours, id), gathered(&full, all));
+        let mut kept = Vec::new();
+        for (head, (made, stored)) in made.iter().step_by(2).zip(stored.iter().step_by(2)).enumerate() {
+            let same = |slot: usize| {
+                let pairs = made[slot * D..(slot + 1) * D].iter().zip(&stored[slot * D..]);
+                pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) < 1e-5
+            };
+            let want = outliers(stored, 3..201, 4, 5);
+            assert_eq!(want.len(), 20);
+            for slot in 3..201 {
+                let what = format!("{} head {head} slot {slot}", backend.name());
+                assert_eq!(same(slot), want.contains(&slot), "{what}");
+            }
+            kept.push(outliers(stored, 3..201, 4, 4));
+        }
+        assert!(made.iter().skip(1).step_by(2).zip(stored.iter().skip(1).step_by(2)).all(|(a, b)| a == b));
+        // They are among what the next step reads. A budget of 100 has room for 18 entries of outliers.
+        text.feed(&mut ours, id, 210..211);
+        for layer in 0..LAYERS {
+            let read = ours.last_choice(id, layer).unwrap().unwrap();
+            for head in 0..H {
+                let want = &kept[layer * H + head];
+                let slots: Vec<usize> = read.slots[read.offsets[head]..read.offsets[head + 1]]
+                    .iter()
+                    .map(|slot| slot.0 as usize)
+                    .collect();
+                assert!(
+                    want.iter().all(|slot| slots.contains(slot)),
+                    "{}: {want:?} {slots:?}",
+                    backend.name()
+                );
+                assert!(slots.len() <= 100);
+            }
+        }
+        // Runs of later tokens keep no more.
+        text.feed(&mut ours, id, 211..260);
+        assert!(ours.low_rank(id).unwrap().len() > LAYERS);
+        text.feed(&mut full, all, 210..260);
+        for (made, stored) in
+            gathered(&ours, id).iter().step_by(2).zip(gathered(&full, all).iter().step_by(2))
+        {
+            let off = |slot: usize| {
+                let pairs = made[slot * D..(slot + 1) * D].iter().zip(&stored[slot * D..]);
+                pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+            };
+            assert!((201..201 + 16).all(|slot| off(slot) > 1e-4), "{}", backend.name());
+        }
+    }
 }
 
 #[test]

@@ -6,12 +6,13 @@ use super::super::sequence::SequenceId;
 use super::Watch;
 use crate::backend::Backend;
 use crate::device::angles::Angles;
-use crate::device::factors::{BASIS_PAD, Factors};
+use crate::device::factors::{BASIS_PAD, Factors, Kept};
 use crate::device::page::Side;
 use crate::device::{HeadRows, PageLayout, Pool};
 use crate::error::{Error, FactorError, KernelError};
 use crate::factor::{self, FactorOptions, FromFn};
 use crate::geometry::{KeyPhase, LayerShape, Rotary};
+use crate::index::stray;
 use crate::kernel::gather::{GatherArgs, GatherTarget};
 use crate::low_rank::{LowRank, LowRankProgress, LowRankRun, Rank, Refused, SideOutcome};
 use crate::store::{self, SharedPositions};
@@ -25,6 +26,9 @@ fn lift(tokens: usize) -> f32 {
     2.0f32.powi(((tokens as f32).log2() / 2.0).round() as i32)
 }
 
+/// Chunks that are read at once to find outliers.
+const CHUNKS_READ: usize = 512;
+
 /// A group of layers and the entries between their sinks and tails.
 struct Group<'a> {
     backend: &'a dyn Backend,
@@ -34,6 +38,36 @@ struct Group<'a> {
     /// Of each layer whose keys are turned.
     angles: Vec<Option<Arc<Angles>>>,
     positions: Vec<i32>,
+    /// Chunks of each KV head whose keys are kept, and the entries of the first one among all, counted from the sinks' end.
+    chunks: Chunks,
+}
+
+/// Which entries of a run go together, and how many of these chunks are outliers.
+#[derive(Clone, Copy, Debug)]
+struct Chunks {
+    /// Entries of a chunk.
+    size: usize,
+    /// First entry of the run that begins a chunk.
+    first: usize,
+    /// Chunks that lie in the run.
+    count: usize,
+    /// Of these, outliers.
+    outliers: usize,
+}
+
+impl Chunks {
+    /// Those of a run of entries at some slots: chunks are counted from the end of the sinks, as pages of an index are.
+    fn of(low_rank: &LowRank, sinks: usize, slots: &Range<usize>, outliers: usize) -> Self {
+        let size = low_rank.chunk.max(1);
+        let first = (slots.start.saturating_sub(sinks)).next_multiple_of(size) + sinks - slots.start;
+        let count = slots.len().saturating_sub(first) / size;
+        Self { size, first, count, outliers: outliers.min(count) }
+    }
+
+    /// Entries whose keys are kept.
+    fn entries(&self) -> usize {
+        self.outliers * self.size
+    }
 }
 
 /// One side of a group, decomposed.
@@ -94,6 +128,47 @@ impl Group<'_> {
         Ok(Decomposed { factors, lift: lift(self.slots.len()) })
     }
 
+    /// The keys of a KV head's outliers: chunks with a key that points furthest away from the mean of its chunk; of equals the
+    /// older.
+    fn kept(&self, (layer, head): (usize, &HeadRows)) -> Result<Option<Kept>, Error> {
+        let Chunks { size, first, count, outliers } = self.chunks;
+        if outliers == 0 {
+            return Ok(None);
+        }
+        let (shape, _, layout) = self.layers[layer];
+        let read = |slots: &[u32]| -> Result<Vec<f32>, KernelError> {
+            let (mut keys, mut values) =
+                (vec![0.0; slots.len() * shape.d_k], vec![0.0; slots.len() * shape.d_v]);
+            let target = GatherTarget::Dense { keys: &mut keys, values: &mut values };
+            self.backend.gather(&mut GatherArgs { head, slots, target })?;
+            Ok(keys)
+        };
+        let entries = |chunks: Range<usize>| first + chunks.start * size..first + chunks.end * size;
+        let slot = |entry: usize| (self.slots.start + entry) as u32;
+        let mut strays = Vec::with_capacity(count);
+        for from in (0..count).step_by(CHUNKS_READ) {
+            let slots: Vec<u32> = entries(from..(from + CHUNKS_READ).min(count)).map(slot).collect();
+            let keys = read(&slots)?;
+            strays.extend(keys.chunks_exact(size * shape.d_k).map(|chunk| stray(chunk, shape.d_k)));
+        }
+        let mut chunks: Vec<usize> = (0..count).collect();
+        chunks.sort_by(|&a, &b| strays[b].total_cmp(&strays[a]));
+        chunks.truncate(outliers);
+        chunks.sort_unstable();
+        let kept: Vec<usize> = chunks.into_iter().flat_map(|chunk| entries(chunk..chunk + 1)).collect();
+        let mut keys = read(&kept.iter().map(|&entry| slot(entry)).collect::<Vec<_>>())?;
+        if let Some(angles) = &self.angles[layer] {
+            for (&entry, key) in kept.iter().zip(keys.chunks_exact_mut(shape.d_k)) {
+                angles.turn(self.positions[entry], key, true);
+            }
+        }
+        let dtype = |side| layout.encoding(side).exact().unwrap_or(DType::F32);
+        let none = (store::Matrix { rows: &[], rank: 0 }, dtype(Side::Value));
+        let rows = (store::Matrix { rows: &keys, rank: shape.d_k }, dtype(Side::Key));
+        let keys = Arc::new(store::latents(self.backend, kept.len(), rows, none)?);
+        Ok(Some(Kept { latents: kept.into_iter().map(|entry| entry as u32).collect(), keys }))
+    }
+
     /// Bytes of the run as it is, and as factors of these ranks; 0 leaves a side as it is.
     fn bytes(&self, ranks: [usize; 2]) -> (usize, usize) {
         let entries = self.slots.len();
@@ -106,6 +181,10 @@ impl Group<'_> {
                 let d = Self::dim(shape, side == Side::Key).next_multiple_of(BASIS_PAD);
                 exact += rows;
                 factored += if rank > 0 { heads.len() * rank * d * element(layout, side) } else { rows };
+                if rank > 0 && side == Side::Key {
+                    let key = layout.row_bytes(side) + size_of::<u32>();
+                    factored += heads.len() * self.chunks.entries() * key;
+                }
             }
         }
         (exact, factored)
@@ -180,6 +259,11 @@ impl KvCache {
             .take(slots.len())
             .collect();
         let (first, last) = (positions[0], positions[positions.len() - 1]);
+        // Runs of later tokens keep what those before left.
+        let before =
+            sequence.layers[layers[0]][0].factored().filter_map(|(_, factors, _)| factors.kept.as_ref());
+        let before: usize = before.map(|kept| kept.latents.len() / low_rank.chunk.max(1)).sum();
+        let outliers = low_rank.outliers.saturating_sub(before);
         let shapes = layers.iter().map(|&l| self.shape.layer(l));
         let group = Group {
             backend: &*backend,
@@ -191,6 +275,7 @@ impl KvCache {
             slots: slots.clone(),
             angles: angles(shapes, last),
             positions,
+            chunks: Chunks::of(low_rank, self.recipe.precision.exact.sinks, &slots, outliers),
         };
         let outcome = |rank: Rank, refused: Refused| match rank {
             Rank::None => SideOutcome::Exact,
@@ -307,8 +392,8 @@ fn made(group: &Group<'_>, sides: &[Option<Decomposed>; 2]) -> Result<Vec<Factor
     )?);
     let mut columns = [0, 0];
     let mut made = Vec::new();
-    for ((shape, heads, _), angles) in group.layers.iter().zip(&group.angles) {
-        for _ in *heads {
+    for (layer, ((shape, heads, _), angles)) in group.layers.iter().zip(&group.angles).enumerate() {
+        for head in *heads {
             let mut bases = [None, None];
             for (i, (side, d)) in [(Side::Key, shape.d_k), (Side::Value, shape.d_v)].into_iter().enumerate() {
                 let column = columns[i];
@@ -321,7 +406,8 @@ fn made(group: &Group<'_>, sides: &[Option<Decomposed>; 2]) -> Result<Vec<Factor
             }
             let [keys, values] = bases;
             let angles = angles.clone();
-            made.push(Factors { latents: Arc::clone(&latents), keys, values, rows: None, angles });
+            let kept = if keys.is_some() { group.kept((layer, head))? } else { None };
+            made.push(Factors { latents: Arc::clone(&latents), keys, values, rows: None, kept, angles });
         }
     }
     Ok(made)

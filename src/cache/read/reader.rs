@@ -11,7 +11,9 @@ use crate::device::{HeadRows, Pool};
 use crate::error::KernelError;
 use crate::geometry::LayerShape;
 use crate::index::choose::Ranking;
-use crate::index::{Codebook, Group, HeadUnits, IndexPart, Retrieval, Role, Tail, Thresholds, windowed};
+use crate::index::{
+    Codebook, Group, HeadUnits, IndexPart, ReadRule, Retrieval, Role, Tail, Thresholds, windowed,
+};
 use crate::kernel::attend::{AttendLane, Share, Workspace};
 use crate::kernel::attend_factored::Remembered;
 use crate::kernel::code_scores::{CodeArgs, CodeLayout};
@@ -276,6 +278,16 @@ impl<'a> Reader<'a> {
                 let size = |row| head.count_of(role, row);
                 let sizes: Option<&dyn Fn(usize) -> usize> = if rule.by_entry { Some(&size) } else { None };
                 ranking.set(logits, zone, (rule.group, rule.fold, most), sizes);
+                let first = head.outliers();
+                let room = (self.budget as f64 * ReadRule::OUTLIERS) as usize;
+                let fit = first.iter().scan(0, |filled, &unit| {
+                    *filled += head.count(unit as usize);
+                    Some(*filled)
+                });
+                let fit = fit.take_while(|&filled| filled <= room).count();
+                if fit > 0 {
+                    ranking.put_first(&first[..fit]);
+                }
             },
         );
         Ok(())

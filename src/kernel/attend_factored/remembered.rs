@@ -228,7 +228,7 @@ mod tests {
             0,
         ));
         let latents = Arc::new(Segment::new(Arc::clone(&layout)));
-        let factors = Factors { latents, keys: None, values: None, rows: None, angles: None };
+        let factors = Factors { latents, keys: None, values: None, rows: None, kept: None, angles: None };
         HeadRows::new(vec![Segment { rows, factors: Some(Arc::new(factors)), ..Segment::new(layout) }])
     }
 

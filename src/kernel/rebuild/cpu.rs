@@ -117,6 +117,15 @@ pub(in crate::kernel) fn dense<S: Simd>(
     latent_rows(simd, factors, side, entries, (latents, rank));
     let a = Matrix { data: &latents[..], stride: rank };
     times_basis(simd, a, basis, (entries.len(), d), (rows, stride), false);
+    if let (Side::Key, Some(kept)) = (side, &factors.kept) {
+        let layout = &*kept.keys.layout;
+        for (&entry, row) in entries.iter().zip(rows.chunks_exact_mut(stride)) {
+            if let Some(at) = kept.find(factors.latent(entry)) {
+                let stored = layout.rows(&kept.keys.pages[at / layout.capacity], Side::Key);
+                widen(simd, stored, at % layout.capacity * layout.row_stride(Side::Key), &mut row[..d]);
+            }
+        }
+    }
     if let (Side::Key, Some(angles)) = (side, &factors.angles) {
         for (&entry, row) in entries.iter().zip(rows.chunks_exact_mut(stride)) {
             angles.turn(segment.pages[entry / capacity].positions[entry % capacity], &mut row[..d], false);

@@ -26,6 +26,9 @@ pub(crate) struct Params {
     interleaved: u32,
 }
 
+/// In the place of a kept key's row: there is none.
+const MADE: u32 = u32::MAX;
+
 /// Entries of a segment and their latent rows on the device, `[entries, rank]` of keys, then of values.
 pub(crate) struct Latents<'a> {
     pub(crate) segment: &'a Segment,
@@ -67,9 +70,24 @@ impl<'a> Latents<'a> {
     ) -> Result<(), KernelError> {
         let angles = self.factors.angles.as_deref().filter(|_| side == Side::Key);
         let capacity = self.segment.layout.capacity;
-        let position =
-            |&entry: &usize| self.segment.pages[entry / capacity].positions[entry % capacity] as u32;
-        let positions: Vec<u32> = self.entries.iter().map(position).collect();
+        let mut slots = Vec::new();
+        let place = |&entry: &usize| {
+            let position = self.segment.pages[entry / capacity].positions[entry % capacity] as u32;
+            let kept = self.factors.kept(entry).filter(|_| side == Side::Key);
+            let row = kept.map_or(MADE, |(_, row)| {
+                slots.push(row as u32);
+                slots.len() as u32 - 1
+            });
+            [position, row]
+        };
+        let places: Vec<u32> = self.entries.iter().flat_map(place).collect();
+        let kept = match &self.factors.kept {
+            Some(kept) if !slots.is_empty() => {
+                let head = HeadRows::new(vec![Segment::clone(&kept.keys)]);
+                widened(context, call, &head, &slots, (kept.keys.layout.d_k, 0))?
+            }
+            _ => call.scratch(1),
+        };
         let params = Params {
             d: self.segment.layout.dim(side) as u32,
             rank: basis.rank() as u32,
@@ -84,7 +102,8 @@ impl<'a> Latents<'a> {
         let bindings = [
             Binding::from(&self.rows),
             Binding::from(&basis_rows(context, call, basis)?),
-            call.upload(&positions),
+            call.upload(&places),
+            Binding::from(&kept),
             call.upload(fine),
             call.upload(coarse),
             Binding::from(out),

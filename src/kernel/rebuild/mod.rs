@@ -3,7 +3,8 @@
 //! ```text
 //! k̂[i] = turn(position[i], latent_k[i] · basis_k)        v̂[i] = latent_v[i] · basis_v
 //! ```
-//! A side that is not factored is copied from its page.
+//! A key that is kept beside the products ([`crate::device::Factors::kept`]) stands in the place of its product. A side that is
+//! not factored is copied from its page.
 //!
 //! *Helps* whatever needs entries as they were: summaries of an index that is made anew, hosts with their own attention.
 //! *Hurts* decode, which would make every key in every step: [`super::attend_factored`] makes the chosen ones, remembers

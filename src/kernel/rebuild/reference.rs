@@ -35,13 +35,18 @@ pub(in crate::kernel) fn row(
     let (layout, capacity) = (&segment.layout, segment.layout.capacity);
     let (page, at) = (&segment.pages[entry / capacity], entry % capacity);
     let Some(basis) = factors.basis(side) else { return layout.read_row(page, side, at, out) };
-    let mut latent = vec![0.0; basis.rank()];
-    factors.read_latent(side, entry, &mut latent);
-    let mut line = vec![0.0; basis.layout.d_k];
-    out.fill(0.0);
-    for (j, x) in latent.iter().enumerate() {
-        basis.layout.read_row(&basis.page, Side::Key, j, &mut line);
-        out.iter_mut().zip(&line).for_each(|(o, b)| *o += x * b);
+    match factors.kept(entry).filter(|_| side == Side::Key) {
+        Some((kept, row)) => kept.read(row, out),
+        None => {
+            let mut latent = vec![0.0; basis.rank()];
+            factors.read_latent(side, entry, &mut latent);
+            let mut line = vec![0.0; basis.layout.d_k];
+            out.fill(0.0);
+            for (j, x) in latent.iter().enumerate() {
+                basis.layout.read_row(&basis.page, Side::Key, j, &mut line);
+                out.iter_mut().zip(&line).for_each(|(o, b)| *o += x * b);
+            }
+        }
     }
     if let (Side::Key, Some(angles)) = (side, &factors.angles) {
         angles.turn(page.positions[at], out, false);

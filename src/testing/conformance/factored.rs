@@ -6,7 +6,7 @@ use super::{Effort, Failure, KernelReport, compare, expect_length_error, expect_
 use crate::backend::{Backend, Reference};
 use crate::columns::ColumnLayout;
 use crate::device::page::{HeadRows, PageLayout};
-use crate::device::{Angles, Factors};
+use crate::device::{Angles, Factors, Kept};
 use crate::error::KernelError;
 use crate::geometry::{LayerShape, Rotary, RotaryLayout};
 use crate::kernel::attend_factored::{self, FactoredArgs, Remembered};
@@ -30,6 +30,8 @@ struct Case {
     runs: [usize; 2],
     /// Whether entries were removed here and there.
     removed: bool,
+    /// Whether some keys are kept beside the products.
+    kept: bool,
     tokens: usize,
 }
 
@@ -48,19 +50,21 @@ fn cases() -> Vec<Case> {
         let (first, second) = sizes[(i + i / 6) % sizes.len()];
         let tokens = [1, 2, 5, 1, 17, 40][(i + i / 3) % 6];
         let ranks = ranks[(i + 2 * (i / 6)) % ranks.len()];
-        cases.push(Case { shape, ranks, dtype, runs: [first, second], removed: i % 3 == 1, tokens });
+        let (removed, kept) = (i % 3 == 1, i / 2 % 3 == 0);
+        cases.push(Case { shape, ranks, dtype, runs: [first, second], removed, kept, tokens });
     }
     cases
 }
 
 impl Case {
     fn name(&self) -> String {
-        let Self { ranks, runs, dtype, tokens, removed, .. } = self;
+        let Self { ranks, runs, dtype, tokens, removed, kept, .. } = self;
         let (hq, h) = (self.shape.query_heads, self.shape.kv_heads);
         let (d_k, d_v) = (self.shape.d_k, self.shape.d_v);
         let removed = if *removed { ", some removed" } else { "" };
+        let kept = if *kept { ", some keys kept" } else { "" };
         format!(
-            "{hq}/{h} heads, d {d_k}/{d_v}, ranks {ranks:?}, runs {runs:?}, T {tokens}, {}{removed}",
+            "{hq}/{h} heads, d {d_k}/{d_v}, ranks {ranks:?}, runs {runs:?}, T {tokens}, {}{removed}{kept}",
             dtype.name()
         )
     }
@@ -104,7 +108,17 @@ impl Case {
                     (rank > 0).then(|| store::basis(backend, &rows, d, dtype)).transpose()
                 });
                 let (latents, angles) = (Arc::clone(&latents), angles.clone());
-                let factors = Factors { latents, keys: keys?, values: values?, rows: None, angles };
+                // Each fourth key, where keys are made.
+                let among: Vec<u32> = (0..n as u32).filter(|row| self.kept && row % 4 == 1).collect();
+                let rows = random.rows(among.len() * shape.d_k, 1.0, dtype);
+                let none = (Matrix { rows: &[], rank: 0 }, dtype);
+                let rows = (Matrix { rows: &rows, rank: shape.d_k }, dtype);
+                let kept = Kept {
+                    keys: Arc::new(store::latents(backend, among.len(), rows, none)?),
+                    latents: among.into(),
+                };
+                let kept = (self.ranks[0] > 0).then_some(kept);
+                let factors = Factors { latents, keys: keys?, values: values?, rows: None, kept, angles };
                 if n > 0 {
                     store::factorise(backend, &exact, head, start..start + n, factors, &mut shared)?;
                 }

@@ -63,6 +63,9 @@ fn recipes() -> Vec<String> {
     for group in ["sum", "max", "logit", "mean", "union"] {
         recipes.push(format!("pages(page=8,recent=20,store=f32,group={group},min_context=0)"));
     }
+    for own in ["store=f32,group=max,outliers=2", "store=int8,tail=estimate,outliers=40"] {
+        recipes.push(format!("pages(page=8,recent=20,{own},min_context=0)"));
+    }
     // Ranks among three hundred entries are too near one another to hold codes to.
     for group in ["sum", "max", "logit", "mean"] {
         recipes
@@ -473,6 +476,7 @@ fn an_index_takes_the_bytes_that_its_page_states() {
     for (recipe, want, more) in [
         ("pages(store=f16)", (4 * d + 8) as f64 / 16.0, 0),
         ("pages(store=f32,page=32)", (8 * d + 8) as f64 / 32.0, 0),
+        ("pages(store=f16,page=8,outliers=48)", (4 * d + 8 + 4) as f64 / 8.0, 0),
         ("quest(dense=0)", (4 * d + 2 + 2 + 8) as f64 / 16.0, 0),
         ("pages(store=int8)", (2 * d + 8 + 8) as f64 / 16.0, 0),
         ("quest(dense=0,store=int8)", (2 * d + 4 + 4 + 8) as f64 / 16.0, 0),

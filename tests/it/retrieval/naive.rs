@@ -124,6 +124,34 @@ impl Naive<'_> {
         passes
     }
 
+    /// Units that are taken before all others: their members point furthest away from their mean.
+    fn outliers(&self) -> Vec<usize> {
+        if self.rule.outliers == 0 {
+            return Vec::new();
+        }
+        let cosine = |a: &[f64], b: &[f64]| {
+            let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
+            dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
+        };
+        let least = |unit: &Vec<usize>| {
+            let keys = self.keys(unit);
+            let mean = mean_of(&keys);
+            keys.iter().map(|key| cosine(key, &mean)).fold(f64::INFINITY, f64::min)
+        };
+        let least: Vec<f64> = self.units.iter().map(least).collect();
+        let mut order: Vec<usize> = (0..self.units.len()).collect();
+        order.sort_by(|&a, &b| least[a].total_cmp(&least[b]));
+        let room = (0.1875 * BUDGET as f64) as usize;
+        let (mut filled, mut first) = (0, Vec::new());
+        for &unit in order.iter().take(self.rule.outliers) {
+            filled += self.units[unit].len();
+            if filled <= room {
+                first.push(unit);
+            }
+        }
+        first
+    }
+
     /// Scores of the groups of units, best first, with the group's units.
     pub fn ranking(&self, rows: &[Row]) -> Vec<(f64, Range<usize>)> {
         let units = self.units.len();
@@ -138,7 +166,11 @@ impl Naive<'_> {
             })
             .collect();
         let looked = self.looked_into(rows);
+        let first = self.outliers();
         let score = |unit: usize| {
+            if first.contains(&unit) {
+                return f64::INFINITY;
+            }
             let each = rows.iter().enumerate().map(|(r, row)| {
                 let zone = row.entries.iter().enumerate().filter(|(slot, _)| self.unit_of(*slot).is_none());
                 match self.rule.group {
