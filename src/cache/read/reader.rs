@@ -254,7 +254,7 @@ impl<'a> Reader<'a> {
             left = behind;
             part
         });
-        let (corrections, zone) = (&scratch.corrections, &scratch.zone);
+        let (corrections, zone, spans) = (&scratch.corrections, &scratch.zone, &scratch.spans);
         // Units have an entry each, or more, so a budget bounds their number; a threshold bounds none, and a tail that covers
         // the best of the others ranks these too.
         let bounded = rule.calibration.is_none() && rule.estimate >= 1.0;
@@ -277,6 +277,9 @@ impl<'a> Reader<'a> {
                 let head = &self.index.heads()[h];
                 let size = |row| head.count_of(role, row);
                 let sizes: Option<&dyn Fn(usize) -> usize> = if rule.by_entry { Some(&size) } else { None };
+                if within {
+                    return ranking.set_among(logits, zone, rule.group, &spans[h], sizes);
+                }
                 ranking.set(logits, zone, (rule.group, rule.fold, most), sizes);
                 let first = head.outliers();
                 let room = (self.budget as f64 * ReadRule::OUTLIERS) as usize;
