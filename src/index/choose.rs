@@ -6,7 +6,6 @@
 //! and unit.
 
 use super::Group;
-use crate::kernel::Spans;
 use crate::kernel::simd::weights;
 use std::cmp::Ordering;
 
@@ -41,9 +40,6 @@ pub struct Ranking {
     ranks: Vec<u32>,
     /// Scores in some order.
     copy: Vec<f32>,
-    /// What is known of some units only, `[rows, those]`, and of which.
-    few: Vec<f32>,
-    among: Vec<u32>,
 }
 
 impl Ranking {
@@ -68,36 +64,6 @@ impl Ranking {
         if matches!(group, Group::Logit | Group::Mean) {
             self.scores.iter_mut().for_each(|score| *score += 0.0);
         }
-    }
-
-    /// The same where only some units have a logit: the others weigh and score nothing, and cost nothing either.
-    ///
-    /// # Panics
-    /// As [`Ranking::set`]; if rows agree otherwise than by weights, of which nothing is 0.
-    pub fn set_among(
-        &mut self,
-        logits: &[f32],
-        zone: &[f32],
-        group: Group,
-        some: &Spans,
-        sizes: Option<&dyn Fn(usize) -> usize>,
-    ) {
-        assert!(matches!(group, Group::Max | Group::Sum), "no weights");
-        let units = logits.len().checked_div(zone.len()).unwrap_or(0);
-        let (mut few, mut among) = (std::mem::take(&mut self.few), std::mem::take(&mut self.among));
-        few.clear();
-        for line in logits.chunks_exact(units.max(1)) {
-            some.spans().iter().for_each(|span| few.extend_from_slice(&line[span.slots()]));
-        }
-        among.clear();
-        among.extend(some.slots().map(|unit| unit as u32));
-        let size = sizes.map(|sizes| |i: usize| sizes(among[i] as usize));
-        let size = size.as_ref().map(|size| size as &dyn Fn(usize) -> usize);
-        self.set(&few, zone, (group, 1, usize::MAX), size);
-        spread(&mut self.weights, self.rows, some, units, &mut few);
-        spread(&mut self.scores, 1, some, units, &mut few);
-        self.units = units;
-        (self.few, self.among) = (few, among);
     }
 
     /// Lets units be the best, in their order as far as ranks are told apart: the first ones to be taken.
@@ -342,21 +308,6 @@ impl Ranking {
     }
 }
 
-/// So many lines of a number for each of some units become lines of a number for each of `units`, 0 for the others. `copy` is lent.
-fn spread(lines: &mut Vec<f32>, count: usize, some: &Spans, units: usize, copy: &mut Vec<f32>) {
-    copy.clone_from(lines);
-    lines.clear();
-    lines.resize(count * units, 0.0);
-    for (line, from) in lines.chunks_exact_mut(units.max(1)).zip(copy.chunks_exact(some.rows().max(1))) {
-        let mut rest = from;
-        for span in some.spans() {
-            let (own, behind) = rest.split_at(span.len());
-            rest = behind;
-            line[span.slots()].copy_from_slice(own);
-        }
-    }
-}
-
 /// The best `count` (all, if there are not so many), ascending by index; of equals the first. `copy` is lent.
 fn best_of(scores: &[f32], count: usize, copy: &mut Vec<f32>, best: &mut Vec<u32>) {
     best.clear();
@@ -432,27 +383,6 @@ mod tests {
         assert_eq!(chosen(Group::Logit), [0, 2]);
         assert_eq!(chosen(Group::Mean), [0, 2]);
         assert_eq!(chosen(Group::Union), [1, 2]);
-    }
-
-    #[test]
-    fn units_without_a_logit_change_nothing_of_the_others() {
-        let mut logits: Vec<f32> = (0..600).map(|i| ((i * 37) % 101) as f32 * 0.1 - 6.0).collect();
-        let some: Spans = [3..9, 40..41, 100..260, 299..300].into_iter().collect();
-        let unseen = |i: usize| !some.slots().any(|slot| slot == i % 300);
-        logits.iter_mut().enumerate().filter(|(i, _)| unseen(*i)).for_each(|(_, x)| *x = f32::NEG_INFINITY);
-        let (zone, size) = ([1.5f32, -2.0], |unit: usize| 1 + unit % 3);
-        for group in [Group::Max, Group::Sum] {
-            let (mut whole, mut few) = (Ranking::default(), Ranking::default());
-            whole.set(&logits, &zone, (group, 1, usize::MAX), Some(&size));
-            few.set_among(&logits, &zone, group, &some, Some(&size));
-            for row in 0..2 {
-                assert_eq!(whole.weights(row), few.weights(row));
-                assert!((whole.all(row) - few.all(row)).abs() < 1e-5 * whole.all(row));
-            }
-            assert_eq!(take(&mut whole, 50), take(&mut few, 50));
-            few.set_among(&logits, &zone, group, &Spans::default(), Some(&size));
-            assert!(few.all(0) == 0.0 && few.units() == 300 && few.weights(1).iter().all(|&w| w == 0.0));
-        }
     }
 
     #[test]

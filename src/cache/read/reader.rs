@@ -254,7 +254,7 @@ impl<'a> Reader<'a> {
             left = behind;
             part
         });
-        let (corrections, zone, spans) = (&scratch.corrections, &scratch.zone, &scratch.spans);
+        let (corrections, zone) = (&scratch.corrections, &scratch.zone);
         // Units have an entry each, or more, so a budget bounds their number; a threshold bounds none, and a tail that covers
         // the best of the others ranks these too.
         let bounded = rule.calibration.is_none() && rule.estimate >= 1.0;
@@ -277,9 +277,6 @@ impl<'a> Reader<'a> {
                 let head = &self.index.heads()[h];
                 let size = |row| head.count_of(role, row);
                 let sizes: Option<&dyn Fn(usize) -> usize> = if rule.by_entry { Some(&size) } else { None };
-                if within {
-                    return ranking.set_among(logits, zone, rule.group, &spans[h], sizes);
-                }
                 ranking.set(logits, zone, (rule.group, rule.fold, most), sizes);
                 let first = head.outliers();
                 let room = (self.budget as f64 * ReadRule::OUTLIERS) as usize;
@@ -407,7 +404,8 @@ impl<'a> Reader<'a> {
                     taken += n;
                     taken <= budget && ranking.next_score() >= threshold
                 };
-                ranking.take(1, count, wanted, fresh);
+                let expected = budget.min(units.picks()) * ranking.units() / units.picks().max(1);
+                ranking.take(expected, count, wanted, fresh);
             }
             (Some(goal), Some(known), None, _) if first => {
                 // As far as the estimates want it.
