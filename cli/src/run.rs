@@ -90,6 +90,7 @@ struct Outcome {
 /// What low rank made of one side of the prompt's entries.
 #[derive(Debug, Default, Serialize)]
 struct LowRankSide {
+    /// Groups of layers whose side the recipe would factor.
     groups: usize,
     /// Of these, groups that were factored.
     factored: usize,
@@ -102,7 +103,7 @@ struct LowRankSide {
 impl LowRankSide {
     fn of(outcomes: impl Iterator<Item = SideOutcome>) -> Self {
         let (mut side, mut rank, mut mean) = (Self::default(), Mean::default(), Mean::default());
-        for outcome in outcomes {
+        for outcome in outcomes.filter(|outcome| *outcome != SideOutcome::Exact) {
             side.groups += 1;
             if let SideOutcome::Factored { rank: r, error } = outcome {
                 side.factored += 1;
@@ -339,6 +340,9 @@ fn print(outcomes: &[Outcome], compare: bool) {
     for o in outcomes {
         for (name, side) in ["keys", "values"].iter().zip(o.low_rank.iter().flatten()) {
             let LowRankSide { groups, factored, rank, error, largest_error } = side;
+            if *groups == 0 {
+                continue;
+            }
             println!(
                 "{}: {name} of {factored} of {groups} groups of layers are of low rank: rank {rank:.0}, relative error {error:.3}, at most {largest_error:.3}",
                 o.recipe

@@ -230,15 +230,7 @@ impl Recipe {
                 change: "name a policy that drops entries (snapkv, h2o), or drop the reducer".into(),
             });
         }
-        if let Some(index) = self.index.as_ref().filter(|_| self.policy.compresses()) {
-            return Err(RecipeError::Conflict {
-                what: format!("index={}", index.name),
-                with: self.policy.name().to_owned(),
-                why: "the budget is what a step reads where there is an index, and what stays where there is none"
-                    .into(),
-                change: "use the policy full with an index, or drop the index".into(),
-            });
-        }
+        // Before the index, which low rank may have brought along.
         if let Some(low_rank) = &self.low_rank {
             let refuse = |with: String, why: &str, change: &str| {
                 let what = format!("factor={}", low_rank.name);
@@ -258,6 +250,15 @@ impl Recipe {
                     "store keys and values as f32, f16 or bf16",
                 );
             }
+        }
+        if let Some(index) = self.index.as_ref().filter(|_| self.policy.compresses()) {
+            return Err(RecipeError::Conflict {
+                what: format!("index={}", index.name),
+                with: self.policy.name().to_owned(),
+                why: "the budget is what a step reads where there is an index, and what stays where there is none"
+                    .into(),
+                change: "use the policy full with an index, or drop the index".into(),
+            });
         }
         if self.positions == PositionMode::Renumber && self.precision.packs_keys() {
             return Err(RecipeError::Conflict {

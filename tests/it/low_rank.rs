@@ -316,6 +316,31 @@ fn bytes_are_those_of_the_factors() {
     assert!(ours.memory().resident < total.bytes_resident * 101 / 100);
 }
 
+#[test]
+fn outliers_take_their_keys_and_where_they_are() {
+    let text = Text::new(18);
+    let backend: Arc<dyn Backend> = Arc::new(Cpu::default());
+    let totals = |outliers: usize| {
+        let recipe = format!(
+            "xkv(group=1,rank_k=12,values=0,outliers={outliers},rebuilt=0)+k=f16+v=f16+exact=f16(sinks=4,tail=64)"
+        );
+        let (mut ours, id) = cache(&recipe, &backend);
+        text.feed(&mut ours, id, 0..2116);
+        ours.end_prefill(id).unwrap();
+        let total = ours.stats(id).unwrap().total();
+        assert_eq!(total.factored, LAYERS * H * 2048);
+        (total.bytes_logical, total.bytes_resident, total.bytes_read_per_step)
+    };
+    let ((none, resident_none, read_none), (some, resident, read)) = (totals(0), totals(48));
+    let kept = LAYERS * H * 48 * 8;
+    assert_eq!(some - none, kept * (2 * D + 4));
+    let grown = (resident - resident_none) as f64 / (some - none) as f64;
+    // Rows of 32 bytes in pages that have fields of their own.
+    assert!((1.0..1.1).contains(&grown), "{grown}");
+    // A key instead of the latent row of twelve numbers.
+    assert_eq!(read - read_none, kept * 2 * (D - 12));
+}
+
 /// Slots of a KV head's outliers as [`kvsieve::low_rank::LowRank::outliers`] defines them, of entries `first ..` in chunks.
 fn outliers(keys: &[f32], range: std::ops::Range<usize>, chunk: usize, count: usize) -> Vec<usize> {
     let key = |slot: usize| keys[slot * D..(slot + 1) * D].iter().map(|&x| f64::from(x));
@@ -478,16 +503,31 @@ fn recipes_that_cannot_be_are_refused() {
         }
     };
     assert!(conflict(model(), "snapkv+factor=xkv").contains("full"));
+    // Not the index that it brings along.
+    assert!(conflict(model(), "snapkv+factor=shadowkv").starts_with("factor=shadowkv"));
     assert!(conflict(model(), "xkv+k=int8").contains("f16"));
     let unknown = ModelShape::uniform(2, LayerShape::new(2, 2, 8)).unwrap();
     assert!(conflict(unknown, "xkv").contains("LayerShape::rotary"));
     let without = LayerShape { key_phase: KeyPhase::Unrotated, ..LayerShape::new(2, 2, 8) };
     KvCache::builder(ModelShape::uniform(2, without).unwrap()).recipe("xkv").build().unwrap();
-    for recipe in ["xkv(keys=0,values=0)", "xkv(group=0)", "xkv(keys=1.5)", "factor=snapkv", "factor=int8"] {
+    for recipe in [
+        "xkv(keys=0,values=0)",
+        "shadowkv(keys=0)",
+        "xkv(group=0)",
+        "xkv(keys=1.5)",
+        "factor=snapkv",
+        "factor=int8",
+    ] {
         assert!(KvCache::builder(model()).recipe(recipe).build().is_err(), "{recipe}");
     }
     let recipe: kvsieve::recipe::Recipe = "xkv(group=2) + k=f16".parse().unwrap();
     assert_eq!(recipe.to_string(), "full+factor=xkv(group=2)+k=f16");
+    let brought: kvsieve::recipe::Recipe = "shadowkv(chunk=4)".parse().unwrap();
+    let text = "full+index=pages(page=8,outliers=48,recent=32,group=max)+factor=shadowkv(chunk=4)";
+    assert_eq!(brought.to_string(), text);
+    assert_eq!(text.parse::<kvsieve::recipe::Recipe>().unwrap().to_string(), text);
+    let other: kvsieve::recipe::Recipe = "shadowkv+index=quest".parse().unwrap();
+    assert_eq!(other.to_string(), "full+index=quest+factor=shadowkv");
     assert_eq!(
         recipe.to_string().parse::<kvsieve::recipe::Recipe>().unwrap().to_string(),
         recipe.to_string()
