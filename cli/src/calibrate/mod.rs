@@ -100,7 +100,10 @@ pub(crate) struct Args {
     /// Entries that a window of lococo's convolutions spans: an odd number.
     #[arg(long, default_value_t = 21)]
     lococo_width: usize,
-    /// Passes over the samples in training.
+    /// Passes over the samples in lococo's training, one cut of each at a time.
+    #[arg(long, default_value_t = 16)]
+    lococo_epochs: usize,
+    /// Passes over the samples in training of the other networks.
     #[arg(long, default_value_t = 40)]
     epochs: usize,
     /// Seed of the networks' first weights and of the order of tokens.
@@ -119,7 +122,7 @@ impl Args {
             },
             PartName::Locret => format!(", {} neurons, {epochs} epochs, seed {seed}", self.locret_hidden),
             PartName::Lococo => {
-                let (channels, width) = (self.lococo_channels, self.lococo_width);
+                let (channels, width, epochs) = (self.lococo_channels, self.lococo_width, self.lococo_epochs);
                 format!(", {channels} channels of width {width}, {epochs} epochs, seed {seed}")
             }
             _ => String::new(),
@@ -129,7 +132,7 @@ impl Args {
 }
 
 pub(crate) fn main(args: &Args) -> Result<()> {
-    if args.samples < 2 || args.tokens < measure::LEAST_TOKENS || args.epochs == 0 {
+    if args.samples < 2 || args.tokens < measure::LEAST_TOKENS || args.epochs.min(args.lococo_epochs) == 0 {
         return Err(Error::usage(
             format!("--samples {} --tokens {} --epochs {}", args.samples, args.tokens, args.epochs),
             format!(
@@ -221,7 +224,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
                     layers,
                     channels: args.lococo_channels,
                     width: args.lococo_width,
-                    epochs: args.epochs,
+                    epochs: args.lococo_epochs,
                     seed: args.seed,
                 };
                 convolutions.run(&shape, &recording.readings)?
