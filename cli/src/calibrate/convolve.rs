@@ -1,8 +1,8 @@
 //! Training of the convolutions of `lococo`: one per layer, on attention outputs.
 //!
 //! A cut of a sample is compressed as the reducer does, behind a policy that keeps what its last queries looked at. The error is
-//! that of the outputs of the queries behind the cut, over what was compressed and what came after, beside those over everything. Entries are
-//! scaled to unit variance while a convolution learns, and the scales put into its weights afterwards.
+//! that of the outputs of the queries behind the cut, over what was compressed and what came after, beside those over
+//! everything. Entries are scaled to unit variance while a convolution learns, and the scales put into its weights afterwards.
 
 use super::measure;
 use super::train::{Layerwise, normal};
@@ -80,8 +80,8 @@ impl Convolutions {
             let mean = |of: fn(&Quality) -> f64| quality.iter().map(of).sum::<f64>() / quality.len() as f64;
             let worse = quality.iter().filter(|q| q.mixed > q.dropped).count();
             eprintln!(
-                "lococo: squared error of attention outputs on the last sample {:.4} of their squares, {:.4} where nothing is mixed; \
-                 worse than that in {worse} of {} layers; mean γ {:.2}",
+                "lococo: squared error of attention outputs on the last sample {:.4} of their squares, {:.4} where \
+                 nothing is mixed; worse than that in {worse} of {} layers; mean γ {:.2}",
                 mean(|q| q.mixed),
                 mean(|q| q.dropped),
                 quality.len(),
