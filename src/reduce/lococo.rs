@@ -12,9 +12,9 @@
 //! Weights of a layer are those of all its KV heads. `m` is the number of channels, but at most half of what a head keeps; where
 //! it is fewer, the first channels are used.
 //!
-//! *Helps* where the convolution was trained for the model and its slots replace entries that would say little. *Hurts* as any
-//! mean of keys at different rotations does, and by `m` sources for everything that is not verbatim: whatever is truncated later
-//! cuts through what they speak for.
+//! *Helps* whoever has convolutions that were trained through the model; those of `kvsieve calibrate` do worse than dropping
+//! (`docs/policies/lococo.md`). *Hurts* as any mean of keys at different rotations does, and by `m` sources for everything that is
+//! not verbatim: whatever is truncated later cuts through what they speak for.
 
 use super::{Reduced, Reducer};
 use crate::backend::Backend;
