@@ -12,7 +12,7 @@ pub use crate::kernel::merge_rows::{Merges, Source, Target};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Fate {
-    /// It stays.
+    /// It stays, as it is or with others mixed into it.
     Keep,
     /// It is removed, and what it held is mixed into one or more entries that stay.
     Merge,
@@ -74,6 +74,8 @@ impl HeadPlan {
             return Some(format!("target {} follows target {}: not ascending", pair[1].slot, pair[0].slot));
         }
         let kept = |slot: u32| self.keep.binary_search(&slot).is_ok();
+        // All new rows are made of those there were, so a target may go into others; what stays as it is would count twice.
+        let remade = |slot: u32| targets.binary_search_by_key(&slot, |t| t.slot).is_ok();
         for (target, own) in self.merges.iter() {
             let slot = target.slot;
             if !kept(slot) {
@@ -83,9 +85,12 @@ impl HeadPlan {
                 let (first, then) = (pair[0].slot, pair[1].slot);
                 return Some(format!("source {then} of slot {slot} follows {first}: not ascending"));
             }
-            if let Some(source) = own.iter().find(|s| s.slot as usize >= self.rows || kept(s.slot)) {
+            let stays = |from: u32| from == slot || (kept(from) && !remade(from));
+            if let Some(source) = own.iter().find(|s| s.slot as usize >= self.rows || stays(s.slot)) {
                 let (from, rows) = (source.slot, self.rows);
-                return Some(format!("slot {from} of {rows} is mixed into slot {slot} and does not leave"));
+                return Some(format!(
+                    "slot {from} of {rows} is mixed into slot {slot}, and neither leaves nor takes up others"
+                ));
             }
             let weights = [target.key, target.value, target.bias];
             let weights = weights.into_iter().chain(own.iter().flat_map(|s| [s.key, s.value]));
@@ -119,7 +124,8 @@ impl From<Vec<HeadPlan>> for LayerPlan {
 
 impl LayerPlan {
     /// Checks that the plan fits the stored rows: one head plan per head, made for as many rows as there
-    /// are, slots ascending and in range; what is mixed leaves and goes into what stays, with finite weights.
+    /// are, slots ascending and in range; what is mixed leaves, or takes up others itself, and goes into what stays, with finite
+    /// weights.
     ///
     /// # Errors
     /// [`PolicyError::InvalidPlan`] says which rule is broken where.
@@ -187,6 +193,7 @@ mod tests {
         assert_eq!(good.heads[0].leaving(), [0, 2, 4]);
         refused(&merged(Target { slot: 2, ..TARGET }, &[SOURCE]), "slot 2, which does not stay");
         refused(&merged(TARGET, &[Source { slot: 1, ..SOURCE }]), "slot 1 of 5 is mixed into slot 3");
+        refused(&merged(TARGET, &[Source { slot: 3, ..SOURCE }]), "slot 3 of 5 is mixed into slot 3");
         refused(&merged(TARGET, &[Source { slot: 5, ..SOURCE }]), "slot 5 of 5");
         refused(&merged(TARGET, &[SOURCE, SOURCE]), "source 2 of slot 3 follows 2");
         refused(&merged(Target { bias: f32::NAN, ..TARGET }, &[SOURCE]), "is NaN");
@@ -197,5 +204,26 @@ mod tests {
         let mut short = good;
         short.heads[0].merges.sources.pop();
         refused(&short, "name 2 sources, there are 1");
+    }
+
+    #[test]
+    fn what_takes_up_others_may_go_into_others_too() {
+        let mixed = |first: &[Source], second: &[Source]| {
+            let mut plan = HeadPlan::new(5, vec![1, 3]);
+            plan.merges.push(Target { slot: 1, ..TARGET }, first.iter().copied());
+            plan.merges.push(TARGET, second.iter().copied());
+            LayerPlan::from(vec![plan])
+        };
+        let from = |slot| Source { slot, ..SOURCE };
+        let both = mixed(&[from(2), from(3)], &[from(1), from(4)]);
+        both.validate("test", 0, [5].into_iter()).unwrap();
+        assert_eq!([1, 2, 3].map(|slot| both.heads[0].fate(slot)), [Fate::Keep, Fate::Merge, Fate::Keep]);
+        refused(&mixed(&[from(1)], &[from(4)]), "slot 1 of 5 is mixed into slot 1");
+        // A third one stays as it is.
+        let mut third = both;
+        third.heads[0].keep = vec![0, 1, 3];
+        third.validate("test", 0, [5].into_iter()).unwrap();
+        third.heads[0].merges.sources[0].slot = 0;
+        refused(&third, "slot 0 of 5 is mixed into slot 1, and neither leaves nor takes up others");
     }
 }

@@ -34,6 +34,7 @@ fn calibrate((model, text): &(PathBuf, PathBuf), out: &Path, more: &[&str]) -> C
         ["--samples", "2"],
         ["--tokens", "384"],
         ["--epochs", "2"],
+        ["--lococo-epochs", "2"],
         ["--locret-hidden", "4"],
         ["--kvzap-hidden", "4"],
     ];
@@ -128,6 +129,42 @@ fn a_profile_is_made_goes_on_where_it_was_cut_off_and_serves() {
 }
 
 #[test]
+fn convolutions_are_made_where_they_are_asked_for_and_serve() {
+    let Some(inputs) = inputs() else { return };
+    let out = scratch("lococo.profile.safetensors");
+    let part = ["--parts", "lococo", "--lococo-channels", "6", "--lococo-width", "3"];
+    let said = run(calibrate(&inputs, &out, &part));
+    // Two numbers to compare: with what was learned, and without.
+    assert!(said.contains("squared error of attention outputs on the last sample 0."), "{said}");
+    assert!(said.contains("where nothing is mixed"), "{said}");
+    let profile = Profile::open(&out).unwrap();
+    assert_eq!(profile.parts().map(|(name, _)| name).collect::<Vec<_>>(), ["lococo"]);
+    let (_, made) = profile.parts().next().unwrap();
+    assert!(made.made().ends_with("6 channels of width 3, 2 epochs, seed 0"), "{}", made.made());
+    assert_eq!(made.arrays().count(), 3 * 30);
+    for layer in [0, 29] {
+        let array = |name: &str| numbers(&profile, "lococo", &format!("layers.{layer}.{name}"));
+        assert_eq!((array("weight").len(), array("bias").len()), (6 * 128 * 3, 6));
+        // Two steps move it, not far.
+        let blend = array("blend")[0];
+        assert!(blend != 0.5 && (0.3..0.7).contains(&blend), "{blend}");
+    }
+    let again = run(calibrate(&inputs, &out, &part));
+    assert!(again.contains("lococo: there already"), "{again}");
+
+    let (model, text) = (inputs.0.to_str().unwrap(), inputs.1.to_str().unwrap());
+    let mut eval = Command::new(env!("CARGO_BIN_EXE_kvsieve"));
+    eval.args(["eval", "--json", "--model", model, "--text", text, "--recipe", "snapkv,lococo"]);
+    eval.args(["--budget", "50%", "--prompt-tokens", "128", "--score-tokens", "8", "--samples", "2"]);
+    let output = eval.args(["--profile", out.to_str().unwrap()]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let rows: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let [plain, mixed] = [0, 1].map(|row| rows[row]["kl"].as_f64().unwrap());
+    assert!(plain != mixed && (0.0..5.0).contains(&mixed), "{plain} {mixed}");
+    assert_eq!(rows[0]["entries_per_head"], rows[1]["entries_per_head"]);
+}
+
+#[test]
 fn what_makes_no_sense_is_refused() {
     let Some(inputs) = inputs() else { return };
     let out = scratch("refused.profile.safetensors");
@@ -141,6 +178,11 @@ fn what_makes_no_sense_is_refused() {
     assert!(fails(&["--tokens", "5000"]).contains("lower --tokens"));
     assert!(fails(&["--samples", "9000"]).contains("longer --text"));
     assert!(fails(&["--locret-hidden", "0"]).contains("hidden layer"));
+    assert!(fails(&["--parts", "lococo", "--lococo-width", "4"]).contains("an odd width"));
+    assert!(
+        fails(&["--parts", "lococo", "--lococo-channels", "200"]).contains("channels for samples of 384")
+    );
+    assert!(fails(&["--parts", "lococo", "--lococo-channels", "0"]).contains("give 1 to 88 channels"));
     // A file that is no profile is not written over.
     std::fs::write(&out, "something of the user's").unwrap();
     assert!(fails(&[]).contains("not a whole safetensors file"));

@@ -334,12 +334,18 @@ fn check_learned(shape: &ModelShape, recipe: &Recipe) -> Result<(), RecipeError>
         let what = policy.name().to_owned();
         Err(RecipeError::Conflict { what, with, why, change: change.to_owned() })
     };
-    if let Some(part) = policy.lacks() {
-        return conflict(
-            "a cache without a profile".to_owned(),
-            format!("it goes by numbers learned of the model (the part {part} of a profile)"),
-            "make them with kvsieve calibrate and give them with CacheBuilder::profile",
-        );
+    let reduce = recipe.reduce.as_ref();
+    let lacking = [
+        (policy.name().to_owned(), policy.lacks()),
+        reduce.map_or_else(Default::default, |reduce| (format!("reduce={}", reduce.name()), reduce.lacks())),
+    ];
+    if let Some((what, part)) = lacking.into_iter().find_map(|(what, part)| Some((what, part?))) {
+        return Err(RecipeError::Conflict {
+            what,
+            with: "a cache without a profile".to_owned(),
+            why: format!("it goes by numbers learned of the model (the part {part} of a profile)"),
+            change: "make them with kvsieve calibrate and give them with CacheBuilder::profile".to_owned(),
+        });
     }
     let needs = policy.needs();
     if needs.side == SideKind::PreRope {

@@ -109,4 +109,18 @@ pub enum ProfileError {
         /// The number.
         value: f32,
     },
+    /// A number outside its range.
+    #[error("array {array} of part {part} has {value} at {at}: must be {want}")]
+    Range {
+        /// The part.
+        part: &'static str,
+        /// The array.
+        array: String,
+        /// Index of the number.
+        at: usize,
+        /// The number.
+        value: f32,
+        /// What it must be.
+        want: &'static str,
+    },
 }

@@ -1,6 +1,6 @@
 //! Profiles: numbers learned or measured once per model, which some policies go by.
 //!
-//! A [`Profile`] holds *parts*, one for each kind of number (`locret`, `kvzap`, `duo`, `heads`, `errors`), and a part holds arrays under
+//! A [`Profile`] holds *parts*, one for each kind of number (`locret`, `kvzap`, `lococo`, `duo`, `heads`, `errors`), and a part holds arrays under
 //! names. It says which model it was made for and how; [`Profile::check`] holds it against a model before a policy takes anything
 //! from it. `kvsieve calibrate` makes them; with the feature `learned` they are read from and written to files
 //! ([`Profile::open`], [`Profile::save`]).
@@ -13,6 +13,7 @@
 //! |---|---|---|
 //! | `locret` | per layer `layers.{l}.up` `[r, (Hq+H)·d_k + H·d_v]`, `layers.{l}.down` `[H, r]` | retaining heads over q, k, v before rotation |
 //! | `kvzap` | per layer `layers.{l}.weight` `[H, D]`, `layers.{l}.bias` `[H]`; or with a hidden layer `layers.{l}.up` `[r, D]`, `layers.{l}.up_bias` `[r]` and `weight` `[H, r]` | log of replay scores from hidden states |
+//! | `lococo` | per layer `layers.{l}.weight` `[m, d_k + d_v, n]`, `n` odd, `layers.{l}.bias` `[m]`, `layers.{l}.blend` `[1]` in 0 ..= 1 | convolutions over entries that are merged |
 //! | `duo` | `gates` `[L, H]`, higher is more of a retrieval head | classes of KV heads |
 //! | `heads` | `scores` `[L, Hq]`, ≥ 0 | semantic retrieval heads |
 //! | `errors` | `layers` `[L]`, ≥ 0 | error of each layer's output when compressed |

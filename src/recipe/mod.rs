@@ -189,20 +189,33 @@ impl Recipe {
         self
     }
 
-    /// The same with the numbers that its policy goes by out of a profile; unchanged where it needs none.
+    /// The same with the numbers that its policy and its reducer go by out of a profile; unchanged where they need none.
     ///
     /// # Errors
-    /// [`ProfileError`] if the profile is of another model, or lacks what the policy needs.
+    /// [`ProfileError`] if the profile is of another model, or lacks what they need.
     pub fn bind(mut self, profile: &Profile, shape: &ModelShape) -> Result<Self, ProfileError> {
-        if self.policy.lacks().is_none() {
+        let reduce = self.reduce.clone().filter(|reduce| reduce.lacks().is_some());
+        if self.policy.lacks().is_none() && reduce.is_none() {
             return Ok(self);
         }
         profile.check(shape)?;
-        if let Some(bound) = self.policy.bind(profile, shape)? {
+        if self.policy.lacks().is_some()
+            && let Some(bound) = self.policy.bind(profile, shape)?
+        {
             if Arc::ptr_eq(&self.terms.0, &self.policy) {
                 self.terms.0 = Arc::clone(&bound);
             }
             self.policy = bound;
+        }
+        if let Some(reduce) = reduce
+            && let Some(bound) = reduce.bind(profile, shape)?
+        {
+            if let Some((parsed, _)) = &mut self.reduce_term
+                && Arc::ptr_eq(parsed, &reduce)
+            {
+                *parsed = Arc::clone(&bound);
+            }
+            self.reduce = Some(bound);
         }
         Ok(self)
     }

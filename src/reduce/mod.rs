@@ -11,13 +11,15 @@
 //! mean that any query would have asked for. And it costs a search for neighbours at every compaction.
 
 use crate::device::HeadRows;
-use crate::error::{PolicyError, RecipeError};
+use crate::error::{PolicyError, ProfileError, RecipeError};
 use crate::geometry::ModelShape;
 use crate::kernel::nearest::NearestArgs;
 use crate::plan::{LayerPlan, Merges, Source, Target};
 use crate::policy::registry::Entry;
 use crate::policy::{LayerView, Needs, score};
+use crate::profile::Profile;
 use std::fmt::Debug;
+use std::sync::Arc;
 
 /// The last stage of a policy: what becomes of what leaves.
 pub trait Reducer: Debug + Send + Sync {
@@ -27,6 +29,23 @@ pub trait Reducer: Debug + Send + Sync {
     /// What must be recorded: queries only, no feed.
     fn needs(&self) -> Needs {
         Needs::default()
+    }
+
+    /// The part of a profile that it goes by and does not have yet; it cannot reduce before [`Reducer::bind`].
+    fn lacks(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// The same reducer with its numbers out of a profile, which fits the model; `None` if it needs none.
+    ///
+    /// # Errors
+    /// [`ProfileError`] for what is missing, or of other extents than the model's.
+    fn bind(
+        &self,
+        _profile: &Profile,
+        _shape: &ModelShape,
+    ) -> Result<Option<Arc<dyn Reducer>>, ProfileError> {
+        Ok(None)
     }
 
     /// Whether it works for this model. Called before anything runs.
@@ -76,6 +95,7 @@ reducers! {
     lookm,
     cam,
     d2o,
+    lococo,
 }
 
 /// An entry that leaves, and the kept one whose key is most like its own.

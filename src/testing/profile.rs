@@ -10,6 +10,11 @@ use crate::profile::{Array, Part, Profile};
 /// Hidden neurons of the networks.
 const NEURONS: usize = 3;
 
+/// Channels and width of the convolutions, and how much of an entry they make.
+const CHANNELS: usize = 2;
+const WIDTH: usize = 3;
+const BLEND: f32 = 0.4;
+
 /// A profile of a model whose hidden states are of dimension `hidden`.
 ///
 /// # Errors
@@ -40,10 +45,19 @@ pub fn profile(shape: &ModelShape, hidden: usize, seed: u64) -> Result<Profile, 
             .with(format!("layers.{l}.weight"), array(&[h, NEURONS], 1.0)?)
             .with(format!("layers.{l}.bias"), array(&[h], 1.0)?);
     }
-    Ok(Profile::new(shape)?
+    let profile = Profile::new(shape)?
         .with("locret", locret)
         .with("kvzap", kvzap)
         .with("duo", made().with("gates", array(&[layers, h], 1.0)?))
         .with("heads", made().with("scores", positive(array(&[layers, hq], 1.0)?)?))
-        .with("errors", made().with("layers", positive(array(&[layers], 1.0)?)?)))
+        .with("errors", made().with("layers", positive(array(&[layers], 1.0)?)?));
+    let mut lococo = made();
+    for l in 0..layers {
+        let kernel = array(&[CHANNELS, layer.d_k + layer.d_v, WIDTH], 0.3)?;
+        lococo = lococo
+            .with(format!("layers.{l}.weight"), kernel)
+            .with(format!("layers.{l}.bias"), array(&[CHANNELS], 0.3)?)
+            .with(format!("layers.{l}.blend"), Array::new(vec![1], vec![BLEND])?);
+    }
+    Ok(profile.with("lococo", lococo))
 }

@@ -5,6 +5,7 @@ use crate::support::*;
 use kvsieve::cache::{PartialWorkspace, RemoveMode};
 use kvsieve::error::{CacheError, RecipeError};
 use kvsieve::geometry::{LayerShape, ModelShape, Position};
+use kvsieve::testing::profile;
 use kvsieve::view::{TensorView, TensorViewMut};
 use kvsieve::{Backend, Budget, Error, KvCache, SequenceId};
 use std::collections::BTreeMap;
@@ -39,6 +40,8 @@ const MERGING: &[&str] = &[
     "h2o+lookm(mode=average,mass=yes)+when=chunk+when=over(slack=4)",
     "streaming(sinks=2)+cam(window=4,spread=3)+when=chunk+when=over(slack=2)",
     "tova+d2o",
+    "snapkv(window=8)+lococo(window=8,recent=2,sinks=1)+when=chunk+when=over(slack=3)+k=f16",
+    "knorm+lococo(recent=2)+k=int8+v=int4(center,hadamard)+exact=f16(sinks=2,tail=0)",
     "tova+adakv+value_merge(window=4)+k=int8+v=int4(center,hadamard)+exact=f16(sinks=2,tail=0)",
 ];
 
@@ -46,6 +49,7 @@ fn build(shape: &ModelShape, recipe: &str, budget: usize, backend: &Arc<dyn Back
     KvCache::builder(shape.clone())
         .recipe(recipe)
         .budget(Budget::Tokens(budget))
+        .profile(profile(shape, 5, 3).unwrap())
         .shared_backend(Arc::clone(backend))
         .page_entries(8)
         .build()

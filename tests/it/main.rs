@@ -14,6 +14,7 @@ mod heads;
 mod hostile;
 #[cfg(feature = "learned")]
 mod learned;
+mod lococo;
 #[cfg(feature = "lowrank")]
 mod low_rank;
 mod parts;

@@ -10,8 +10,8 @@ use kvsieve::plan::{LayerPlan, Merges};
 use kvsieve::policy::LayerView;
 use kvsieve::policy::registry::{Build, Registry};
 use kvsieve::recipe::Recipe;
-use kvsieve::testing::Random;
 use kvsieve::testing::layer::LayerCase;
+use kvsieve::testing::{Random, profile};
 use kvsieve::view::{DType, TensorView, TensorViewMut};
 use kvsieve::{Budget, Error, KvCache, SequenceId};
 use std::sync::Arc;
@@ -47,7 +47,8 @@ fn case<'a>(backend: &'a dyn Backend, seed: u64, lengths: [usize; 2]) -> LayerCa
 
 /// The plan of a recipe, merges included, as a cache makes it.
 fn plan(recipe: &str, view: &LayerView<'_>) -> LayerPlan {
-    let recipe = Recipe::parse(recipe).unwrap();
+    let shape = ModelShape::uniform(1, view.shape.clone()).unwrap();
+    let recipe = Recipe::parse(recipe).unwrap().bind(&profile(&shape, 5, 3).unwrap(), &shape).unwrap();
     let mut plan = recipe.policy.plan(view).unwrap();
     let merges = recipe.reduce.unwrap().reduce(view, &plan).unwrap().merges;
     assert_eq!(merges.len(), plan.heads.len());
@@ -120,6 +121,7 @@ fn weights_of_values_sum_to_one() {
         "lookm(mode=average)",
         "lookm(mode=weighted,mass=yes)",
         "d2o",
+        "lococo",
     ];
     for name in names {
         let plan = plan(&format!("snapkv(window=4)+reduce={name}"), &case(&backend, 5, [64, 64]).view(20));

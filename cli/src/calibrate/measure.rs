@@ -3,6 +3,7 @@
 //! Of a sample of `N` tokens, read twice, row `i` of the second reading belongs to token `i` of the first; its logits are over
 //! everything before it.
 
+use super::convolve::Reading;
 use candle_core::{Device, Tensor};
 use kvsieve::geometry::LayerShape;
 use kvsieve_candle::Result;
@@ -255,6 +256,17 @@ impl<'a> Layer<'a> {
         Ok(kept)
     }
 
+    /// Everything up to the end of the first reading, as it came.
+    pub(super) fn reading(&self, sample: Sample) -> Reading {
+        let tokens = sample.first + sample.tokens;
+        let of = |rows: &[f32], dim: usize| {
+            let heads = rows.chunks_exact(self.tokens * dim);
+            heads.flat_map(|head| &head[..tokens * dim]).copied().collect()
+        };
+        let (d_k, d_v) = (self.shape.d_k, self.shape.d_v);
+        Reading { q: of(&self.q, d_k), k: of(&self.k, d_k), v: of(&self.v, d_v), tokens }
+    }
+
     /// Queries and keys of the first reading before rotation, and values: the rows that the library gives a policy.
     pub(super) fn rows_before_rotation(&self, sample: Sample, out: &mut Vec<f32>) {
         let (d_k, d_v) = (self.shape.d_k, self.shape.d_v);
@@ -293,7 +305,7 @@ fn turn(layout: kvsieve::geometry::RotaryLayout, row: &mut [f32], table: &[f32])
     }
 }
 
-fn softmax(logits: &[f32], out: &mut [f32]) {
+pub(super) fn softmax(logits: &[f32], out: &mut [f32]) {
     let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut sum = 0.0;
     for (out, logit) in out.iter_mut().zip(logits) {

@@ -6,17 +6,19 @@
 //! *Helps* with any GGUF model that the host runs: what others publish is for a handful of models. *Hurts* by some minutes on
 //! two cores for a small model; what it makes is as good as the text is like what the model will read.
 
+mod convolve;
 mod measure;
 mod record;
 mod train;
 
 use crate::error::{Error, Result};
 use crate::host::{self, Host, ModelArgs};
+use convolve::Convolutions;
 use kvsieve::profile::{Array, Part, Profile};
 use measure::LayerSums;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use train::Training;
+use train::{Layerwise, Training};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -30,6 +32,7 @@ Parts, and the recipes that go by them:
   errors   for every layer, the error of its output when 32 entries are kept                         compress_error
   kvzap    networks that predict replay scores from hidden states                                             kvzap
   locret   networks that predict the highest logit of later queries from q, k and v                          locret
+  lococo   convolutions that mix what is not kept verbatim; only where --parts names it                      lococo
 
 A file that is there is added to: parts made in the same way are kept, others made anew. Networks are saved layer by layer
 in OUT.part, and a run that was cut off goes on behind the last one.";
@@ -47,6 +50,8 @@ enum PartName {
     Kvzap,
     /// Networks from queries, keys and values to logits.
     Locret,
+    /// Convolutions over entries that are merged.
+    Lococo,
 }
 
 impl PartName {
@@ -57,6 +62,7 @@ impl PartName {
             Self::Errors => "errors",
             Self::Kvzap => "kvzap",
             Self::Locret => "locret",
+            Self::Lococo => "lococo",
         }
     }
 }
@@ -88,7 +94,16 @@ pub(crate) struct Args {
     /// Neurons of locret's hidden layer.
     #[arg(long, default_value_t = 64)]
     locret_hidden: usize,
-    /// Passes over the samples in training.
+    /// Channels of lococo's convolutions: entries that are made anew when a KV head is compressed.
+    #[arg(long, default_value_t = 64)]
+    lococo_channels: usize,
+    /// Entries that a window of lococo's convolutions spans: an odd number.
+    #[arg(long, default_value_t = 21)]
+    lococo_width: usize,
+    /// Passes over the samples in lococo's training, one cut of each at a time.
+    #[arg(long, default_value_t = 16)]
+    lococo_epochs: usize,
+    /// Passes over the samples in training of the other networks.
     #[arg(long, default_value_t = 40)]
     epochs: usize,
     /// Seed of the networks' first weights and of the order of tokens.
@@ -106,6 +121,10 @@ impl Args {
                 None => format!(", {epochs} epochs, seed {seed}"),
             },
             PartName::Locret => format!(", {} neurons, {epochs} epochs, seed {seed}", self.locret_hidden),
+            PartName::Lococo => {
+                let (channels, width, epochs) = (self.lococo_channels, self.lococo_width, self.lococo_epochs);
+                format!(", {channels} channels of width {width}, {epochs} epochs, seed {seed}")
+            }
             _ => String::new(),
         };
         format!("kvsieve calibrate: {samples} samples of {tokens} tokens of {text}{learned}")
@@ -113,7 +132,7 @@ impl Args {
 }
 
 pub(crate) fn main(args: &Args) -> Result<()> {
-    if args.samples < 2 || args.tokens < measure::LEAST_TOKENS || args.epochs == 0 {
+    if args.samples < 2 || args.tokens < measure::LEAST_TOKENS || args.epochs.min(args.lococo_epochs) == 0 {
         return Err(Error::usage(
             format!("--samples {} --tokens {} --epochs {}", args.samples, args.tokens, args.epochs),
             format!(
@@ -126,6 +145,15 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     let shape = host.model.shape()?;
     if args.locret_hidden == 0 {
         return Err(Error::usage("--locret-hidden 0", "its networks have a hidden layer: give 1 or more"));
+    }
+    let most = convolve::most_channels(args.tokens);
+    if args.lococo_width.is_multiple_of(2)
+        || args.parts.contains(&PartName::Lococo) && !(1..=most).contains(&args.lococo_channels)
+    {
+        return Err(Error::usage(
+            format!("--lococo-channels {} --lococo-width {}", args.lococo_channels, args.lococo_width),
+            format!("give 1 to {most} channels for samples of {} tokens, and an odd width", args.tokens),
+        ));
     }
     if 2 * args.tokens + 1 > host.model.config().context {
         return Err(Error::usage(
@@ -170,6 +198,8 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     eprintln!("read {} samples in {:.0} s", args.samples, began.elapsed().as_secs_f64());
     for part in todo {
         let began = Instant::now();
+        let layers =
+            Layerwise { part: part.name(), made: made(part), partial: with_suffix(&args.out, ".part") };
         let filled = match part {
             PartName::Duo => measured(&recording.sums, made(part), "gates", LayerSums::gates)?,
             PartName::Heads => measured(&recording.sums, made(part), "scores", LayerSums::heads)?,
@@ -179,9 +209,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
             }
             PartName::Kvzap | PartName::Locret => {
                 let training = Training {
-                    part: part.name(),
-                    made: made(part),
-                    partial: with_suffix(&args.out, ".part"),
+                    layers,
                     hidden: match part {
                         PartName::Locret => args.locret_hidden,
                         _ => args.kvzap_hidden.unwrap_or(host.model.config().embedding.div_ceil(8)),
@@ -190,6 +218,16 @@ pub(crate) fn main(args: &Args) -> Result<()> {
                     seed: args.seed,
                 };
                 training.run(&shape, &recording)?
+            }
+            PartName::Lococo => {
+                let convolutions = Convolutions {
+                    layers,
+                    channels: args.lococo_channels,
+                    width: args.lococo_width,
+                    epochs: args.lococo_epochs,
+                    seed: args.seed,
+                };
+                convolutions.run(&shape, &recording.readings)?
             }
         };
         profile = profile.with(part.name(), filled);

@@ -1,5 +1,6 @@
 //! The passes over the samples: what every layer sees of them, and what its queries look at when they are repeated.
 
+use super::convolve::Reading;
 use super::measure::{Layer, LayerSums, Sample};
 use super::train::Tokens;
 use super::{Args, PartName};
@@ -16,7 +17,9 @@ pub(super) struct Recording {
     pub(super) sums: Vec<LayerSums>,
     /// Per layer, what networks learn from.
     pub(super) layers: Vec<Examples>,
-    /// How many of them there are.
+    /// Per layer, what convolutions learn from, a reading per sample.
+    pub(super) readings: Vec<Vec<Reading>>,
+    /// How many samples there are, and how long they are.
     pub(super) tokens: Tokens,
 }
 
@@ -50,6 +53,7 @@ impl Recording {
         let mut recording = Self {
             sums: shape.iter().map(LayerSums::new).collect(),
             layers: shape.iter().map(|_| Examples::default()).collect(),
+            readings: shape.iter().map(|_| Vec::new()).collect(),
             tokens: Tokens { samples, each: tokens },
         };
         let bar = host::bar(samples, "reading samples");
@@ -68,6 +72,7 @@ impl Recording {
                 sample: Sample { first, tokens },
                 hidden: wants(PartName::Kvzap),
                 rows: wants(PartName::Locret),
+                readings: wants(PartName::Lococo),
             };
             host.model.forward_with(&mut hook, &fed, 0, Logits::None)?;
             bar.inc(1);
@@ -85,6 +90,7 @@ struct Hook<'a, 'cache> {
     sample: Sample,
     hidden: bool,
     rows: bool,
+    readings: bool,
 }
 
 impl Attend for Hook<'_, '_> {
@@ -102,6 +108,9 @@ impl Attend for Hook<'_, '_> {
         examples.logits.extend(logits);
         if self.rows {
             of.rows_before_rotation(self.sample, &mut examples.rows);
+        }
+        if self.readings {
+            self.recording.readings[layer].push(of.reading(self.sample));
         }
         Ok(out)
     }

@@ -29,29 +29,31 @@ const LEAST_SCORE: f32 = 1e-6;
 /// Weight of the squared difference between neighbouring tokens' scores, as in the paper on Locret.
 const SMOOTH: f64 = 0.0025;
 
-/// What to train and how.
-pub(super) struct Training {
+/// A part that is made layer by layer.
+pub(super) struct Layerwise {
     pub(super) part: &'static str,
     /// How it is made, in words: what is found half-done under other words is not gone on with.
     pub(super) made: String,
     /// Where layers are saved until all are done.
     pub(super) partial: PathBuf,
-    /// Neurons; 0 is a linear map.
-    pub(super) hidden: usize,
-    pub(super) epochs: usize,
-    pub(super) seed: u64,
 }
 
-impl Training {
-    pub(super) fn run(&self, shape: &ModelShape, recording: &Recording) -> Result<Part> {
+impl Layerwise {
+    /// All layers, those that an earlier run finished among them; and what `one` says of those that it made.
+    pub(super) fn run<Q>(
+        &self,
+        shape: &ModelShape,
+        layers: usize,
+        one: impl Fn(usize) -> Result<(Vec<(&'static str, Array)>, Q)>,
+    ) -> Result<(Part, Vec<Q>)> {
         let mut part = self.begun(shape);
-        let bar = host::bar(recording.layers.len(), &format!("training {}", self.part));
-        let mut explained = Vec::new();
-        for (layer, examples) in recording.layers.iter().enumerate() {
+        let bar = host::bar(layers, &format!("training {}", self.part));
+        let mut said = Vec::new();
+        for layer in 0..layers {
             let first = format!("layers.{layer}.");
             if !part.arrays().any(|(name, _)| name.starts_with(&first)) {
-                let (trained, quality) = self.layer(layer, examples, recording.tokens)?;
-                explained.push(quality);
+                let (trained, quality) = one(layer)?;
+                said.push(quality);
                 part = trained
                     .into_iter()
                     .fold(part, |part, (name, array)| part.with(format!("{first}{name}"), array));
@@ -60,12 +62,7 @@ impl Training {
             bar.inc(1);
         }
         bar.finish_and_clear();
-        if !explained.is_empty() {
-            let mean = explained.iter().sum::<f64>() / explained.len() as f64;
-            let least = explained.iter().copied().fold(f64::INFINITY, f64::min);
-            eprintln!("{}: R² on the last sample {mean:.2}, in the worst layer {least:.2}", self.part);
-        }
-        Ok(part)
+        Ok((part, said))
     }
 
     /// Layers that an earlier run finished.
@@ -77,6 +74,29 @@ impl Training {
         });
         begun.unwrap_or_else(|| Part::new(&self.made))
     }
+}
+
+/// Networks to train, and how.
+pub(super) struct Training {
+    pub(super) layers: Layerwise,
+    /// Neurons; 0 is a linear map.
+    pub(super) hidden: usize,
+    pub(super) epochs: usize,
+    pub(super) seed: u64,
+}
+
+impl Training {
+    pub(super) fn run(&self, shape: &ModelShape, recording: &Recording) -> Result<Part> {
+        let (part, explained) = self.layers.run(shape, recording.layers.len(), |layer| {
+            self.layer(layer, &recording.layers[layer], recording.tokens)
+        })?;
+        if !explained.is_empty() {
+            let mean = explained.iter().sum::<f64>() / explained.len() as f64;
+            let least = explained.iter().copied().fold(f64::INFINITY, f64::min);
+            eprintln!("{}: R² on the last sample {mean:.2}, in the worst layer {least:.2}", self.layers.part);
+        }
+        Ok(part)
+    }
 
     /// A layer's arrays, and the share of the variance that it explains of the last sample, on which it was not trained.
     fn layer(
@@ -85,7 +105,7 @@ impl Training {
         examples: &Examples,
         tokens: Tokens,
     ) -> Result<(Vec<(&'static str, Array)>, f64)> {
-        let locret = self.part == "locret";
+        let locret = self.layers.part == "locret";
         let data = if locret {
             Data::of(&examples.rows, &examples.logits, tokens, false)
         } else {
@@ -302,7 +322,7 @@ impl Net {
 }
 
 /// A normally distributed number (Box and Muller).
-fn normal(random: &mut ChaCha8Rng) -> f32 {
+pub(super) fn normal(random: &mut ChaCha8Rng) -> f32 {
     let mut uniform = || (f64::from(random.next_u32()) + 0.5) / (f64::from(u32::MAX) + 1.0);
     let (a, b) = (uniform(), uniform());
     ((-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()) as f32
