@@ -24,6 +24,13 @@ part_fmt() {
     cargo fmt --manifest-path benches/peers/Cargo.toml --check
 }
 
+# What is built apart has a lock file of its own, which the library's dependencies are in too. Without the registry, by what is
+# known of it here.
+part_lock() {
+    cd benches/peers
+    cargo update --workspace --locked --quiet || cargo update --workspace --locked --quiet --offline
+}
+
 # Without the GPU and the test suite, then with everything.
 part_clippy() {
     cargo clippy --workspace --all-targets --no-default-features -- -D warnings
@@ -42,7 +49,7 @@ part_docs() {
     RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --lib --no-deps --all-features
 }
 
-all=(fmt clippy tests docs)
+all=(fmt lock clippy tests docs)
 if [ $# -eq 0 ]; then
     scripts/prepare.sh
     set -- "${all[@]}"
