@@ -24,6 +24,13 @@ const CHUNK: usize = 2048;
 /// Tokens at the end of the prompt whose queries are there too.
 const ASKING: usize = 32;
 
+/// Queries of some tokens, `[tokens, HEADS · GROUP, DIM]`: those of a head have much in common, as a real model's do.
+fn queries(random: &mut Random, tokens: usize) -> Vec<f32> {
+    let own = Random::new(4).rows(HEADS * GROUP * DIM, 0.8, DType::F32);
+    let noise = random.rows(tokens * own.len(), 0.6, DType::F32);
+    noise.iter().zip(own.iter().cycle()).map(|(noise, own)| own + noise).collect()
+}
+
 /// Rows that wander: each is near the last one.
 fn drift(random: &mut Random, state: &mut [f32], tokens: usize) -> Vec<f32> {
     let mut rows = Vec::with_capacity(tokens * state.len());
@@ -53,7 +60,7 @@ fn prompted(recipe: &str, budget: usize, layers: usize, tokens: usize) -> (KvCac
     }
     // An index that calibrates wants queries.
     let [k, v] = states.each_mut().map(|state| drift(&mut random, state, ASKING));
-    let q = random.rows(ASKING * HEADS * GROUP * DIM, 1.0, DType::F32);
+    let q = queries(&mut random, ASKING);
     let mut out = vec![0.0; q.len()];
     let mut step = cache.begin(id, ASKING).unwrap();
     let view = |x, heads| TensorView::token_major(x, ASKING, heads, DIM).unwrap();
@@ -125,7 +132,9 @@ fn decode(c: &mut Criterion) {
             "a2ats".to_owned(),
         ] {
             let mut random = Random::new(2);
-            let rows = [HEADS * GROUP, HEADS, HEADS].map(|heads| random.rows(heads * DIM, 1.0, DType::F32));
+            let q = queries(&mut random, 1);
+            let [k, v] = [(); 2].map(|()| random.rows(HEADS * DIM, 1.0, DType::F32));
+            let rows = [q, k, v];
             let mut out = vec![0.0; HEADS * GROUP * DIM];
             // Only what is not filtered out is built.
             let mut built = None;
@@ -149,7 +158,9 @@ fn fixed(c: &mut Criterion) {
             "squeezed(levels=2,fan=20,rounds=4,segment=2048)",
         ] {
             let mut random = Random::new(2);
-            let rows = [HEADS * GROUP, HEADS, HEADS].map(|heads| random.rows(heads * DIM, 1.0, DType::F32));
+            let q = queries(&mut random, 1);
+            let [k, v] = [(); 2].map(|()| random.rows(HEADS * DIM, 1.0, DType::F32));
+            let rows = [q, k, v];
             let mut out = vec![0.0; HEADS * GROUP * DIM];
             let mut built = None;
             group.bench_function(format!("n{tokens}/{recipe}"), |b| {

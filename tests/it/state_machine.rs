@@ -70,14 +70,34 @@ fn check(cache: &KvCache, shape: &ModelShape, model: &BTreeMap<SequenceId, Naive
 /// Keys are rotated in `f32`.
 const F32: f32 = 1e-4;
 
+/// Units stand for entries that are there, each for one, from behind the sinks on without a gap.
+fn check_units(cache: &KvCache, shape: &ModelShape, model: &BTreeMap<SequenceId, Naive>) {
+    let Some(rule) = cache.recipe().index.as_ref().map(|index| index.rule) else { return };
+    for (&id, naive) in model {
+        for layer in 0..shape.layers() {
+            for head in 0..shape.layer(layer).kv_heads {
+                let mut members: Vec<usize> = cache
+                    .units(id, layer, head)
+                    .unwrap()
+                    .concat()
+                    .iter()
+                    .map(|slot| slot.0 as usize)
+                    .collect();
+                members.sort_unstable();
+                assert!(members.iter().copied().eq(rule.sinks..rule.sinks + members.len()), "{members:?}");
+                // Truncation makes recent what is in a unit.
+                assert!(members.is_empty() || rule.sinks + members.len() <= naive.entries.len());
+            }
+        }
+    }
+}
+
 fn run(recipe: &str, tolerance: f32, ops: Vec<Op>) {
     let shape = small_model(2, 2, 1, 4);
-    let mut cache = KvCache::builder(shape.clone())
-        .recipe(recipe)
-        .page_entries(4)
-        .budget(Budget::Tokens(1))
-        .build()
-        .unwrap();
+    // Little for a policy, which is `full` all the same, and enough for an index.
+    let budget = Budget::Tokens(if recipe.contains("index=") { 64 } else { 1 });
+    let mut cache =
+        KvCache::builder(shape.clone()).recipe(recipe).page_entries(4).budget(budget).build().unwrap();
     let packs = cache.recipe().precision.packs();
     let mut model: BTreeMap<SequenceId, Naive> = BTreeMap::new();
     let mut token = 0u64;
@@ -160,6 +180,7 @@ fn run(recipe: &str, tolerance: f32, ops: Vec<Op>) {
             }
         }
         check(&cache, &shape, &model, tolerance);
+        check_units(&cache, &shape, &model);
     }
     let ids: Vec<SequenceId> = model.keys().copied().collect();
     for id in ids {
@@ -174,6 +195,18 @@ proptest! {
     #[test]
     fn any_operations_agree_with_the_naive_model(ops in proptest::collection::vec(op(20, 60), 1..40)) {
         run("full", F32, ops);
+    }
+
+    #[test]
+    fn any_operations_agree_with_the_naive_model_below_an_index(
+        ops in proptest::collection::vec(op(90, 300), 1..20),
+        index in prop::sample::select(&[
+            "pages(page=4,sinks=1,recent=3,outliers=2,min_context=0)",
+            "quest(page=2,recent=2,dense=0,min_context=0)",
+            "auto(size=4,segment=32,update=8,recent=5,pieces=0,min_context=0)",
+        ][..]),
+    ) {
+        run(&format!("full+index={index}"), F32, ops);
     }
 
     #[test]

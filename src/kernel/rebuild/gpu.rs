@@ -128,7 +128,8 @@ pub(crate) fn basis_rows(
 /// Entries of a segment whose latent rows, and rows of these dimensions, a call may hold.
 pub(crate) fn entries_per_call(context: &Context, segment: &Segment, factors: &Factors) -> usize {
     let (latents, layout) = (&factors.latents.layout, &segment.layout);
-    let entry = 4 * (latents.d_k + latents.d_v + layout.d_k + layout.d_v);
+    let kept = if factors.kept.is_some() { layout.d_k } else { 0 };
+    let entry = 4 * (latents.d_k + latents.d_v + layout.d_k + kept + layout.d_v);
     (context.batch_bytes() / entry.max(1)).max(1)
 }
 
