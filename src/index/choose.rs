@@ -66,7 +66,7 @@ impl Ranking {
         }
     }
 
-    /// Lets units be the best, in their order as far as ranks are told apart: the first ones to be taken.
+    /// Ranks units before all others.
     ///
     /// # Panics
     /// If units are chosen several at a time, or there are none of that number.

@@ -98,7 +98,8 @@ pub struct ReadRule {
     /// Which are heaviest is said of their farthest key, taken to reach beyond the mean by this many times what keys vary.
     pub reach: f64,
     /// So many units whose members point furthest away from their mean are taken before all others, as far as they fill no
-    /// more than [`ReadRule::OUTLIERS`] of what a step may read.
+    /// more than [`ReadRule::OUTLIERS`] of what a step may read. None unless the summary measures it
+    /// ([`Units::strays`](super::Units::strays)).
     pub outliers: usize,
     /// A choice is kept for so many steps.
     pub every: usize,

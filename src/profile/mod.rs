@@ -17,6 +17,7 @@
 //! | `duo` | `gates` `[L, H]`, higher is more of a retrieval head | classes of KV heads |
 //! | `heads` | `scores` `[L, Hq]`, ≥ 0 | semantic retrieval heads |
 //! | `errors` | `layers` `[L]`, ≥ 0 | error of each layer's output when compressed |
+//! | `codebooks` | see [`crate::index::Codebooks::to_part`] | codewords of an index of codes |
 //!
 //! ```
 //! use kvsieve::geometry::{LayerShape, ModelShape};
@@ -91,6 +92,11 @@ impl Part {
     /// How and on what it was made.
     pub fn made(&self) -> &str {
         &self.made
+    }
+
+    /// The array of a name.
+    pub fn array(&self, name: &str) -> Option<&Array> {
+        self.arrays.get(name)
     }
 
     /// Names and arrays.
@@ -191,7 +197,7 @@ impl Profile {
     ) -> Result<&Array, ProfileError> {
         let found = self.part(part)?;
         let array =
-            found.arrays.get(name).ok_or_else(|| ProfileError::NoArray { part, array: name.to_owned() })?;
+            found.array(name).ok_or_else(|| ProfileError::NoArray { part, array: name.to_owned() })?;
         let fits = |(got, want): (&usize, &Option<usize>)| want.is_none_or(|want| *got == want) && *got > 0;
         if array.extents.len() == want.len() && array.extents.iter().zip(want).all(fits) {
             return Ok(array);
@@ -290,7 +296,7 @@ mod tests {
         let message = |error: ProfileError| error.to_string();
         assert_eq!(
             message(profile.array("heads", "scores", &[]).unwrap_err()),
-            "the profile has no part heads (it has: duo); make it with kvsieve calibrate"
+            "the profile has no part heads (it has: duo); docs/profiles.md says how it is made"
         );
         assert_eq!(
             message(profile.array("duo", "scores", &[]).unwrap_err()),

@@ -49,6 +49,11 @@ impl Metric {
         Some((Self { h: narrow(&sums) }, Factor { rows: narrow(&factor), dims: n }))
     }
 
+    /// `H`, row after row.
+    pub(super) fn numbers(&self) -> &[f32] {
+        &self.h
+    }
+
     /// `row H`, which is symmetric.
     pub(super) fn turn(&self, row: &[f32], out: &mut [f32]) {
         out.iter_mut().zip(self.h.chunks_exact(row.len())).for_each(|(o, h)| *o = product(row, h));
@@ -56,6 +61,13 @@ impl Metric {
 
     pub(super) fn bytes(&self) -> usize {
         self.h.capacity() * size_of::<f32>()
+    }
+}
+
+/// Of [`Metric::numbers`].
+impl From<Vec<f32>> for Metric {
+    fn from(h: Vec<f32>) -> Self {
+        Self { h }
     }
 }
 

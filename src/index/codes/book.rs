@@ -99,6 +99,21 @@ impl Codebook {
         self.center.len()
     }
 
+    /// Mean key, which codewords are relative to.
+    pub(super) fn center(&self) -> &[f32] {
+        &self.center
+    }
+
+    /// Of each piece in turn, `[levels, dims of the piece]`.
+    pub(super) fn words(&self) -> &[f32] {
+        &self.words
+    }
+
+    /// Of a piece, where queries were known: what errors in it do to logits.
+    pub(super) fn metric(&self, m: usize) -> Option<&Metric> {
+        self.metrics[m].as_ref()
+    }
+
     /// The distance that queries are put at, if keys are taken back to position 0.
     pub fn distance(&self) -> Option<i32> {
         self.distance

@@ -11,6 +11,7 @@
 
 mod aware;
 mod book;
+mod part;
 mod shelf;
 pub mod windowed;
 

@@ -10,6 +10,11 @@ use kvsieve::index::{Codebook, Codebooks, windowed};
 use kvsieve::testing::Random;
 use kvsieve::view::{DType, TensorView};
 use kvsieve::{Budget, KvCache, SequenceId};
+#[cfg(feature = "learned")]
+use kvsieve::{
+    error::ProfileError,
+    profile::{Array, Part, Profile},
+};
 use std::sync::Arc;
 
 const OWN: &str = "train=240,rounds=5,sinks=4,recent=20,min_context=0";
@@ -278,6 +283,86 @@ fn codebooks_that_are_given_are_used_and_others_are_refused() {
     build(model(), &within, &books).unwrap();
     let said = refused(model(), "pq(pieces=8)", &books);
     assert!(said.contains("what keys have beside means of units"), "{said}");
+}
+
+/// The same books through the bytes of a profile.
+#[cfg(feature = "learned")]
+#[test]
+fn codebooks_survive_a_file_and_damaged_ones_are_refused() {
+    let backend: Arc<dyn Backend> = Arc::new(Cpu::default());
+    for recipe in [
+        format!("a2ats({OWN},rotary=windowed)"),
+        format!("a2ats({OWN},aware=no)"),
+        format!("auto({WITHIN})"),
+        "pq(pieces=5,train=128,rounds=3,sinks=4,recent=20,min_context=0)".to_owned(),
+    ] {
+        let (mut first, id) = prompted(&recipe, &backend, &[PROMPT]);
+        let books = first.codebooks(id).unwrap();
+        let profile = Profile::new(&model()).unwrap();
+        let profile = profile.with(Codebooks::PART, books.to_part("a test").unwrap());
+        let read = Profile::from_bytes(profile.to_bytes().unwrap()).unwrap();
+        let again = Codebooks::of(&read, &model()).unwrap();
+        assert_eq!(again, books, "{recipe}");
+        let builder = KvCache::builder(model()).recipe(&*recipe).budget(Budget::Tokens(BUDGET));
+        let mut second = builder.page_entries(32).codebooks(again).build().unwrap();
+        let other = second.create_sequence();
+        let tokens: Vec<u64> = (0..PROMPT).collect();
+        feed(&mut second, other, &tokens, tokens.len());
+        second.end_prefill(other).unwrap();
+        let out = [feed(&mut first, id, &[PROMPT], 1), feed(&mut second, other, &[PROMPT], 1)];
+        assert_eq!(out[0], out[1], "{recipe}");
+    }
+    let (cache, id) = prompted(&format!("a2ats({OWN},rotary=windowed)"), &backend, &[PROMPT]);
+    let part = cache.codebooks(id).unwrap().to_part("a test").unwrap();
+    let refused = |name: &str, array: Array| {
+        let name = format!("layers.1.heads.0.{name}");
+        assert!(part.array(&name).is_some(), "{name}");
+        let profile = Profile::new(&model()).unwrap().with(Codebooks::PART, part.clone().with(name, array));
+        Codebooks::of(&profile, &model()).unwrap_err()
+    };
+    let good = part.array("layers.1.heads.0.about").unwrap().numbers().to_vec();
+    for (at, value, want) in [
+        (0, 0.0, "1 to 1024 indices"),
+        (0, 2000.0, "1 to 1024 indices"),
+        (0, 1.5, "a whole number"),
+        (0, 1e30, "a whole number"),
+        (1, 5.0, "4, 8 or 16 bits"),
+        (2, 0.0, "1 codeword"),
+        (2, 70_000.0, "1 codeword"),
+        (3, -1.0, "a whole number"),
+        (4, 2.0, "0 or 1"),
+    ] {
+        let mut about = good.clone();
+        about[at] = value;
+        let error = refused("about", Array::new(vec![5], about).unwrap());
+        let named = matches!(&error, ProfileError::Range { at: found, .. } if *found == at);
+        assert!(named && error.to_string().contains(want), "{error}");
+    }
+    // Fewer codewords than it says, a center of another dimension, a metric of another piece.
+    let zeros = |extents: Vec<usize>| {
+        let count = extents.iter().product();
+        Array::new(extents, vec![0.0; count]).unwrap()
+    };
+    for (name, array) in [
+        ("about", zeros(vec![4])),
+        ("words", zeros(vec![32])),
+        ("center", zeros(vec![15])),
+        ("metric.0", zeros(vec![16, 15])),
+    ] {
+        let error = refused(name, array);
+        assert!(matches!(error, ProfileError::Extents { part: "codebooks", .. }), "{name}: {error}");
+    }
+    let empty = Profile::new(&model()).unwrap();
+    assert!(matches!(Codebooks::of(&empty, &model()), Err(ProfileError::NoPart { part: "codebooks", .. })));
+    let mut lacking = Part::new("");
+    for (name, array) in part.arrays().filter(|(name, _)| !name.ends_with("0.words")) {
+        lacking = lacking.with(name, array.clone());
+    }
+    let lacking = empty.clone().with(Codebooks::PART, lacking);
+    assert!(matches!(Codebooks::of(&lacking, &model()), Err(ProfileError::NoArray { .. })));
+    let other = crate::support::small_model(2, 6, 2, 8);
+    let whole = empty.with(Codebooks::PART, part);
+    assert!(matches!(Codebooks::of(&whole, &other), Err(ProfileError::Geometry { .. })));
 }
 
 #[test]
