@@ -296,7 +296,7 @@ mod tests {
         let message = |error: ProfileError| error.to_string();
         assert_eq!(
             message(profile.array("heads", "scores", &[]).unwrap_err()),
-            "the profile has no part heads (it has: duo); docs/profiles.md says how it is made"
+            "the profile has no part heads (it has: duo); make it with kvsieve calibrate, or as docs/profiles.md says"
         );
         assert_eq!(
             message(profile.array("duo", "scores", &[]).unwrap_err()),
