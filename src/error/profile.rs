@@ -70,7 +70,9 @@ pub enum ProfileError {
         want: String,
     },
     /// A part is not there.
-    #[error("the profile has no part {part} (it has: {known}); make it with kvsieve calibrate, or as docs/profiles.md says")]
+    #[error(
+        "the profile has no part {part} (it has: {known}); make it with kvsieve calibrate, or as docs/profiles.md says"
+    )]
     NoPart {
         /// What was asked for.
         part: &'static str,
