@@ -37,7 +37,7 @@ const ENTRIES: usize = 16384;
 fn entries(backend: &dyn Backend, d: usize, rows: usize, stored: impl Into<Encoding>) -> Vec<HeadRows> {
     let stored = stored.into();
     let capacity = if stored.packed().is_some() { 128 } else { 64 };
-    CacheSpec::f32(1, d, &[rows; HEADS], capacity).typed(stored, stored).build(backend).unwrap()
+    CacheSpec::f32(1, d, &[rows; HEADS], capacity).typed(stored, stored).steady().build(backend).unwrap()
 }
 
 fn bytes(heads: &[HeadRows]) -> u64 {

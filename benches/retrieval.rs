@@ -17,7 +17,7 @@ const HEADS: usize = 8;
 const GROUP: usize = 4;
 const DIM: usize = 128;
 /// Layers of a step at a fixed budget.
-const LAYERS: usize = 4;
+const LAYERS: usize = 8;
 /// Tokens of a chunk of the prompt.
 const CHUNK: usize = 2048;
 

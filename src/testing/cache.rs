@@ -76,6 +76,8 @@ pub struct CacheSpec {
     pub key_scale: f32,
     /// Words of column data per entry.
     pub column_words: usize,
+    /// Whether the pages lie where those of a cache lie that evicts nothing: in huge pages of the system.
+    pub steady: bool,
 }
 
 impl CacheSpec {
@@ -90,6 +92,7 @@ impl CacheSpec {
             gaps: false,
             key_scale: 1.0,
             column_words: 0,
+            steady: false,
         }
     }
 
@@ -101,6 +104,12 @@ impl CacheSpec {
             (segment.k, segment.v) = (k, v);
         }
         self
+    }
+
+    /// The same in pages that stay.
+    #[must_use]
+    pub fn steady(self) -> Self {
+        Self { steady: true, ..self }
     }
 
     /// Entries of each head.
@@ -142,7 +151,7 @@ impl CacheSpec {
             v: spec.v,
             mirrored: backend.mirrored(),
             column_words: self.column_words,
-            steady: false,
+            steady: self.steady,
         });
         let mut segment = Segment::new(layout.clone());
         while segment.rows < spec.rows {

@@ -402,6 +402,7 @@ fn random_case(index: u64) -> AttentionCase {
         gaps: random.one_in(2),
         key_scale: random.pick(&[0.3, 1.0, 3.0]),
         column_words: random.below(3),
+        steady: false,
     };
     let tokens = random.pick(&[1, 1, 2, 6, 13, 33, 66]);
     let start = -(tokens as i32) + random.pick(&[0, 0, 1, 20]);

@@ -24,7 +24,6 @@ use crate::device::page::Side;
 use crate::error::KernelError;
 use crate::kernel::attention_mass::cpu::{HeadMass, mass_len};
 use crate::kernel::merge_partials::cpu::merge;
-use crate::kernel::simd::apart::Lists;
 use crate::kernel::simd::chosen::ChosenTiles;
 use crate::kernel::simd::copies::Copies;
 use crate::kernel::simd::gemm::PAD;
@@ -36,7 +35,6 @@ use crate::kernel::simd::tile::{
 use crate::kernel::simd::{Exec, Lent, both, dispatch, take};
 use crate::kernel::{AttentionParams, Spans};
 use fearless_simd::{Simd, SimdBase};
-use std::iter::Peekable;
 use std::ops::Range;
 
 /// Up to this many queries the logits are kept and turned into attention mass; beyond, a second pass over the
@@ -356,32 +354,40 @@ impl<'a> Scratch<'a> {
 /// The tiles of an item.
 #[allow(clippy::large_enum_variant, reason = "one per item, on the stack: the call allocates nothing")]
 enum Walk<'a, I: Iterator<Item = Tile<'a>>> {
-    Pages(Peekable<I>),
+    /// Those to come, the one that is computed on, and the next.
+    Pages(I, [Option<Tile<'a>>; 2]),
     Chosen(ChosenTiles<'a>),
 }
 
 impl<'a, I: Iterator<Item = Tile<'a>>> Walk<'a, I> {
+    /// All tiles of pages.
+    fn pages(mut tiles: I) -> Self {
+        let first = tiles.next();
+        Self::Pages(tiles, [None, first])
+    }
+
+    /// Goes on to the next tile, the first one from the start.
     #[inline(always)]
-    fn next<'t, S: Simd>(
-        &mut self,
-        simd: S,
-        copies: &'t mut Copies<'_>,
-        rows: &'t mut Lists<'a>,
-    ) -> Option<Tile<'t>>
-    where
-        'a: 't,
-    {
+    fn advance(&mut self) {
         match self {
-            Self::Pages(tiles) => tiles.next(),
-            Self::Chosen(tiles) => tiles.next(simd, copies, rows),
+            Self::Pages(tiles, known) => *known = [known[1], tiles.next()],
+            Self::Chosen(tiles) => tiles.advance(),
         }
     }
 
-    /// A side of the tile after that.
     #[inline(always)]
-    fn ahead(&mut self, side: Side) -> Ahead<'_> {
+    fn tile<'t, S: Simd>(&'t self, simd: S, copies: &'t mut Copies<'_>) -> Option<Tile<'t>> {
         match self {
-            Self::Pages(tiles) => tiles.peek().map_or(Ahead::NONE, |t| t.ahead(side)),
+            Self::Pages(_, known) => known[0],
+            Self::Chosen(tiles) => tiles.tile(simd, copies),
+        }
+    }
+
+    /// A side of the tile that is to be requested meanwhile.
+    #[inline(always)]
+    fn ahead(&self, side: Side) -> Ahead<'_> {
+        match self {
+            Self::Pages(_, known) => known[1].as_ref().map_or(Ahead::NONE, |t| t.ahead(side)),
             Self::Chosen(tiles) => tiles.ahead(side),
         }
     }
@@ -435,15 +441,16 @@ impl Item<'_> {
             Part::Pages(pages) => {
                 start = first_slot(self.head, pages.start);
                 entries = first_slot(self.head, pages.end) - start;
-                Walk::Pages(tiles(self.head, pages).filter(|t| t.meets(params, &block)).peekable())
+                Walk::pages(tiles(self.head, pages).filter(|t| t.meets(params, &block)))
             }
             Part::Chosen(chosen) => {
                 let masked = !block.sees_all(params, self.head);
                 Walk::Chosen(ChosenTiles::new(self.head, chosen, masked))
             }
         };
-        let mut lists = Lists::NONE;
-        while let Some(tile) = tiles.next(simd, &mut copies, &mut lists) {
+        loop {
+            tiles.advance();
+            let Some(tile) = tiles.tile(simd, &mut copies) else { break };
             if !tile.meets(params, &block) {
                 continue;
             }

@@ -4,66 +4,64 @@
 //! *Helps* lone entries: they are read once, from where they are stored to the registers. *Hurts* by two words a row,
 //! which are more than a stride.
 
-#![allow(unsafe_code, reason = "unchecked loads for the block product; the caller states the bound")]
+#![allow(
+    unsafe_code,
+    reason = "unchecked loads for the block product, of rows whose length and alignment are looked at once"
+)]
 
 use super::gemm::{Lines, Operand};
-use super::tile::TILE;
 use super::widen::{Element, Source};
-use bytemuck::cast_slice;
 use fearless_simd::{Simd, SimdBase};
-
-/// The rows of both sides of a tile, keys first, as bytes.
-#[derive(Debug)]
-pub(crate) struct Lists<'a>([[&'a [u8]; TILE]; 2]);
-
-impl<'a> Lists<'a> {
-    /// None.
-    pub(crate) const NONE: Self = Self([[&[]; TILE]; 2]);
-
-    /// Makes these the rows, as many of both, and gives them.
-    #[inline(always)]
-    pub(super) fn set(&mut self, keys: &[&'a [u8]], values: &[&'a [u8]]) -> [&[&'a [u8]]; 2] {
-        let [own_keys, own_values] = &mut self.0;
-        own_keys[..keys.len()].copy_from_slice(keys);
-        own_values[..values.len()].copy_from_slice(values);
-        [&own_keys[..keys.len()], &own_values[..values.len()]]
-    }
-}
-
-/// Memory for the rows of one side in their type.
-pub(super) type Typed<'a, T> = [&'a [T]; TILE];
+use std::marker::PhantomData;
 
 /// Rows of one side, all of a width.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Apart<'r, 'a, T> {
-    rows: &'r [&'a [T]],
+pub(super) struct Apart<'r, T> {
+    /// At least `width` elements each, where such may lie.
+    rows: &'r [&'r [u8]],
     width: usize,
+    element: PhantomData<T>,
 }
 
-impl<'r, 'a, T: Element> Apart<'r, 'a, T> {
+impl<'r, T: Element> Apart<'r, T> {
     /// The elements of `rows`, of which there are at least `width` each.
     ///
     /// # Panics
-    /// If there are fewer.
+    /// If there are fewer, or some lie where no such element may.
     #[inline(always)]
-    pub(super) fn new(rows: &[&'a [u8]], width: usize, memory: &'r mut Typed<'a, T>) -> Self {
-        for (bytes, row) in rows.iter().zip(&mut *memory) {
-            *row = &cast_slice(bytes)[..width];
+    pub(super) fn new(rows: &'r [&'r [u8]], width: usize) -> Self {
+        let (bytes, align) = (width * size_of::<T>(), align_of::<T>());
+        for row in rows {
+            assert!(row.len() >= bytes && row.as_ptr().addr() % align == 0, "{} bytes of a row", row.len());
         }
-        Self { rows: &memory[..rows.len()], width }
+        Self { rows, width, element: PhantomData }
+    }
+
+    /// Row `row`.
+    ///
+    /// # Safety
+    /// There must be such a row.
+    #[inline(always)]
+    unsafe fn row(self, row: usize) -> &'r [T] {
+        // SAFETY: the caller's promise.
+        let bytes = unsafe { self.rows.get_unchecked(row) };
+        // SAFETY: `new` looked at length and alignment, and every pattern of bits is an element.
+        unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), self.width) }
     }
 }
 
-impl<'a, T: Element> Lines for Apart<'_, 'a, T> {
-    type Line = &'a [T];
+impl<'r, T: Element> Lines for Apart<'r, T> {
+    type Line = &'r [T];
 
     #[inline(always)]
     fn line(self, row: usize, width: usize) -> Self::Line {
-        &self.rows[row][..width]
+        assert!(row < self.rows.len(), "row {row} of {}", self.rows.len());
+        // SAFETY: there is such a row.
+        unsafe { &self.row(row)[..width] }
     }
 }
 
-impl<T: Element> Operand for Apart<'_, '_, T> {
+impl<T: Element> Operand for Apart<'_, T> {
     const NARROW: bool = T::NARROW;
     const ROWS: usize = 1;
 
@@ -76,8 +74,8 @@ impl<T: Element> Operand for Apart<'_, '_, T> {
     unsafe fn load<S: Simd>(self, simd: S, row: usize, column: usize) -> S::f32s {
         debug_assert!(column + S::f32s::LEN <= self.width, "rows are {} wide", self.width);
         // SAFETY: the caller's promise.
-        let line = unsafe { self.rows.get_unchecked(row) };
-        // SAFETY: the caller's promise; every row is as wide as `new` cut it.
+        let line = unsafe { self.row(row) };
+        // SAFETY: the caller's promise; every row is as wide as `new` found it.
         unsafe { line.vector_at(simd, column) }
     }
 

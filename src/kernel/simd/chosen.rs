@@ -5,14 +5,12 @@
 //! that are not chosen get the logit `−∞`. Rows that share parameters with others cannot be copied: there a tile is the
 //! range of a band around chosen rows, the others again without weight.
 //!
-//! The next two tiles are known while one is computed, and the rows of the second are on their way then: lone rows are
-//! cache misses that no hardware foresees, and those of the next tile would still be missing when they are multiplied.
-//! Positions, a miss more per row, are not looked at where every query sees all entries.
+//! The next tile is known while one is computed, and its rows are on their way then: lone rows are cache misses that no
+//! hardware foresees. A tile of lone exact rows is short, so that two of them fit into the first cache level. Positions, a miss more per row, are not looked at where every query sees all entries.
 //!
 //! *Helps* by leaving unread what an index has ruled out. *Hurts* lone entries of packed pages: sixteen keys share every
 //! cache line of theirs.
 
-use super::apart::Lists;
 use super::copies::{Copies, Stored, UNIT, Waiting};
 use super::prefetch::{Ahead, request};
 use super::tile::{TILE, Tile};
@@ -33,8 +31,13 @@ const PACKED_RUN_MIN: usize = 16;
 /// Rows of packed keys that a vector takes, and a cache line holds a word of: tiles of such start at multiples.
 const LANES: usize = 16;
 
+/// Bytes of both sides that a tile of lone exact rows takes at most, where these are short enough, and the fewest rows it
+/// has: several such tiles are in the first cache level at once.
+const ALONE_BYTES: usize = 8 << 10;
+const ALONE_MIN: usize = 8;
+
 /// How many spans ahead the description of a page is requested, which must be there before its rows can be.
-const PAGES_AHEAD: usize = 16;
+const PAGES_AHEAD: usize = 32;
 
 /// Where a part of the chosen entries starts or ends: a span and a slot in it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -87,6 +90,8 @@ struct Place<'a> {
     values: Stored,
     /// Rows that are copied together; none can be if their parameters are not their own.
     unit: Option<usize>,
+    /// Most rows of a tile of such as lie alone.
+    alone: usize,
     /// Whether a tile of copies is of one page, whose mean they are relative to.
     by_page: bool,
 }
@@ -98,8 +103,14 @@ impl<'a> Place<'a> {
         let packed = || [&keys, &values].into_iter().filter_map(|side| side.packed);
         let copied = packed().all(|side| side.group_rows == 1);
         let unit = copied.then_some(if packed().next().is_some() { UNIT } else { 1 });
+        let alone = match packed().next() {
+            Some(_) => TILE,
+            None => {
+                (ALONE_BYTES / (keys.row + values.row).max(1) / ALONE_MIN * ALONE_MIN).clamp(ALONE_MIN, TILE)
+            }
+        };
         let by_page = packed().any(|side| side.packing.center);
-        Self { segment, first, keys, values, unit, by_page }
+        Self { segment, first, keys, values, unit, alone, by_page }
     }
 
     /// One past the slot of its last entry.
@@ -112,6 +123,39 @@ impl<'a> Place<'a> {
         // Slots fit 32 bits, whose division is twice as fast.
         let (local, capacity) = ((slot - self.first) as u32, self.segment.layout.capacity as u32);
         (&self.segment.pages[(local / capacity) as usize], (local % capacity) as usize)
+    }
+
+    /// Entries from a slot, row `row` of its page, to the end of the page.
+    #[inline(always)]
+    fn to_page_end(&self, slot: usize, row: usize) -> usize {
+        self.segment.layout.capacity.min(self.end() - (slot - row)) - row
+    }
+
+    /// Adds exact rows to what waits, in a loop of their own: it runs once per row that is read. Whether there is room for
+    /// more.
+    #[inline(always)]
+    fn add_alone(&self, cursor: &mut Cursor<'a>, into: &mut Gathering<'a>, masked: bool) -> bool {
+        while cursor.begin(Some(self)) && cursor.run.start < self.end() {
+            let slot = cursor.run.start;
+            let (page, row) = self.find(slot);
+            let run = cursor.run.len().min(self.to_page_end(slot, row));
+            let len = run.min(self.alone - into.waiting.len());
+            if run >= RUN_MIN {
+                break;
+            }
+            if len == 0 {
+                return false;
+            }
+            let (keys, values) = (self.keys.bytes(page), self.values.bytes(page));
+            for row in row..row + len {
+                into.requests[0].add(self.keys.exact_row(keys, row));
+                into.requests[1].add(self.values.exact_row(values, row));
+                into.waiting.push(page, row, 1, masked);
+                into.waiting.choose(0, 1);
+            }
+            cursor.run.start += len;
+        }
+        true
     }
 
     /// Fewest consecutive rows that are a tile where they lie.
@@ -148,25 +192,55 @@ impl Gathering<'_> {
 
     fn clear(&mut self) {
         self.waiting.clear();
-        self.requests.iter_mut().for_each(|requests| requests.count = 0);
+        self.requests.iter_mut().for_each(|requests| (requests.count, requests.pitch) = (0, None));
     }
 }
+
+/// Where in the chosen entries rows are looked for.
+#[derive(Debug)]
+struct Cursor<'a> {
+    /// Spans not begun, and what is left of the last that was.
+    spans: &'a [Span],
+    run: Range<usize>,
+    end: usize,
+}
+
+impl<'a> Cursor<'a> {
+    /// Begins the next span if the last one is used up; whether there is one.
+    #[inline(always)]
+    fn begin(&mut self, place: Option<&Place<'_>>) -> bool {
+        if self.run.is_empty() {
+            let Some((span, rest)) = self.spans.split_first() else { return false };
+            self.run = span.start as usize..(span.end as usize).min(self.end);
+            self.spans = rest;
+            if let (Some(place), Some(later)) = (place, rest.get(PAGES_AHEAD))
+                && (later.start as usize) < place.end()
+            {
+                // It is longer than a line.
+                let page = place.find(later.start as usize).0;
+                request(page);
+                request(&page.columns);
+            }
+        }
+        true
+    }
+}
+
+/// Tiles that are known at a time: the one that is computed on, and the next.
+const KNOWN: usize = 2;
 
 /// The tiles of chosen entries of a head.
 #[derive(Debug)]
 pub(crate) struct ChosenTiles<'a> {
     segments: &'a [Segment],
     place: Option<Place<'a>>,
-    /// Spans not begun, and what is left of the last that was.
-    spans: &'a [Span],
-    run: Range<usize>,
-    end: usize,
+    cursor: Cursor<'a>,
     /// Whether some query does not see some entry, so that positions matter.
     masked: bool,
-    /// What is served next and after that.
-    next: [Next<'a>; 2],
-    gatherings: [Gathering<'a>; 2],
-    /// The gathering that rows are added to. The other one may wait to be served, and is when this one is full.
+    /// What is served now and next.
+    known: [Next<'a>; KNOWN],
+    /// Served in turn; rows are added to the one that is not served now.
+    gatherings: [Gathering<'a>; KNOWN],
     filling: usize,
 }
 
@@ -186,12 +260,7 @@ impl<'a> Requests<'a> {
     #[inline(always)]
     fn push(&mut self, stored: &Stored, page: &'a Page, from: usize) {
         let bytes = stored.bytes(page);
-        let Some(packed) = stored.packed else {
-            self.pitch = None;
-            self.parts[self.count] = stored.exact_row(bytes, from);
-            self.count += 1;
-            return;
-        };
+        let Some(packed) = stored.packed else { return self.add(stored.exact_row(bytes, from)) };
         // Keys that share their lines are requested once.
         let (from, len) = match packed.side {
             Side::Key => (from - from % LANES, LANES),
@@ -207,10 +276,11 @@ impl<'a> Requests<'a> {
         }
     }
 
-    /// Requests the last part.
+    /// A row that is read whole.
     #[inline(always)]
-    fn last(&self) {
-        self.parts().last().into_iter().for_each(|part| Ahead::new(part).all());
+    fn add(&mut self, row: &'a [u8]) {
+        self.parts[self.count] = row;
+        self.count += 1;
     }
 
     fn parts(&self) -> &[&'a [u8]] {
@@ -230,100 +300,68 @@ impl<'a> ChosenTiles<'a> {
         let mut tiles = Self {
             segments: &head.segments,
             place: None,
-            spans: chosen.spans.get(1..).unwrap_or_default(),
-            run: first.start..first.end.min(end),
-            end,
+            cursor: Cursor {
+                spans: chosen.spans.get(1..).unwrap_or_default(),
+                run: first.start..first.end.min(end),
+                end,
+            },
             masked,
-            next: [Next::Nothing; 2],
-            gatherings: [Gathering::NONE; 2],
+            known: [Next::Nothing; KNOWN],
+            gatherings: [Gathering::NONE; KNOWN],
             filling: 0,
         };
         // Nothing is computed yet that the first tiles could be on their way meanwhile.
-        for i in 0..2 {
-            tiles.next[i] = tiles.plan();
+        for i in 1..KNOWN {
+            tiles.known[i] = tiles.plan();
             [Side::Key, Side::Value].into_iter().for_each(|side| tiles.lines(i, side).all());
         }
         tiles
     }
 
-    /// The next tile; copies are made in `memory`, and `rows` hold those that lie apart.
+    /// Goes on to the next tile; to the first one from the start.
     #[inline(always)]
-    pub(crate) fn next<'t, S: Simd>(
-        &mut self,
-        simd: S,
-        memory: &'t mut Copies<'_>,
-        rows: &'t mut Lists<'a>,
-    ) -> Option<Tile<'t>>
-    where
-        'a: 't,
-    {
-        let tile = match self.next[0] {
-            Next::Tile(tile) => tile,
-            Next::Gathered(at) => {
-                let Gathering { place: Some(place), waiting, requests } = &self.gatherings[at] else {
-                    return None;
-                };
-                let rows = match waiting.each_for_itself() {
-                    true => rows.set(requests[0].parts(), requests[1].parts()),
-                    false => [&[][..]; 2],
-                };
-                let stored = (&place.keys, &place.values);
-                let tile = simd.vectorize(
-                    #[inline(always)]
-                    || waiting.tile(&place.segment.layout, stored, rows, self.masked, memory),
-                );
-                self.gatherings[at].clear();
-                tile
-            }
+    pub(crate) fn advance(&mut self) {
+        if let Next::Gathered(at) = self.known[0] {
+            self.gatherings[at].clear();
+        }
+        self.known.rotate_left(1);
+        self.known[KNOWN - 1] = self.plan();
+    }
+
+    /// The tile; copies are made in `memory`.
+    #[inline(always)]
+    pub(crate) fn tile<'t, S: Simd>(&'t self, simd: S, memory: &'t mut Copies<'_>) -> Option<Tile<'t>> {
+        let at = match self.known[0] {
+            Next::Tile(tile) => return Some(tile),
+            Next::Gathered(at) => at,
             Next::Nothing => return None,
         };
-        self.next[0] = self.next[1];
-        self.next[1] = self.plan();
-        Some(tile)
+        let Gathering { place: Some(place), waiting, requests } = &self.gatherings[at] else { return None };
+        let (stored, rows) = ((&place.keys, &place.values), [requests[0].parts(), requests[1].parts()]);
+        Some(simd.vectorize(
+            #[inline(always)]
+            || waiting.tile(&place.segment.layout, stored, rows, self.masked, memory),
+        ))
     }
 
     /// A side of the tile that was found last, to be requested ahead of its use.
     #[inline(always)]
     pub(crate) fn ahead(&self, side: Side) -> Ahead<'_> {
-        self.lines(1, side)
+        self.lines(KNOWN - 1, side)
     }
 
     #[inline(always)]
     fn lines(&self, next: usize, side: Side) -> Ahead<'_> {
-        let at = match &self.next[next] {
+        let at = match &self.known[next] {
             Next::Tile(tile) => return tile.lines(side),
             Next::Gathered(at) => *at,
             Next::Nothing => return Ahead::NONE,
         };
-        let Gathering { waiting, requests: [keys, values], .. } = &self.gatherings[at];
+        let [keys, values] = &self.gatherings[at].requests;
         match side {
-            // Their keys are on their way since they were found.
-            _ if waiting.each_for_itself() => {
-                let (first, second) = values.parts().split_at(values.count / 2);
-                Ahead::rows(if side == Side::Key { first } else { second }, None)
-            }
             Side::Key => keys.ahead(),
             Side::Value => values.ahead(),
         }
-    }
-
-    /// Begins the next span if the last one is used up; whether there is one.
-    #[inline(always)]
-    fn begin(&mut self) -> bool {
-        if self.run.is_empty() {
-            let Some((span, rest)) = self.spans.split_first() else { return false };
-            self.run = span.start as usize..(span.end as usize).min(self.end);
-            self.spans = rest;
-            if let (Some(place), Some(later)) = (&self.place, rest.get(PAGES_AHEAD))
-                && (later.start as usize) < place.end()
-            {
-                // It is longer than a line.
-                let page = place.find(later.start as usize).0;
-                request(page);
-                request(&page.columns);
-            }
-        }
-        true
     }
 
     /// The segment of the next slot.
@@ -331,7 +369,7 @@ impl<'a> ChosenTiles<'a> {
         let mut first = self.place.as_ref().map_or(0, Place::end);
         while let Some((segment, rest)) = self.segments.split_first() {
             self.segments = rest;
-            if self.run.start < first + segment.rows {
+            if self.cursor.run.start < first + segment.rows {
                 self.place = Some(Place::new(segment, first));
                 return;
             }
@@ -342,14 +380,14 @@ impl<'a> ChosenTiles<'a> {
     /// What waits to be copied is complete.
     fn gathered(&mut self) -> Next<'a> {
         let at = self.filling;
-        self.filling = 1 - at;
+        self.filling = (at + 1) % KNOWN;
         Next::Gathered(at)
     }
 
     fn plan(&mut self) -> Next<'a> {
-        while self.begin() {
+        while self.cursor.begin(self.place.as_ref()) {
             let into = &mut self.gatherings[self.filling];
-            if self.place.as_ref().is_none_or(|p| self.run.start >= p.end()) {
+            if self.place.as_ref().is_none_or(|p| self.cursor.run.start >= p.end()) {
                 // What waits to be copied is of the segment that ends here.
                 if !into.waiting.is_empty() {
                     return self.gathered();
@@ -358,37 +396,38 @@ impl<'a> ChosenTiles<'a> {
             }
             let into = &mut self.gatherings[self.filling];
             let Some(place) = &self.place else { break };
-            let slot = self.run.start;
+            let slot = self.cursor.run.start;
             let (page, row) = place.find(slot);
-            let within = place.segment.layout.capacity.min(place.end() - (slot - row)) - row;
-            let run = self.run.len().min(within);
+            let run = self.cursor.run.len().min(place.to_page_end(slot, row));
             let Some(unit) = place.unit.filter(|_| run < place.run_min()) else {
                 if place.unit != Some(1) {
                     return Next::Tile(self.around());
                 }
                 let len = run.min(TILE);
-                self.run.start += len;
+                self.cursor.run.start += len;
                 return Next::Tile(place.tile(page, slot, (row, len), u64::MAX, self.masked));
             };
+            if into.waiting.is_empty() {
+                into.place = Some(place.clone());
+            }
+            if unit == 1 {
+                if place.add_alone(&mut self.cursor, into, self.masked) {
+                    continue;
+                }
+                return self.gathered();
+            }
             let from = row & !(unit - 1);
             if !into.waiting.ends_with(page, from) {
                 if into.waiting.is_full() || place.by_page && !into.waiting.is_of(page) {
                     return self.gathered();
                 }
-                if into.waiting.is_empty() {
-                    into.place = Some(place.clone());
-                }
                 into.waiting.push(page, from, unit, self.masked);
                 into.requests[0].push(&place.keys, page, from);
                 into.requests[1].push(&place.values, page, from);
-                // Finding rows takes about as long as computing on them: half of the requests go here.
-                if unit == 1 {
-                    into.requests[0].last();
-                }
             }
             let len = run.min(from + unit - row);
             into.waiting.choose(row - from, len);
-            self.run.start += len;
+            self.cursor.run.start += len;
         }
         if self.gatherings[self.filling].waiting.is_empty() { Next::Nothing } else { self.gathered() }
     }
@@ -397,7 +436,7 @@ impl<'a> ChosenTiles<'a> {
     fn around(&mut self) -> Tile<'a> {
         let Some(place) = &self.place else { unreachable!("a segment was entered") };
         let align = place.keys.packed.map_or(UNIT, |packed| packed.group_rows.max(LANES));
-        let start = self.run.start;
+        let start = self.cursor.run.start;
         let (page, row) = place.find(start);
         let capacity = place.segment.layout.capacity;
         let from = row - row % align;
@@ -406,14 +445,17 @@ impl<'a> ChosenTiles<'a> {
         let limit = (base - from + (from - from % BAND + BAND).min(capacity)).min(place.end());
         let (mut chosen, mut last) = (0u64, start);
         loop {
-            let end = self.run.end.min(limit);
-            let len = end - self.run.start;
-            chosen |= u64::MAX >> (TILE - len) << (self.run.start - base);
+            let end = self.cursor.run.end.min(limit);
+            let len = end - self.cursor.run.start;
+            chosen |= u64::MAX >> (TILE - len) << (self.cursor.run.start - base);
             last = end.max(last);
-            self.run.start = end;
+            self.cursor.run.start = end;
             // A group without chosen rows costs as much to read as another tile; nothing lies between neighbours.
             let far = base + (last - base).next_multiple_of(align) + align;
-            if end == limit || !self.begin() || self.run.start >= far.min(limit) {
+            if end == limit
+                || !self.cursor.begin(self.place.as_ref())
+                || self.cursor.run.start >= far.min(limit)
+            {
                 break;
             }
         }

@@ -194,7 +194,7 @@ impl<'a> Waiting<'a> {
     }
 
     /// Whether rows are copied one by one.
-    pub(super) fn each_for_itself(&self) -> bool {
+    fn each_for_itself(&self) -> bool {
         self.shift == 0
     }
 
@@ -217,7 +217,8 @@ impl<'a> Waiting<'a> {
         self.chosen |= u64::MAX >> (TILE - len) << (((self.count - 1) << self.shift) + skip);
     }
 
-    fn len(&self) -> usize {
+    /// Rows that wait.
+    pub(super) fn len(&self) -> usize {
         self.count << self.shift
     }
 

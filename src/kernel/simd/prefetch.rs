@@ -2,8 +2,8 @@
 //!
 //! Decode reads every page once and computes little on it, and a page is shorter than what a hardware
 //! prefetcher needs to run at full speed across page ends. So while one tile is computed the next one is
-//! requested, evenly: a core has about 16 requests in flight, and more at once would stop it until they are served, with
-//! none left for the time in which it computes. What is requested may lie in one piece, in equal pieces at equal
+//! requested, evenly: a core has about two dozen requests in flight, and more at once would stop it until they are served,
+//! with none left for the time in which it computes. What is requested may lie in one piece, in equal pieces at equal
 //! distances (some rows of a packed band) or anywhere (lone rows). *Helps* contexts beyond the caches. *Hurts* nothing
 //! measurable within them: a request for a line that is there costs one load slot.
 
@@ -13,64 +13,85 @@
 const LINE: usize = 64;
 
 /// Memory that will be read next, requested line by line while something else is computed.
-#[derive(Clone, Copy, Debug, Default)]
+///
+/// A step stands in the innermost loops, so it counts lines of a piece down and looks at nothing else until the piece
+/// ends.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Ahead<'a> {
-    bytes: &'a [u8],
-    /// Where the next line starts.
-    at: usize,
-    /// Lines before the next gap, lines between two gaps, and bytes of a gap.
+    /// The next line, and how many are left of its piece. The address is only ever requested.
+    at: *const u8,
     left: usize,
+    /// Lines of a piece.
     piece: usize,
+    /// Pieces left at equal distances, and how far the next one starts behind the end of this.
+    pieces: usize,
     gap: usize,
-    /// What comes when these bytes end.
+    /// What comes then: as many pieces each.
     more: &'a [&'a [u8]],
-    /// All lines.
-    all: usize,
-    /// Lines requested in so many steps.
-    lines: usize,
+    each: usize,
+    /// Lines requested in every step; and in `steps` steps, spread evenly, so many besides.
+    whole: usize,
+    rest: usize,
     steps: usize,
-    /// What is due, in parts of a step.
+    /// What of the latter is due, in parts of a step.
     due: usize,
 }
 
 impl<'a> Ahead<'a> {
     /// Nothing.
     pub(crate) const NONE: Self = Self {
-        bytes: &[],
-        at: 0,
-        left: usize::MAX,
-        piece: usize::MAX,
+        at: std::ptr::null(),
+        left: 0,
+        piece: 0,
+        pieces: 0,
         gap: 0,
         more: &[],
-        all: 0,
-        lines: 0,
+        each: 0,
+        whole: 0,
+        rest: 0,
         steps: 1,
         due: 0,
     };
 
     /// All of `bytes`.
     pub(crate) fn new(bytes: &'a [u8]) -> Self {
-        Self { bytes, all: bytes.len().div_ceil(LINE), ..Self::NONE }
+        let lines = bytes.len().div_ceil(LINE);
+        Self { at: bytes.as_ptr(), left: lines, piece: lines, ..Self::NONE }
     }
 
     /// The first `width` of every `pitch` of `bytes`, whole lines both.
     pub(crate) fn pieces(bytes: &'a [u8], width: usize, pitch: usize) -> Self {
         let piece = width.div_ceil(LINE).max(1);
-        let all = bytes.len().div_ceil(pitch) * piece;
-        Self { bytes, left: piece, piece, gap: pitch - piece * LINE, all, ..Self::NONE }
+        let pieces = bytes.len().div_ceil(pitch).saturating_sub(1);
+        let left = if bytes.is_empty() { 0 } else { piece };
+        Self {
+            at: bytes.as_ptr(),
+            left,
+            piece,
+            pieces,
+            gap: pitch - piece * LINE,
+            each: pieces,
+            ..Self::NONE
+        }
     }
 
-    /// All of every one of `rows`, or the first line of every `pitch` of them.
+    /// All of every one of `rows`, or the first line of every `pitch` of them. They are equally long.
     pub(crate) fn rows(rows: &'a [&'a [u8]], pitch: Option<usize>) -> Self {
         let Some((&bytes, more)) = rows.split_first() else { return Self::NONE };
         let first = pitch.map_or_else(|| Self::new(bytes), |pitch| Self::pieces(bytes, LINE, pitch));
-        Self { more, all: rows.len() * first.all, ..first }
+        Self { more, ..first }
+    }
+
+    /// How many lines.
+    fn lines(&self) -> usize {
+        self.left + self.piece * (self.pieces + self.more.len() * (self.each + 1))
     }
 
     /// The same evenly over so many steps.
     #[inline(always)]
     pub(crate) fn over(self, steps: usize) -> Self {
-        Self { lines: self.all, steps: steps.max(1), ..self }
+        let (lines, steps) = (self.lines(), steps.max(1));
+        Self { whole: lines / steps, rest: lines % steps, steps, ..self }
     }
 
     /// Requests everything at once.
@@ -82,24 +103,32 @@ impl<'a> Ahead<'a> {
     /// Takes a step.
     #[inline(always)]
     pub(crate) fn step(&mut self) {
-        self.due += self.lines;
-        while self.due >= self.steps {
-            self.due -= self.steps;
-            if self.at >= self.bytes.len()
-                && let Some((&next, more)) = self.more.split_first()
-            {
-                (self.bytes, self.more, self.at, self.left) = (next, more, 0, self.piece);
+        self.due += self.rest;
+        let extra = self.due >= self.steps;
+        self.due -= if extra { self.steps } else { 0 };
+        for _ in 0..self.whole + usize::from(extra) {
+            if self.left == 0 && !self.turn() {
+                return;
             }
-            if let Some(byte) = self.bytes.get(self.at) {
-                line(std::ptr::from_ref(byte));
-                self.at += LINE;
-                self.left -= 1;
-                if self.left == 0 {
-                    self.at += self.gap;
-                    self.left = self.piece;
-                }
-            }
+            line(self.at);
+            self.at = self.at.wrapping_add(LINE);
+            self.left -= 1;
         }
+    }
+
+    /// Goes on to the next piece; whether there is one.
+    #[inline(always)]
+    fn turn(&mut self) -> bool {
+        if self.pieces > 0 {
+            self.pieces -= 1;
+            self.at = self.at.wrapping_add(self.gap);
+        } else if let Some((&next, more)) = self.more.split_first() {
+            (self.at, self.more, self.pieces) = (next.as_ptr(), more, self.each);
+        } else {
+            return false;
+        }
+        self.left = self.piece;
+        true
     }
 }
 
@@ -113,10 +142,10 @@ pub(crate) fn request<T>(value: &T) {
 fn line(byte: *const u8) {
     #[cfg(target_arch = "x86_64")]
     {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // Into the second level, which takes some tiles of both sides; the first holds what is computed on.
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // Into all levels: what does not fit into the first one falls to the second.
         // SAFETY: SSE is part of x86-64, and a prefetch reads nothing that the program could observe.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(byte.cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(byte.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = byte;

@@ -9,7 +9,7 @@
 //! *Helps* because the stored type, the page size and the mask are dealt with here and nowhere else. *Hurts*
 //! pages of a few entries: a tile never spans two pages.
 
-use super::apart::{Apart, Typed};
+use super::apart::Apart;
 use super::digits::Digits;
 use super::dots;
 use super::gemm::{self, Lines, Matrix, PAD};
@@ -353,8 +353,7 @@ fn add_apart<S: Simd, T: Element>(
     (rows, len, d): (usize, usize, usize),
     ahead: Ahead<'_>,
 ) {
-    let mut memory: Typed<'_, T> = [&[]; TILE];
-    let values = Apart::new(lines, d, &mut memory);
+    let values = Apart::<T>::new(lines, d);
     gemm::multiply(simd, weights, values, sums, d.next_multiple_of(PAD), (rows, len, d), true, ahead);
 }
 
@@ -554,8 +553,7 @@ impl<'a> QueryBlock<'a> {
         turned: &mut bool,
         ahead: Ahead<'_>,
     ) {
-        let mut memory: Typed<'_, T> = [&[]; TILE];
-        let stored = Apart::new(lines, d, &mut memory);
+        let stored = Apart::<T>::new(lines, d);
         self.dots_of(simd, stored, (self.rows, d, lines.len()), to, turned, ahead);
     }
 
@@ -615,8 +613,7 @@ pub(crate) fn unmasked<S: Simd>(
     most.reduce_max()
 }
 
-/// β of a tile padded to its full length, for [`QueryBlock::logits`] and [`unmasked`].
-/// β of a tile padded to its full length, for [`QueryBlock::logits`]; `−∞` for entries that are not chosen.
+/// β of a tile padded to its full length, for [`QueryBlock::logits`] and [`unmasked`]; `−∞` for entries that are not chosen.
 pub(crate) fn padded_bias(tile: &Tile<'_>) -> Option<[f32; TILE]> {
     let all = tile.chosen == u64::MAX;
     if all && tile.bias.is_none() {
