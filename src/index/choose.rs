@@ -170,6 +170,8 @@ impl Ranking {
         if let Some(sizes) = sizes {
             for (unit, score) in self.scores.iter_mut().enumerate() {
                 match group {
+                    // Most weigh nothing where groups of units were ruled out: their sizes need not be looked up.
+                    Group::Max | Group::Sum if *score == 0.0 => {}
                     Group::Max | Group::Sum => *score /= sizes(unit) as f32,
                     Group::Logit | Group::Mean => *score -= (sizes(unit) as f32).ln(),
                     Group::Union => {}

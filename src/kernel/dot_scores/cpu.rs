@@ -239,8 +239,15 @@ fn chosen_tiles<'a>(
     pages: Range<usize>,
     spans: &'a [Span],
 ) -> impl Iterator<Item = (Tile<'a>, &'a [Span])> {
+    // Other pages are not looked at: where one lies is a cache miss of its own.
+    let mut next = pages.start;
+    let met = spans.iter().flat_map(move |span| {
+        let first = page_of(head, span.start as usize).clamp(next, pages.end);
+        next = (page_of(head, span.end as usize - 1) + 1).clamp(first, pages.end);
+        tiles(head, first..next)
+    });
     let mut rest = spans;
-    tiles(head, pages).filter_map(move |tile| {
+    met.filter_map(move |tile| {
         let slots = tile.slot()..tile.slot() + tile.len;
         while let Some((first, others)) = rest.split_first()
             && first.slots().end <= slots.start
