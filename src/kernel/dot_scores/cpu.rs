@@ -243,7 +243,8 @@ fn chosen_tiles<'a>(
     let mut next = pages.start;
     let met = spans.iter().flat_map(move |span| {
         let first = page_of(head, span.start as usize).clamp(next, pages.end);
-        next = (page_of(head, span.end as usize - 1) + 1).clamp(first, pages.end);
+        let last = (span.end as usize).saturating_sub(1);
+        next = (page_of(head, last) + 1).clamp(first, pages.end);
         tiles(head, first..next)
     });
     let mut rest = spans;
