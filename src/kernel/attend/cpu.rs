@@ -8,7 +8,7 @@
 //! ```
 //! and at the end `out = O / l`, `lse = m + ln l`. So every key and value row is read and converted once for
 //! all query heads of its group: in place for the few rows of decode, by way of a widened and transposed tile for
-//! the many of a prefill. Meanwhile the next tile is on its way into the second cache level. Items of one block
+//! the many of a prefill. Meanwhile the next tile is on its way into the caches. Items of one block
 //! are merged as partial attentions are.
 //!
 //! How the work is cut depends on its shape only, never on how many threads there are or how fast they run:

@@ -2,8 +2,9 @@
 //!
 //! The `G·T` query rows of a KV head are cut into blocks; a block walks the tiles of the pages once, so a key row is
 //! read once for all query rows of its group, in place where they are few, while the next tile is on its way into the
-//! second cache level. Heads, blocks and runs of pages go to other threads. A tile in which nothing was chosen is not
-//! read; of exact rows, neither is what lies before the first chosen one of a tile and behind the last.
+//! caches. Heads, blocks and runs of pages go to other threads. Of a page in which nothing was chosen not even the
+//! description is read, nor is a tile without any; of exact rows, neither is what lies before the first chosen one of a
+//! tile and behind the last.
 //!
 //! No logit depends on another, so the same call gives the same bits however it is cut. *Helps* decode with an index:
 //! it runs at the speed of memory. *Hurts* spans of single entries, of which every one reads up to a tile where rows
