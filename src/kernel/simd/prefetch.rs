@@ -91,7 +91,7 @@ impl<'a> Ahead<'a> {
     #[inline(always)]
     pub(crate) fn over(self, steps: usize) -> Self {
         let (lines, steps) = (self.lines(), steps.max(1));
-        Self { whole: lines / steps, rest: lines % steps, steps, ..self }
+        Self { whole: lines / steps, rest: lines % steps, steps, due: 0, ..self }
     }
 
     /// Requests everything at once.
@@ -149,4 +149,49 @@ fn line(byte: *const u8) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = byte;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is requested over so many steps, as distances from `base`.
+    fn requested(mut ahead: Ahead<'_>, base: &[u8], steps: usize) -> Vec<usize> {
+        let (mut places, all) = (Vec::new(), ahead.lines());
+        ahead = ahead.over(steps);
+        let mut left = all;
+        for _ in 0..steps {
+            // A step of several lines is taken as as many steps of one, which request the same.
+            let mut single = ahead.over(ahead.lines());
+            ahead.step();
+            while single.lines() > ahead.lines() {
+                single.step();
+                places.push(single.at.addr() - LINE - base.as_ptr().addr());
+            }
+            assert!(left - ahead.lines() <= all.div_ceil(steps), "no more at once than is even");
+            left = ahead.lines();
+        }
+        places
+    }
+
+    #[test]
+    fn every_line_is_requested_once_and_evenly() {
+        let memory = vec![0u8; 40 * LINE];
+        let rows = [&memory[..2 * LINE], &memory[5 * LINE..7 * LINE], &memory[3 * LINE..5 * LINE]];
+        let wide = [&memory[..8 * LINE], &memory[16 * LINE..24 * LINE]];
+        for steps in [1, 2, 3, 5, 6, 7, 40, 100] {
+            let lines = |ahead| {
+                let places = requested(ahead, &memory, steps);
+                places.iter().map(|place| place / LINE).collect::<Vec<_>>()
+            };
+            assert_eq!(lines(Ahead::new(&memory[..5 * LINE - 1])), [0, 1, 2, 3, 4]);
+            assert_eq!(lines(Ahead::pieces(&memory[..12 * LINE], 2 * LINE, 5 * LINE)), [0, 1, 5, 6, 10, 11]);
+            assert_eq!(lines(Ahead::rows(&rows, None)), [0, 1, 5, 6, 3, 4]);
+            assert_eq!(lines(Ahead::rows(&wide, Some(4 * LINE))), [0, 4, 16, 20]);
+            for nothing in [Ahead::NONE, Ahead::new(&[]), Ahead::pieces(&[], 8, LINE), Ahead::rows(&[], None)]
+            {
+                assert_eq!(lines(nothing), [0usize; 0]);
+            }
+        }
+    }
 }
