@@ -16,12 +16,12 @@ use std::time::{Duration, Instant};
 const HEADS: usize = 8;
 const GROUP: usize = 4;
 const DIM: usize = 128;
-/// Layers of a step at a fixed budget.
-const LAYERS: usize = 8;
+/// Tokens stored in all layers together, of a step at a fixed budget: the same memory whatever the length.
+const STORED: usize = 1 << 20;
 /// Tokens of a chunk of the prompt.
 const CHUNK: usize = 2048;
 
-/// Tokens at the end of the prompt whose queries are there too.
+/// Tokens at the end of the prompt whose queries are there too, and steps that ask for something else each.
 const ASKING: usize = 32;
 
 /// Queries of some tokens, `[tokens, HEADS · GROUP, DIM]`: those of a head have much in common, as a real model's do.
@@ -74,42 +74,61 @@ fn prompted(recipe: &str, budget: usize, layers: usize, tokens: usize) -> (KvCac
     (cache, id)
 }
 
-/// One attend of a token in every layer, which is rolled back: the state stays what it is. The time of a layer.
-fn step(cache: &mut KvCache, id: SequenceId, rows: &[Vec<f32>; 3], out: &mut [f32]) -> Duration {
-    let view = |x, heads| TensorView::token_major(x, 1, heads, DIM).unwrap();
-    let layers = cache.shape().layers();
-    let mut step = cache.begin(id, 1).unwrap();
-    let [q, k, v] = rows;
-    let began = Instant::now();
-    for layer in 0..layers {
-        let out = TensorViewMut::token_major(&mut *out, 1, HEADS * GROUP, DIM).unwrap();
-        step.attend(layer, view(&q[..], HEADS * GROUP), view(&k[..], HEADS), view(&v[..], HEADS), out)
-            .unwrap();
-    }
-    began.elapsed() / layers as u32
+/// The steps of a benchmark: they ask for different things in turn, as the tokens of a text do.
+struct Steps {
+    cache: KvCache,
+    id: SequenceId,
+    /// Queries of [`ASKING`] tokens, keys and values of one.
+    rows: [Vec<f32>; 3],
+    out: Vec<f32>,
+    turn: usize,
 }
 
-/// A cache after its prompt and a first step, and what they cost.
-fn report(
-    recipe: &str,
-    budget: usize,
-    (layers, tokens): (usize, usize),
-    rows: &[Vec<f32>; 3],
-    out: &mut [f32],
-) -> (KvCache, SequenceId) {
-    let began = Instant::now();
-    let (mut cache, id) = prompted(recipe, budget, layers, tokens);
-    let built = began.elapsed();
-    step(&mut cache, id, rows, out);
-    let stats = cache.stats(id).unwrap().total();
-    let all = layers * tokens * HEADS * DIM * 4;
-    println!(
-        "{recipe}: prompt in {:.1} s, a step reads {:.2} % of the f16 bytes, the index holds {:.2} %",
-        built.as_secs_f64(),
-        100.0 * stats.bytes_read_per_step as f64 / all as f64,
-        100.0 * stats.bytes_index as f64 / all as f64,
-    );
-    (cache, id)
+impl Steps {
+    /// A cache after its prompt and some steps, and what they cost.
+    fn new(recipe: &str, budget: usize, (layers, tokens): (usize, usize)) -> Self {
+        let mut random = Random::new(2);
+        let q = queries(&mut random, ASKING);
+        let [k, v] = [(); 2].map(|()| random.rows(HEADS * DIM, 1.0, DType::F32));
+        let began = Instant::now();
+        let (cache, id) = prompted(recipe, budget, layers, tokens);
+        let built = began.elapsed();
+        let mut steps = Self { cache, id, rows: [q, k, v], out: vec![0.0; HEADS * GROUP * DIM], turn: 0 };
+        let (mut bytes, mut entries) = (0, 0);
+        for _ in 0..ASKING {
+            steps.step();
+            bytes += steps.cache.stats(id).unwrap().total().bytes_read_per_step;
+            let read =
+                |layer| steps.cache.last_read(id, layer).unwrap().map_or(tokens * HEADS, |r| r.entries);
+            entries += (0..layers).map(read).sum::<usize>();
+        }
+        let all = layers * tokens * HEADS * DIM * 4;
+        println!(
+            "{recipe}: prompt in {:.1} s, a step reads {} entries of a KV head and {:.2} % of the f16 bytes, the index holds {:.2} %",
+            built.as_secs_f64(),
+            entries / (ASKING * layers * HEADS),
+            100.0 * bytes as f64 / (ASKING * all) as f64,
+            100.0 * steps.cache.stats(id).unwrap().total().bytes_index as f64 / all as f64,
+        );
+        steps
+    }
+
+    /// One attend of a token in every layer, which is rolled back: the state stays what it is. The time of a layer.
+    fn step(&mut self) -> Duration {
+        let view = |x, heads| TensorView::token_major(x, 1, heads, DIM).unwrap();
+        let layers = self.cache.shape().layers();
+        let mut step = self.cache.begin(self.id, 1).unwrap();
+        let [q, k, v] = &self.rows;
+        let mut asked = q.chunks_exact(HEADS * GROUP * DIM).cycle().skip(self.turn % ASKING);
+        self.turn += 1;
+        let began = Instant::now();
+        for layer in 0..layers {
+            let out = TensorViewMut::token_major(&mut self.out[..], 1, HEADS * GROUP, DIM).unwrap();
+            let q = view(asked.next().unwrap(), HEADS * GROUP);
+            step.attend(layer, q, view(&k[..], HEADS), view(&v[..], HEADS), out).unwrap();
+        }
+        began.elapsed() / layers as u32
+    }
 }
 
 fn decode(c: &mut Criterion) {
@@ -131,43 +150,32 @@ fn decode(c: &mut Criterion) {
             "pq".to_owned(),
             "a2ats".to_owned(),
         ] {
-            let mut random = Random::new(2);
-            let q = queries(&mut random, 1);
-            let [k, v] = [(); 2].map(|()| random.rows(HEADS * DIM, 1.0, DType::F32));
-            let rows = [q, k, v];
-            let mut out = vec![0.0; HEADS * GROUP * DIM];
             // Only what is not filtered out is built.
             let mut built = None;
             group.bench_function(&recipe, |b| {
-                let (cache, id) =
-                    built.get_or_insert_with(|| report(&recipe, budget, (1, tokens), &rows, &mut out));
-                b.iter_custom(|times| (0..times).map(|_| step(cache, *id, &rows, &mut out)).sum());
+                let steps = built.get_or_insert_with(|| Steps::new(&recipe, budget, (1, tokens)));
+                b.iter_custom(|times| (0..times).map(|_| steps.step()).sum());
             });
         }
     }
 }
 
 /// The same budget whatever the length: what grows is the search. Several layers in turn, as a model's are, so that nothing of
-/// one layer is in a cache when it is its turn again, however short the context.
+/// one layer is in a cache when it is its turn again, and more of them where the context is short, so that pages lie as far
+/// apart.
 fn fixed(c: &mut Criterion) {
     let mut group = c.benchmark_group("retrieval/fixed");
-    for tokens in [32 << 10, 128 << 10] {
-        for recipe in [
-            "squeezed(rounds=4,segment=2048)",
-            "squeezed(levels=2,rounds=4,segment=2048)",
-            "squeezed(levels=2,fan=20,rounds=4,segment=2048)",
-        ] {
-            let mut random = Random::new(2);
-            let q = queries(&mut random, 1);
-            let [k, v] = [(); 2].map(|()| random.rows(HEADS * DIM, 1.0, DType::F32));
-            let rows = [q, k, v];
-            let mut out = vec![0.0; HEADS * GROUP * DIM];
-            let mut built = None;
-            group.bench_function(format!("n{tokens}/{recipe}"), |b| {
-                let (cache, id) =
-                    built.get_or_insert_with(|| report(recipe, 1024, (LAYERS, tokens), &rows, &mut out));
-                b.iter_custom(|times| (0..times).map(|_| step(cache, *id, &rows, &mut out)).sum());
-            });
+    for budget in [1024, 4096] {
+        for tokens in [32 << 10, 128 << 10] {
+            for own in ["", "levels=2,", "levels=2,fan=20,"] {
+                let recipe = format!("squeezed({own}rounds=4,segment=2048)");
+                let mut built = None;
+                group.bench_function(format!("b{budget}/n{tokens}/{recipe}"), |b| {
+                    let steps =
+                        built.get_or_insert_with(|| Steps::new(&recipe, budget, (STORED / tokens, tokens)));
+                    b.iter_custom(|times| (0..times).map(|_| steps.step()).sum());
+                });
+            }
         }
     }
 }

@@ -185,7 +185,9 @@ fn dot_scores_allocate_nothing_when_warm() {
     for count in &mut counts {
         let before = OWN.get();
         for spans in [None, Some(&spans[..])] {
-            let mut args = DotArgs { heads: &heads, queries: &queries, tokens: 1, spans, out: &mut out };
+            let rows = spans.map_or(2 * 4096, |spans| spans.iter().map(Spans::rows).sum());
+            let out = &mut out[..4 * rows];
+            let mut args = DotArgs { heads: &heads, queries: &queries, tokens: 1, spans, out };
             cpu.dot_scores(&AttentionParams::of(&shape), &mut args, &mut workspace).unwrap();
         }
         *count = OWN.get() - before;

@@ -57,9 +57,14 @@ impl QueryLog {
         self.positions.retain(|&p| keep(p));
     }
 
-    /// The rows, token-major.
-    pub(super) fn token_major(&self) -> Vec<f32> {
-        self.rows.iter().copied().collect()
+    /// Tokens.
+    pub(super) fn len(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// The rows, token-major, with their positions.
+    pub(super) fn token_major(&self) -> (Vec<f32>, Vec<i32>) {
+        (self.rows.iter().copied().collect(), self.positions.iter().copied().collect())
     }
 
     /// Positions and token-major rows, writable, for a re-rotation.

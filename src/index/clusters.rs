@@ -59,10 +59,10 @@ impl Clusters {
         }
     }
 
-    /// The same with `fan` clusters to a group.
+    /// The same with `fan` clusters to a group, whose means are stored as `encoding`.
     #[must_use]
-    pub fn grouped(mut self, fan: usize) -> Self {
-        self.tables.push(Table { role: Role::Group, encoding: self.tables[0].encoding });
+    pub fn grouped(mut self, fan: usize, encoding: Encoding) -> Self {
+        self.tables.push(Table { role: Role::Group, encoding });
         Self { fan, ..self }
     }
 

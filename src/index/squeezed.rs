@@ -8,13 +8,13 @@
 //! scored. *Hurts* where later questions look at the text in another way than the end of the prompt did, and by steps
 //! that read up to `cap` times the budget.
 
-use super::options::{COMMON, Calibration, Defaults, arguments};
+use super::options::{COMMON, Calibration, Defaults, arguments, encoding};
 use super::{Clusters, ReadRule, Retrieval};
 use crate::error::RecipeError;
 use crate::policy::registry::{Arg, Args, Build, Entry};
 use std::sync::Arc;
 
-const ARGS: [Arg; 10 + COMMON] = arguments(
+const ARGS: [Arg; 11 + COMMON] = arguments(
     [
         Arg::count("size", 20, 1, 4096, "entries of a cluster, on average"),
         Arg::word("store", &["f16", "f32", "int8", "int4"], "how means are stored"),
@@ -23,6 +23,11 @@ const ARGS: [Arg; 10 + COMMON] = arguments(
         Arg::count("rounds", 10, 1, 64, "rounds of k-means"),
         Arg::count("levels", 1, 1, 2, "2 looks for clusters in clusters of clusters"),
         Arg::count("fan", 5, 2, 64, "clusters in one of the level above, on average"),
+        Arg::word(
+            "coarse",
+            &["int8", "f16", "f32", "int4"],
+            "with levels=2: how means of the level above are stored",
+        ),
         Arg::count("window", 100, 1, 4096, "last queries of the prompt that calibrate"),
         Arg::real("cap", 4.0, 1.0, 1024.0, "budgets that one KV head may read"),
         Arg::real("widen", 4.0, 1.0, 1024.0, "entries under clusters that are looked into, in budgets"),
@@ -58,6 +63,9 @@ fn build(args: &Args) -> Result<Arc<Retrieval>, RecipeError> {
         return Err(args.error("mass", args.real("mass")?, "0: the calibrated weight decides what is read"));
     }
     let clusters = Clusters { values: 0.0, cosine: true, ..Clusters::from_args(args)? };
-    let clusters = if args.count("levels")? == 2 { clusters.grouped(args.count("fan")?) } else { clusters };
+    let clusters = match args.count("levels")? {
+        2 => clusters.grouped(args.count("fan")?, encoding(args, "coarse")?),
+        _ => clusters,
+    };
     Ok(Arc::new(Retrieval { name: ENTRY.name, summary: Arc::new(clusters), rule }))
 }

@@ -106,11 +106,12 @@ fn same_bits(first: Option<usize>) {
             cpu.attend(&case.params(), &mut lanes, &mut Workspace::default()).unwrap();
             let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
             let scores = |(lane, spec, some): (usize, &LaneSpec, bool)| {
-                let mut out = poisoned(case.group * spec.tokens * total_rows(&heads[lane]));
                 let (heads, queries) = (&heads[lane], &queries[lane].values);
                 let runs = |head: &HeadRows| (0..head.rows() / 50).map(|i| 50 * i + 3..50 * i + 40).collect();
                 let spans: Vec<Spans> = heads.iter().map(runs).collect();
                 let spans = some.then_some(&spans[..]);
+                let rows = spans.map_or_else(|| total_rows(heads), |s| s.iter().map(Spans::rows).sum());
+                let mut out = poisoned(case.group * spec.tokens * rows);
                 let mut args = DotArgs { heads, queries, tokens: spec.tokens, spans, out: &mut out };
                 cpu.dot_scores(&case.params(), &mut args, &mut Workspace::default()).unwrap();
                 bits(&out)

@@ -1,17 +1,19 @@
 //! Thresholds from the end of a prompt: from which weight per entry on units are read, so that all KV heads of all layers
-//! together read their budget.
+//! together read their budget, on average over the last queries.
+//!
+//! Every query counts for itself, as in a decode step. A threshold among weights that are averaged over the queries first
+//! would suit a question of as many tokens: those of one query differ more, and more of them lie above it.
 //!
 //! *Helps* because attention is spread in some heads and pointed in others, which no budget per head knows. *Hurts* if
 //! what is asked later is not like what the prompt ended with; the recipe's `cap` bounds what that can cost.
 
 use super::super::KvCache;
 use super::super::sequence::{Sequence, SequenceId};
+use super::PartScratch;
+use super::reader::Reader;
 use crate::error::{CacheError, Error};
-use crate::index::choose::Ranking;
-use crate::index::{Group, LayerIndex, Retrieval, Role, Thresholds};
+use crate::index::{IndexPart, LayerIndex, Retrieval, Role, Thresholds};
 use crate::kernel::attend::Workspace;
-use crate::kernel::dot_scores::DotArgs;
-use crate::kernel::{AttentionParams, total_rows};
 
 impl KvCache {
     /// The thresholds that the end of the prompt made, where the recipe has an index that calibrates.
@@ -30,88 +32,139 @@ impl KvCache {
         let Some(retrieval) = self.recipe.index.clone() else { return Ok(()) };
         let Some(calibration) = retrieval.rule.calibration else { return Ok(()) };
         let sequence = self.sequence(id)?;
-        let (mut units, mut groups) = (Vec::new(), Vec::new());
         let (mut wanted, mut covered) = (0, 0);
-        for (layer, reads) in sequence.reads.iter().enumerate() {
-            let Some(index) =
-                reads.index.as_ref().filter(|index| index.heads().iter().any(|h| h.units() > 0))
-            else {
-                continue;
-            };
+        for (layer, index) in self.calibrated(sequence) {
             let budget = self.read_budget(sequence, layer, index);
+            let queries = sequence.queries[layer].len();
             for (head, rows) in index.heads().iter().zip(&sequence.layers[layer]) {
-                let there = head.covered().len();
-                wanted += budget.saturating_sub(head.zone(rows.rows())).min(there);
+                let there = queries * head.covered().len();
+                wanted += queries * budget.saturating_sub(head.zone(rows.rows())).min(there);
                 covered += there;
             }
-            self.weigh_queries(&retrieval, sequence, (layer, index), Role::Mean, &mut units)?;
-            self.weigh_queries(&retrieval, sequence, (layer, index), Role::Group, &mut groups)?;
         }
-        if units.is_empty() {
+        let mut thresholds = None;
+        if let Some(table) = retrieval.table(Role::Group) {
+            let widened = (wanted as f64 * calibration.widen) as usize;
+            let groups = self.weigh_queries(&retrieval, sequence, Some(table), None)?;
+            let group = groups.threshold(widened.min(covered));
+            thresholds = Some(Thresholds { group, ..Thresholds::default() });
+        }
+        // As a step will weigh them: those in groups that it looks into, against the others' groups.
+        let units = self.weigh_queries(&retrieval, sequence, None, thresholds)?;
+        if units.entries.is_empty() {
             return Ok(());
         }
-        let widened = (wanted as f64 * calibration.widen) as usize;
-        let thresholds = Thresholds {
-            unit: threshold(&mut units, wanted),
-            group: threshold(&mut groups, widened.min(covered)),
-        };
+        let thresholds = Thresholds { unit: units.threshold(wanted), ..thresholds.unwrap_or_default() };
         self.sequence_mut(id)?.thresholds = Some(thresholds);
         Ok(())
     }
 
-    /// Appends the weight per entry of every row of a table, on average over the recorded queries of its layer, and the
-    /// row's entries.
+    /// The layers that have units.
+    fn calibrated<'a>(
+        &self,
+        sequence: &'a Sequence,
+    ) -> impl Iterator<Item = (usize, &'a LayerIndex)> + use<'a> {
+        let layers = sequence.reads.iter().enumerate();
+        let indexes = layers.filter_map(|(layer, reads)| reads.index.as_ref().map(|index| (layer, index)));
+        indexes.filter(|(_, index)| index.heads().iter().any(|head| head.units() > 0))
+    }
+
+    /// The weight per entry of every group, or unit where no table of groups is named, in every recorded query of its
+    /// layer, with its entries.
     fn weigh_queries(
         &self,
         retrieval: &Retrieval,
         sequence: &Sequence,
-        (layer, index): (usize, &LayerIndex),
-        role: Role,
-        out: &mut Vec<(f32, usize)>,
-    ) -> Result<(), Error> {
-        let Some(table) = retrieval.table(role) else { return Ok(()) };
-        let (shape, tables) = (self.shape.layer(layer), index.table(table));
-        let queries = sequence.queries[layer].token_major();
-        let queries = queries.chunks_exact(shape.query_heads * shape.d_k);
-        let group = shape.group();
-        let (rows, zone) = ((queries.len() * group) as f32, vec![f32::NEG_INFINITY; group]);
-        let mut logits = vec![0.0; group * total_rows(tables)];
-        let mut sums: Vec<Vec<f32>> = tables.iter().map(|t| vec![0.0; t.rows()]).collect();
-        let mut ranking = Ranking::default();
-        let (d_k, d_v) = role.dims(shape);
-        let params =
-            AttentionParams { d_k, d_v, window: None, sink_logits: None, ..AttentionParams::of(shape) };
-        let mut workspace = Workspace::default();
-        for query in queries {
-            let args =
-                &mut DotArgs { heads: tables, queries: query, tokens: 1, spans: None, out: &mut logits };
-            self.backend.dot_scores(&params, args, &mut workspace)?;
-            let mut left = &*logits;
-            for ((sums, head), table) in sums.iter_mut().zip(index.heads()).zip(tables) {
-                let (logits, behind) = left.split_at(group * table.rows());
-                left = behind;
-                let size = |row| head.count_of(role, row);
-                ranking.set(logits, &zone, (Group::Sum, 1, usize::MAX), Some(&size));
-                sums.iter_mut().zip(ranking.scores()).for_each(|(sum, score)| *sum += score);
+        table: Option<usize>,
+        thresholds: Option<Thresholds>,
+    ) -> Result<Weights, Error> {
+        let mut weights = Weights::default();
+        let (mut scratch, mut workspace) = (PartScratch::default(), Workspace::default());
+        for (layer, index) in self.calibrated(sequence) {
+            let shape = self.shape.layer(layer);
+            let (queries, positions) = sequence.queries[layer].token_major();
+            let queries = queries.chunks_exact(shape.query_heads * shape.d_k);
+            for (queries, positions) in queries.zip(positions.chunks_exact(1)) {
+                let reader = Reader {
+                    backend: &*self.backend,
+                    shape,
+                    retrieval,
+                    heads: &sequence.layers[layer],
+                    index: IndexPart::all(index),
+                    queries,
+                    positions,
+                    budget: usize::MAX,
+                    thresholds,
+                    sinks: None,
+                };
+                reader.weigh(table, &mut scratch, &mut workspace)?;
+                for (h, (ranking, units)) in scratch.rankings.iter().zip(index.heads()).enumerate() {
+                    for (row, score) in ranking.scores().iter().enumerate() {
+                        let entries = match (table, thresholds) {
+                            (Some(_), _) => units.count_of(Role::Group, row),
+                            (None, Some(_)) => units.count(scratch.looked[h][row] as usize),
+                            (None, None) => units.count(row),
+                        };
+                        weights.add(score / reader.unison(), entries);
+                    }
+                }
             }
         }
-        for (sums, head) in sums.iter().zip(index.heads()) {
-            let size = |row| head.count_of(role, row);
-            out.extend(
-                sums.iter().enumerate().filter(|_| rows > 0.0).map(|(row, sum)| (sum / rows, size(row))),
-            );
-        }
-        Ok(())
+        Ok(weights)
     }
 }
 
-/// The least weight among the heaviest rows that have at most `wanted` entries together.
-fn threshold(rows: &mut [(f32, usize)], wanted: usize) -> f32 {
-    rows.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
-    let mut entries = 0;
-    let within = rows.iter().take_while(|(_, count)| {
-        entries += count;
-        entries <= wanted
-    });
-    within.last().map_or(f32::INFINITY, |&(weight, _)| weight)
+/// How many entries have which weight: their numbers in steps of a two-thousandth of a weight, so that a prompt of any length,
+/// with as many queries as there may be, is counted in the same few megabytes.
+#[derive(Debug, Default)]
+struct Weights {
+    /// By the upper bits of the weight, which is not negative; empty if nothing was ever counted.
+    entries: Vec<usize>,
+}
+
+impl Weights {
+    /// Lowest bits of a weight that do not count: what is left of its fraction are 11.
+    const DROPPED: u32 = 12;
+
+    fn add(&mut self, weight: f32, entries: usize) {
+        self.entries.resize(1 << (31 - Self::DROPPED), 0);
+        self.entries[(weight.max(0.0).to_bits() >> Self::DROPPED) as usize] += entries;
+    }
+
+    /// The least weight from which on there are at most `wanted` entries.
+    fn threshold(&self, wanted: usize) -> f32 {
+        let mut entries = 0;
+        let steps = self.entries.iter().enumerate().rev().filter(|(_, there)| **there > 0);
+        let within = steps.take_while(|(_, there)| {
+            entries += *there;
+            entries <= wanted
+        });
+        within.last().map_or(f32::INFINITY, |(step, _)| f32::from_bits((step as u32) << Self::DROPPED))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_threshold_lets_through_what_is_wanted() {
+        let mut weights = Weights::default();
+        assert_eq!(weights.threshold(9), f32::INFINITY);
+        for (weight, entries) in [(0.5, 3), (0.25, 4), (1e-9, 2), (0.0, 100), (-0.0, 7)] {
+            weights.add(weight, entries);
+        }
+        assert_eq!(weights.threshold(2), f32::INFINITY);
+        assert_eq!(weights.threshold(3), 0.5);
+        assert_eq!(weights.threshold(8), 0.25);
+        assert!((weights.threshold(9) / 1e-9 - 1.0).abs() < 1e-3);
+        assert!(weights.threshold(115) < 1e-9);
+        assert_eq!(weights.threshold(116), 0.0);
+        // No weight is below the threshold that counts it.
+        for bits in (0x2000_0000..0x3f80_0000).step_by(99_991) {
+            let (mut weights, weight) = (Weights::default(), f32::from_bits(bits));
+            weights.add(weight, 1);
+            assert!(weights.threshold(1) <= weight && weight <= 1.0006 * weights.threshold(1), "{weight}");
+        }
+    }
 }

@@ -124,6 +124,10 @@ struct PartScratch {
     /// Per row: variances of its logits within units, and what logits on means are to be raised by for it.
     variances: Vec<f32>,
     corrections: Vec<f32>,
+    /// Units in groups that were looked into, by KV head, and which of those are chosen, both ascending: where only they
+    /// are ranked, the latter as the ranking counts them.
+    looked: Vec<Vec<u32>>,
+    taken: Vec<Vec<u32>>,
     /// Entries of the heaviest units, by KV head, where these have codes within.
     refined: Vec<Refined>,
     /// Logits from codes.

@@ -19,6 +19,7 @@ use crate::kernel::attend_factored::Remembered;
 use crate::kernel::code_scores::{CodeArgs, CodeLayout};
 use crate::kernel::dot_scores::DotArgs;
 use crate::kernel::merge_partials::MergeArgs;
+use crate::kernel::simd::take;
 use crate::kernel::simd::weights::{best, raise};
 use crate::kernel::{AttentionParams, Spans, total_rows};
 use crate::store;
@@ -46,8 +47,12 @@ pub(super) struct Reader<'a> {
     pub(super) sinks: Option<&'a [f32]>,
 }
 
-/// The groups of a KV head, its spans, what is lent, what is left in each row, and the units.
-type LookedUp<'a> = ((((&'a Ranking, &'a mut Spans), &'a mut Vec<u32>), &'a mut [f32]), &'a HeadUnits);
+/// The groups of a KV head, its spans, what is lent, what is left in each row, the units, and those that are looked into.
+type LookedUp<'a> =
+    (((((&'a Ranking, &'a mut Spans), &'a mut Vec<u32>), &'a mut [f32]), &'a HeadUnits), &'a mut Vec<u32>);
+
+/// The ranking of a KV head, units taken now, and all that are chosen; as the ranking counts these, and its units.
+type Taking<'a> = ((((&'a mut Ranking, &'a mut Vec<u32>), &'a mut Vec<u32>), &'a mut Vec<u32>), &'a [u32]);
 
 impl<'a> Reader<'a> {
     /// Attention over what the index chooses into `out [Hq, T, d_v]` and `lse [Hq, T]`; the choice stays in
@@ -62,12 +67,8 @@ impl<'a> Reader<'a> {
         (out, lse): (&mut [f32], &mut [f32]),
     ) -> Result<ReadReport, KernelError> {
         let mut report = ReadReport { stored: total_rows(self.heads), ..ReadReport::default() };
-        scratch.spans.resize_with(self.heads.len(), Spans::default);
-        scratch.slots.resize_with(self.heads.len(), Vec::new);
-        scratch.fresh.resize_with(self.heads.len(), Vec::new);
-        scratch.chosen.resize_with(self.heads.len(), Vec::new);
+        self.prepare(scratch);
         scratch.ranked = held.is_none();
-        self.correct(scratch);
         if let Some(held) = held {
             scratch.chosen.iter_mut().zip(held).for_each(|(chosen, held)| chosen.clone_from(held));
             self.attend(scratch, true, workspace, (out, lse), &mut report)?;
@@ -84,6 +85,48 @@ impl<'a> Reader<'a> {
         Ok(report)
     }
 
+    /// Buffers for every KV head, and what does not depend on units.
+    fn prepare(&self, scratch: &mut PartScratch) {
+        let PartScratch { spans, slots, fresh, chosen, looked, taken, .. } = scratch;
+        spans.resize_with(self.heads.len(), Spans::default);
+        slots.resize_with(self.heads.len(), Vec::new);
+        for lists in [fresh, chosen, looked, taken] {
+            lists.resize_with(self.heads.len(), Vec::new);
+        }
+        self.correct(scratch);
+    }
+
+    /// What units weigh, or where there is a `table` of groups what these do, against one another and nothing else: into
+    /// `scratch.rankings`. Units in groups that are not looked into are not ranked.
+    pub(super) fn weigh(
+        &self,
+        table: Option<usize>,
+        scratch: &mut PartScratch,
+        workspace: &mut Workspace,
+    ) -> Result<(), KernelError> {
+        self.prepare(scratch);
+        scratch.zone.clear();
+        scratch.zone.resize(self.heads.len() * self.rows(), f32::NEG_INFINITY);
+        self.rank(table, scratch, workspace, &mut ReadReport::default())
+    }
+
+    /// The same of a table, or of units in groups that are looked into; against what `scratch.zone` says too.
+    fn rank(
+        &self,
+        table: Option<usize>,
+        scratch: &mut PartScratch,
+        workspace: &mut Workspace,
+        report: &mut ReadReport,
+    ) -> Result<(), KernelError> {
+        let mut rankings = std::mem::take(&mut scratch.rankings);
+        let scored = match (table, self.groups()) {
+            (None, Some(groups)) => self.look_up(groups, scratch, &mut rankings, workspace, report),
+            (table, _) => self.score(table.unwrap_or(0), false, scratch, &mut rankings, workspace, report),
+        };
+        scratch.rankings = rankings;
+        scored
+    }
+
     /// The same of some of the KV heads.
     pub(super) fn of_heads(&self, heads: Range<usize>) -> Self {
         let (group, queries) = (self.shape.group(), self.rows() * self.shape.d_k);
@@ -98,6 +141,11 @@ impl<'a> Reader<'a> {
 
     pub(super) fn rows(&self) -> usize {
         self.shape.group() * self.positions.len()
+    }
+
+    /// The score of a unit whose weight is 1 in every row: what thresholds are multiples of.
+    pub(super) fn unison(&self) -> f32 {
+        if self.retrieval.rule.group == Group::Sum { self.rows() as f32 } else { 1.0 }
     }
 
     /// Scores, chooses and reads.
@@ -121,15 +169,8 @@ impl<'a> Reader<'a> {
         } else {
             scratch.zone.resize(lse.len(), f32::NEG_INFINITY);
         }
-        let mut rankings = std::mem::take(&mut scratch.rankings);
-        let scored = match (self.retrieval.table(Role::Group), self.thresholds) {
-            (Some(table), Some(thresholds)) => {
-                self.look_up(table, thresholds.group, scratch, &mut rankings, workspace, report)
-            }
-            _ => self.score(0, false, scratch, &mut rankings, workspace, report),
-        };
-        scratch.rankings = rankings;
-        scored?;
+        let groups = self.groups();
+        self.rank(None, scratch, workspace, report)?;
         let refines = self.retrieval.residuals();
         if let Some(table) = refines {
             self.refine(table, scratch, workspace, report)?;
@@ -142,13 +183,28 @@ impl<'a> Reader<'a> {
         }
         let mut first = true;
         loop {
-            let PartScratch { rankings, refined, bounds, fresh, chosen, .. } = &mut *scratch;
+            let PartScratch { rankings, refined, bounds, fresh, chosen, looked, taken, .. } = &mut *scratch;
             let known = |h: usize| zone_first.then(|| &lse[h * rows..(h + 1) * rows]);
             if refines.is_some() {
                 let taking = refined.iter_mut().zip(fresh).zip(&mut *chosen).zip(0..);
                 self.each(taking, |(((refined, fresh), chosen), h): (((&mut Refined, _), _), usize)| {
                     self.take_refined(h, first, known(h), refined, fresh, chosen);
                 });
+            } else if groups.is_some() {
+                let taking = rankings.iter_mut().zip(fresh).zip(&mut *chosen).zip(taken);
+                let taking = taking.zip(looked.iter().map(|looked| &looked[..])).zip(0..);
+                self.each(
+                    taking,
+                    |(((((ranking, fresh), chosen), taken), looked), h): (Taking<'_>, usize)| {
+                        let units = &self.index.heads()[h];
+                        let count = |place: usize| units.count(looked[place] as usize);
+                        taken.clear();
+                        self.take(h, first, known(h), (ranking, bounds.get(h)), count, (fresh, taken));
+                        // A threshold is asked once.
+                        chosen.clear();
+                        chosen.extend(taken.iter().map(|&place| looked[place as usize]));
+                    },
+                );
             } else {
                 let taking = rankings.iter_mut().zip(fresh).zip(&mut *chosen).zip(0..);
                 self.each(taking, |(((ranking, fresh), chosen), h): (((&mut Ranking, _), _), usize)| {
@@ -177,6 +233,11 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// The table of groups of units and the weight from which on they are looked into, where they are.
+    pub(super) fn groups(&self) -> Option<(usize, f32)> {
+        self.retrieval.table(Role::Group).zip(self.thresholds.map(|thresholds| thresholds.group))
+    }
+
     /// The table of bounds, if it is not the one that is scored.
     pub(super) fn bounds_beside(&self) -> Option<usize> {
         self.retrieval.table(Role::Bound).filter(|&table| table != 0)
@@ -185,8 +246,7 @@ impl<'a> Reader<'a> {
     /// Logits of units in groups whose own weight is enough, into rankings; what the others weigh, into `scratch.zone`.
     fn look_up(
         &self,
-        table: usize,
-        threshold: f32,
+        (table, threshold): (usize, f32),
         scratch: &mut PartScratch,
         rankings: &mut Vec<Ranking>,
         workspace: &mut Workspace,
@@ -196,10 +256,16 @@ impl<'a> Reader<'a> {
         let rows = self.rows();
         let heads = rankings.iter().zip(&mut scratch.spans).zip(&mut scratch.fresh);
         let heads = heads.zip(scratch.zone.chunks_exact_mut(rows)).zip(self.index.heads());
-        self.each(heads, |((((ranking, spans), passed), zone), units): LookedUp<'_>| {
-            best(ranking.scores(), (threshold * rows as f32, usize::MAX), passed);
+        let heads = heads.zip(&mut scratch.looked);
+        self.each(heads, |(((((ranking, spans), passed), zone), units), looked): LookedUp<'_>| {
+            best(ranking.scores(), (threshold * self.unison(), usize::MAX), passed);
             spans.clear();
-            passed.iter().for_each(|&group| spans.push(units.group(group as usize)));
+            looked.clear();
+            for &group in &*passed {
+                let group = units.group(group as usize);
+                looked.extend(group.clone().map(|unit| unit as u32));
+                spans.push(group);
+            }
             for (row, zone) in zone.iter_mut().enumerate() {
                 *zone = ranking.left_exactly(row, passed).ln() as f32 + ranking.reference(row);
             }
@@ -207,7 +273,7 @@ impl<'a> Reader<'a> {
         self.score(0, true, scratch, rankings, workspace, report)
     }
 
-    /// Logits of a table's rows, or of those of `scratch.spans`, into rankings.
+    /// Logits of a table's rows, or of those of `scratch.spans` alone, which are the units `scratch.looked`, into rankings.
     pub(super) fn score(
         &self,
         table: usize,
@@ -222,7 +288,10 @@ impl<'a> Reader<'a> {
         scratch.queries.clear();
         role.queries(self.shape.d_k, self.queries, &mut scratch.queries);
         rankings.resize_with(self.heads.len(), Ranking::default);
-        let logits = resize(&mut scratch.logits, rows * total_rows(tables));
+        let (spans, looked) = (&scratch.spans, &scratch.looked);
+        let scored = |h: usize| if within { spans[h].rows() } else { tables[h].rows() };
+        let all = (0..tables.len()).map(scored).sum::<usize>();
+        let logits = resize(&mut scratch.logits, rows * all);
         if let Role::Code(layout) = role {
             self.score_codes(layout, tables, None, &mut scratch.queries, logits, workspace)?;
             report.bytes += self.codeword_bytes();
@@ -236,24 +305,19 @@ impl<'a> Reader<'a> {
                     heads: tables,
                     queries: &scratch.queries,
                     tokens: self.positions.len(),
-                    spans: within.then_some(&scratch.spans[..]),
+                    spans: within.then_some(&spans[..]),
                     out: &mut *logits,
                 },
                 workspace,
             )?;
         }
-        for (table, spans) in tables.iter().zip(&scratch.spans) {
-            // A row's β is read with its key.
-            let scored = if within { spans.rows() } else { table.rows() };
-            report.bytes += scored * size_of::<f32>();
+        // A row's β is read with its key.
+        report.bytes += all * size_of::<f32>();
+        for (table, spans) in tables.iter().zip(spans) {
             report.bytes += store::side_bytes_read(table, Side::Key, within.then_some(spans));
         }
         let mut left = &mut *logits;
-        let parts = tables.iter().map(|table| {
-            let (part, behind) = std::mem::take(&mut left).split_at_mut(rows * table.rows());
-            left = behind;
-            part
-        });
+        let parts = (0..tables.len()).map(|h| take(&mut left, rows * scored(h)));
         let (corrections, zone) = (&scratch.corrections, &scratch.zone);
         // Units have an entry each, or more, so a budget bounds their number; a threshold bounds none, and a tail that covers
         // the best of the others ranks these too.
@@ -262,7 +326,7 @@ impl<'a> Reader<'a> {
         self.each(
             rankings.iter_mut().zip(parts).zip(0..),
             |((ranking, logits), h): ((&mut Ranking, &mut [f32]), _)| {
-                let units = tables[h].rows();
+                let units = scored(h);
                 if role == Role::Mean && units > 0 {
                     let corrections = corrections.get(h * rows..(h + 1) * rows).unwrap_or(&[]);
                     for (logits, correction) in logits.chunks_exact_mut(units).zip(corrections) {
@@ -275,7 +339,8 @@ impl<'a> Reader<'a> {
                     return ranking.set_weights(logits, zone);
                 }
                 let head = &self.index.heads()[h];
-                let size = |row| head.count_of(role, row);
+                let size =
+                    |row: usize| head.count_of(role, if within { looked[h][row] as usize } else { row });
                 let sizes: Option<&dyn Fn(usize) -> usize> = if rule.by_entry { Some(&size) } else { None };
                 ranking.set(logits, zone, (rule.group, rule.fold, most), sizes);
                 let first = head.outliers();
@@ -394,7 +459,7 @@ impl<'a> Reader<'a> {
             (_, _, Some((thresholds, calibration)), _) => {
                 let most = (self.budget as f64 * calibration.cap) as usize;
                 let budget = most.saturating_sub(units.zone(self.heads[h].rows()));
-                let threshold = thresholds.unit * self.rows() as f32;
+                let threshold = thresholds.unit * self.unison();
                 best(ranking.scores(), (threshold, usize::MAX), fresh);
                 if fresh.iter().map(|&unit| count(unit as usize)).sum::<usize>() <= budget {
                     chosen.extend_from_slice(fresh);

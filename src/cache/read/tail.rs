@@ -52,8 +52,7 @@ impl Reader<'_> {
         let Some(table) = self.retrieval.table(Role::Mean) else { return Ok(()) };
         let (rows, d_v, tables) = (self.rows(), self.shape.d_v, self.index.table(table));
         // What ranked this step's choice tells of all units, unless it looked into some groups of them only.
-        let groups = self.thresholds.is_some() && self.retrieval.table(Role::Group).is_some();
-        let own = scratch.ranked && table == 0 && !groups;
+        let own = scratch.ranked && table == 0 && self.groups().is_none();
         if !own {
             scratch.zone.clear();
             scratch.zone.resize(lse.len(), f32::NEG_INFINITY);
@@ -178,15 +177,16 @@ impl Reader<'_> {
     pub(super) fn account(&self, scratch: &mut PartScratch, lse: &[f32], report: &mut ReadReport) {
         let rule = &self.retrieval.rule;
         let roles = self.retrieval.summary.tables();
-        let PartScratch { rankings, bounds, refined, chosen, zone, shares, .. } = scratch;
+        let PartScratch { rankings, bounds, refined, chosen, taken, zone, shares, .. } = scratch;
         // Groups that were not looked into weigh what they weigh.
-        let groups = self.thresholds.is_some() && self.retrieval.table(Role::Group).is_some();
+        let groups = self.groups().is_some();
         let beside = |row: usize| if groups { zone[row] } else { f32::NEG_INFINITY };
         // A tail that covers a part of the units knows of that part only.
         let estimates = matches!(roles[0].role, Role::Mean | Role::Code(_));
         if estimates && (rule.tail == Tail::Ignore || rule.estimate < 1.0) {
             let choice = |h: usize| match self.retrieval.residuals() {
                 Some(_) => (&refined[h].ranking, &*refined[h].taken),
+                None if groups => (&rankings[h], &*taken[h]),
                 None => (&rankings[h], &*chosen[h]),
             };
             self.shares(choice, |row| (lse[row], beside(row)), |_, _| 0.0, shares);

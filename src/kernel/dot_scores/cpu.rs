@@ -94,8 +94,8 @@ impl Heads<'_> {
         let at = self.heads.len() / 2;
         let (heads, rest) = self.heads.split_at(at);
         let (queries, rest_queries) = self.queries.split_at(at * context.rows * context.params.d_k);
-        let out = take(&mut self.out, context.rows * heads.iter().map(HeadRows::rows).sum::<usize>());
-        let left = Heads { context, heads, queries, spans: self.spans.map(|s| &s[..at]), out };
+        let mut left = Heads { context, heads, queries, spans: self.spans.map(|s| &s[..at]), out: &mut [] };
+        left.out = take(&mut self.out, context.rows * left.chosen());
         let right = Heads { heads: rest, queries: rest_queries, spans: self.spans.map(|s| &s[at..]), ..self };
         let weights = (left.chosen() + 1, right.chosen() + 1);
         both(lent, weights, |lent| left.spread(lent), |lent| right.spread(lent));
@@ -110,14 +110,15 @@ struct Blocks<'a> {
     spans: &'a [Span],
     /// Query rows of a block, but for the last one.
     block: usize,
-    /// `[query rows, entries]`.
+    /// `[query rows, chosen entries]`.
     out: &'a mut [f32],
 }
 
 impl Blocks<'_> {
     fn spread(mut self, lent: Lent<'_>) {
-        let (d_k, entries) = (self.context.params.d_k, self.head.rows());
+        let d_k = self.context.params.d_k;
         let rows = self.queries.len() / d_k;
+        let entries = self.out.len() / rows;
         if rows <= self.block {
             let out = self.out;
             let mut lines = out.chunks_exact_mut(entries.max(1));
@@ -127,7 +128,7 @@ impl Blocks<'_> {
                 queries: self.queries,
                 spans: self.spans,
                 pages: 0..page_count(self.head),
-                slots: 0..entries,
+                slots: 0..self.head.rows(),
                 out: std::array::from_fn(|_| lines.next().unwrap_or_default()),
             };
             return strip.spread(lent);
@@ -151,7 +152,7 @@ struct Strip<'a> {
     pages: Range<usize>,
     /// Of the pages.
     slots: Range<usize>,
-    /// Of each query row, the entries of the pages.
+    /// Of each query row, the chosen entries of the pages.
     out: [&'a mut [f32]; BLOCK],
 }
 
@@ -189,14 +190,16 @@ impl Strip<'_> {
         };
         let page = page_of(self.head, middle).clamp(self.pages.start + 1, self.pages.end - 1);
         let slot = first_slot(self.head, page);
-        let (rows, len) = (self.rows(), slot - self.slots.start);
-        let left = Strip {
+        let rows = self.rows();
+        let mut left = Strip {
             spans: &self.spans[..self.spans.partition_point(|s| s.slots().start < slot)],
             pages: self.pages.start..page,
             slots: self.slots.start..slot,
-            out: std::array::from_fn(|r| if r < rows { take(&mut self.out[r], len) } else { &mut [] }),
+            out: [(); BLOCK].map(|()| &mut [][..]),
             ..self
         };
+        let len = left.chosen();
+        left.out.iter_mut().zip(&mut self.out).take(rows).for_each(|(left, all)| *left = take(all, len));
         let right = Strip {
             spans: &self.spans[self.spans.partition_point(|s| s.slots().end <= slot)..],
             pages: page..self.pages.end,
@@ -212,21 +215,22 @@ impl Strip<'_> {
         let Scratch { mut score, rotation, digits } = Scratch::cut(memory, params);
         let block = QueryBlock::new(self.queries, params.d_k, &[], 0..rows, self.head, rotation)
             .with_digits(simd, params.d_k, self.head, digits);
-        if self.chosen() < self.slots.len() {
-            self.out[..rows].iter_mut().for_each(|out| out.fill(f32::NEG_INFINITY));
-        }
+        let mut scored = 0;
         let mut tiles = chosen_tiles(self.head, self.pages.clone(), self.spans).peekable();
         while let Some((tile, spans)) = tiles.next() {
             let ahead = tiles.peek().map_or(Ahead::NONE, |(next, _)| next.ahead(Side::Key));
             block.dots(simd, &tile, &mut score, &mut false, ahead);
             let (bias, slots) = (padded_bias(&tile), tile.slot()..tile.slot() + tile.len);
+            let first = scored;
             for (r, out) in self.out[..rows].iter_mut().enumerate() {
+                scored = first;
                 let x = &mut score.scores[r * TILE..][..tile.len.next_multiple_of(S::f32s::LEN)];
                 unmasked(simd, params, bias.as_ref(), x);
                 for &span in spans {
                     let run = span.within(&slots);
                     let x = &x[run.start - slots.start..run.end - slots.start];
-                    out[run.start - self.slots.start..][..x.len()].copy_from_slice(x);
+                    out[scored..scored + x.len()].copy_from_slice(x);
+                    scored += x.len();
                 }
             }
         }

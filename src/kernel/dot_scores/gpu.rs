@@ -1,7 +1,6 @@
 //! Logits on the device: one thread per chosen entry, for all query rows of its KV head.
 //!
-//! Only chosen entries have a place in the result that comes back; the others get their −∞ on the host, so the lowest
-//! finite number, which stands for it on the device, is never seen. *Helps* the lower levels of a hierarchy, which ask
+//! Only chosen entries have a place in the result. *Helps* the lower levels of a hierarchy, which ask
 //! for little of much. *Hurts* spans of single entries: each keeps a workgroup.
 
 use super::{DotArgs, NAME};
@@ -11,6 +10,7 @@ use crate::error::KernelError;
 use crate::kernel::attend::Share;
 use crate::kernel::attend::gpu::{self as attend, Params, Tile, Unit, Uploaded};
 use crate::kernel::attention_mass::gpu::{CHUNK, Chunk, batches};
+use crate::kernel::simd::take;
 use crate::kernel::{AttentionParams, Span, Spans};
 use std::collections::BTreeMap;
 
@@ -38,30 +38,10 @@ pub(crate) fn run(
         let scores = record(&mut call, &params, batch, &tiles, &uploaded, spans)?;
         call.read(&scores);
         let back = call.finish()?;
-        let mut scores = back.floats(0);
-        for unit in batch {
-            for _ in 0..unit.rows(&params) {
-                let (line, rest) = std::mem::take(&mut out).split_at_mut(unit.head.rows());
-                let (scored, behind) = scores.split_at(chosen(unit));
-                match spans {
-                    Some(spans) => scatter(spans[unit.index].spans(), scored, line),
-                    None => line.copy_from_slice(scored),
-                }
-                (out, scores) = (rest, behind);
-            }
-        }
+        let scored = take(&mut out, batch.iter().map(|unit| unit.rows(&params) * chosen(unit)).sum());
+        scored.copy_from_slice(&back.floats(0)[..scored.len()]);
     }
     Ok(())
-}
-
-/// Scores of the slots of `spans` to where these are, −∞ between.
-fn scatter(spans: &[Span], mut scored: &[f32], line: &mut [f32]) {
-    line.fill(f32::NEG_INFINITY);
-    for span in spans {
-        let (run, rest) = scored.split_at(span.len());
-        line[span.slots()].copy_from_slice(run);
-        scored = rest;
-    }
 }
 
 /// Records the scores of the units: for each in turn `[G, T, chosen]`.

@@ -6,14 +6,15 @@
 //! `x[h,i,j] = cap(scale · q[h,i]·k[j]) + β[j]`. There is no mask: every query sees every row, whatever its position,
 //! because what is summarised lies before the query. Sink logits play no part.
 //!
-//! With [`DotArgs::spans`] only the rows named there are scored, the others get `−∞`: the lower levels of a hierarchy.
+//! With [`DotArgs::spans`] only the rows named there are scored, and the result holds no others: the lower levels of a
+//! hierarchy ask for few of many, and what follows must not grow with the many.
 
 pub mod cpu;
 #[cfg(feature = "gpu")]
 pub mod gpu;
 pub mod reference;
 
-use super::{AttentionParams, Spans, expect_len, total_rows};
+use super::{AttentionParams, Spans, expect_len};
 use crate::device::HeadRows;
 use crate::error::KernelError;
 
@@ -31,11 +32,16 @@ pub struct DotArgs<'a> {
     pub tokens: usize,
     /// Of each KV head, the only rows to score; `None` scores all.
     pub spans: Option<&'a [Spans]>,
-    /// Overwritten: for each KV head in turn `[G, T, rows]`.
+    /// Overwritten: for each KV head in turn `[G, T, rows]`, those of spans in their order.
     pub out: &'a mut [f32],
 }
 
 impl DotArgs<'_> {
+    /// Rows of a KV head to score.
+    pub fn rows(&self, head: usize) -> usize {
+        self.spans.map_or_else(|| self.heads[head].rows(), |spans| spans[head].rows())
+    }
+
     /// Checks every buffer against the contract.
     ///
     /// # Errors
@@ -46,6 +52,7 @@ impl DotArgs<'_> {
         if let Some(spans) = self.spans {
             Spans::validate(NAME, spans, self.heads)?;
         }
-        expect_len(NAME, "out", self.out.len(), params.group * self.tokens * total_rows(self.heads))
+        let rows: usize = (0..self.heads.len()).map(|h| self.rows(h)).sum();
+        expect_len(NAME, "out", self.out.len(), params.group * self.tokens * rows)
     }
 }

@@ -162,16 +162,23 @@ impl Stored {
         })
     }
 
-    /// Compares `[G, T, rows]` logits per head.
-    fn compare_dots(&self, lane: usize, got: &[f32], want: &[f32]) -> Result<f64, Failure> {
+    /// Compares `[G, T, rows]` logits per head, of the rows that were asked for.
+    fn compare_dots(
+        &self,
+        lane: usize,
+        spans: Option<&[Spans]>,
+        got: &[f32],
+        want: &[f32],
+    ) -> Result<f64, Failure> {
         let per_head = self.case.group * self.case.lanes[lane].tokens;
         let (mut worst, mut start) = (0.0f64, 0);
         for (h, head) in self.ours[lane].iter().enumerate() {
-            let len = per_head * head.rows();
+            let rows = spans.map_or_else(|| head.rows(), |spans| spans[h].rows());
+            let len = per_head * rows;
             if len > 0 {
                 let (got, want) = (&got[start..start + len], &want[start..start + len]);
                 let what = format!("head {h} scores");
-                let share = self.compare_each(lane, &what, head.rows(), got, want, |row, w| {
+                let share = self.compare_each(lane, &what, rows, got, want, |row, w| {
                     let size = if w.is_finite() { f64::from(w.abs()) } else { 0.0 };
                     self.logit_error(lane, h * per_head + row) + f64::from(f32::EPSILON) * size
                 })?;
@@ -486,13 +493,13 @@ pub fn dot_scores(backend: &dyn Backend, effort: Effort) -> KernelReport {
                 for spans in some_spans(i as u64, heads) {
                     let spans = spans.as_deref();
                     let mut run = |on: &dyn Backend, heads| {
-                        let mut out = dot_output(&stored, lane);
+                        let mut out = dot_output(&stored, lane, spans);
                         let mut args = dot_args(&stored, heads, lane, spans, &mut out);
                         on.dot_scores(&params, &mut args, &mut workspace).map(|()| out)
                     };
                     let want = run(&stored.reference, &stored.ours[lane])?;
                     let got = run(backend, heads)?;
-                    worst = worst.max(stored.compare_dots(lane, &got, &want)?);
+                    worst = worst.max(stored.compare_dots(lane, spans, &got, &want)?);
                     expect_same_bits("scores", &got, &run(backend, heads)?)?;
                 }
             }
@@ -510,7 +517,7 @@ pub fn dot_scores(backend: &dyn Backend, effort: Effort) -> KernelReport {
                 3 => spans[1].push(heads[1].rows()..heads[1].rows() + 1),
                 _ => {}
             }
-            let mut out = dot_output(&stored, 0);
+            let mut out = dot_output(&stored, 0, Some(&spans[..]));
             out.resize(out.len() + usize::from(i == 1), 0.0);
             let mut args = dot_args(&stored, heads, 0, Some(&spans), &mut out);
             args.queries = &args.queries[usize::from(i == 0)..];
@@ -545,9 +552,11 @@ pub(super) fn some_spans(seed: u64, heads: &[HeadRows]) -> [Option<Vec<Spans>>; 
     [None, Some(runs), Some(other)]
 }
 
-fn dot_output(stored: &Stored, lane: usize) -> Vec<f32> {
+fn dot_output(stored: &Stored, lane: usize, spans: Option<&[Spans]>) -> Vec<f32> {
     let spec = &stored.case.lanes[lane];
-    poisoned(stored.case.group * spec.tokens * spec.cache.rows().iter().sum::<usize>())
+    let all = || spec.cache.rows().iter().sum();
+    let rows: usize = spans.map_or_else(all, |spans| spans.iter().map(Spans::rows).sum());
+    poisoned(stored.case.group * spec.tokens * rows)
 }
 
 fn dot_args<'a>(

@@ -55,8 +55,13 @@ fn recipes() -> Vec<String> {
             ("clusterkv", "size=10,segment=300,update=16,rounds=5,recent=20,dense=0"),
             ("retroinfer", "size=8,segment=64,update=16,recent=20"),
             ("squeezed", "size=6,segment=64,update=16,recent=20,window=30,cap=1.5"),
-            ("squeezed", "size=4,segment=128,update=16,recent=20,levels=2,fan=4,widen=2,cap=2"),
+            ("squeezed", "size=4,segment=128,update=16,recent=20,levels=2,fan=4,widen=2,cap=2,coarse=as"),
+            (
+                "squeezed",
+                "size=4,segment=128,update=16,recent=20,levels=2,fan=4,widen=3,cap=2,group=max,coarse=as",
+            ),
         ] {
+            let own = own.replace("coarse=as", &format!("coarse={store}"));
             recipes.push(format!("{name}({own},store={store},min_context=0)"));
         }
     }
@@ -585,31 +590,33 @@ fn a_million_rows_never_miss_more_than_was_certified() {
 #[test]
 fn thresholds_make_all_heads_together_read_the_budget() {
     for backend in backends() {
-        let recipe = "squeezed(size=6,segment=128,update=16,recent=20,window=30,levels=2,fan=4,widen=2,store=f32,min_context=0)";
+        let recipe = "squeezed(size=6,segment=128,update=16,recent=20,window=30,levels=2,fan=4,widen=2,store=f32,coarse=f32,min_context=0)";
         let (cache, id) = prompted(recipe, &backend, &[200, PROMPT - 200]);
         let window: Vec<(u64, i32)> = (PROMPT - 30..PROMPT).map(|t| (t, t as i32)).collect();
-        // Weight per entry, and entries, of every unit and group of both layers.
-        let (mut units_of, mut groups_of, mut wanted, mut covered) = (Vec::new(), Vec::new(), 0, 0);
+        // Weight per entry, and entries, of every group and unit of both layers in every step of the window.
+        let (mut groups_of, mut units_of, mut wanted, mut covered) = (Vec::new(), Vec::new(), 0, 0);
+        let got = cache.thresholds(id).unwrap().unwrap();
         for (layer, head) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
             let (all, units) = (entries(&cache, id, layer, head), units(&cache, id, layer, head));
             let naive = naive((&cache, id), (layer, head), &all, &units);
-            let rows = queries(&naive.shape, layer, head, &window);
-            let rows: Vec<Row> = rows.iter().map(|(query, at)| naive.row(query, *at)).collect();
-            let weight = |logits: &dyn Fn(&Row) -> Vec<f64>, at: usize| {
-                let share =
-                    |row: &Row| logits(row)[at].exp() / logits(row).iter().map(|x| x.exp()).sum::<f64>();
-                rows.iter().map(share).sum::<f64>() / rows.len() as f64
-            };
-            for (u, unit) in units.iter().enumerate() {
-                units_of.push((weight(&|row| row.units.clone(), u) / unit.len() as f64, unit.len()));
+            for step in &window {
+                let rows = queries(&naive.shape, layer, head, std::slice::from_ref(step));
+                let rows: Vec<Row> = rows.iter().map(|(query, at)| naive.row(query, *at)).collect();
+                for (g, group) in naive.groups.iter().enumerate() {
+                    let members = units[group.clone()].concat().len();
+                    let share =
+                        |row: &Row| row.groups[g].exp() / row.groups.iter().map(|x| x.exp()).sum::<f64>();
+                    let weight = rows.iter().map(share).sum::<f64>() / rows.len() as f64;
+                    groups_of.push((weight / members as f64, members));
+                }
+                // Units in groups that are looked into, as a step weighs them.
+                for (score, unit) in naive.ranking(&rows) {
+                    units_of.push((score.exp() / rows.len() as f64, units[unit.start].len()));
+                }
             }
             assert_eq!(naive.groups.iter().map(ExactSizeIterator::len).sum::<usize>(), units.len());
-            for (g, group) in naive.groups.iter().enumerate() {
-                let members = units[group.clone()].concat().len();
-                groups_of.push((weight(&|row| row.groups.clone(), g) / members as f64, members));
-            }
-            wanted += BUDGET - (all.len() - naive.covered());
-            covered += naive.covered();
+            wanted += window.len() * (BUDGET - (all.len() - naive.covered()));
+            covered += window.len() * naive.covered();
         }
         let cut = |mut rows: Vec<(f64, usize)>, mut left: usize| {
             rows.sort_by(|a, b| b.0.total_cmp(&a.0));
@@ -623,7 +630,6 @@ fn thresholds_make_all_heads_together_read_the_budget() {
             }
             least
         };
-        let got = cache.thresholds(id).unwrap().unwrap();
         let want = (cut(units_of, wanted), cut(groups_of, (2 * wanted).min(covered)));
         assert!((f64::from(got.unit) / want.0 - 1.0).abs() < 1e-3, "{got:?}, should be {want:?}");
         assert!((f64::from(got.group) / want.1 - 1.0).abs() < 1e-3, "{got:?}, should be {want:?}");

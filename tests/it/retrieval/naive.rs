@@ -109,17 +109,25 @@ impl Naive<'_> {
         Row { entries: entries.collect(), units: units.collect(), groups: groups.collect() }
     }
 
+    /// The score of a unit whose weight is 1 in every row.
+    fn unison(&self, rows: &[Row]) -> f64 {
+        if self.rule.group == Group::Max { 1.0 } else { rows.len() as f64 }
+    }
+
     /// Of every unit, whether its group is looked into.
     pub fn looked_into(&self, rows: &[Row]) -> Vec<bool> {
         let Some(thresholds) = self.thresholds else { return vec![true; self.units.len()] };
         let mut passes = vec![true; self.units.len()];
         for (g, group) in self.groups.iter().enumerate() {
             let members = self.units[group.clone()].concat().len() as f64;
-            let weight: f64 = rows
+            let weights = rows
                 .iter()
-                .map(|row| row.groups[g].exp() / row.groups.iter().map(|x| x.exp()).sum::<f64>() / members)
-                .sum();
-            passes[group.clone()].fill(weight >= f64::from(thresholds.group) * rows.len() as f64);
+                .map(|row| row.groups[g].exp() / row.groups.iter().map(|x| x.exp()).sum::<f64>() / members);
+            let weight = match self.rule.group {
+                Group::Max => weights.fold(0.0, f64::max),
+                _ => weights.sum(),
+            };
+            passes[group.clone()].fill(weight >= f64::from(thresholds.group) * self.unison(rows));
         }
         passes
     }
@@ -211,7 +219,7 @@ impl Naive<'_> {
         let cap = self.rule.calibration.filter(|_| self.thresholds.is_some()).map_or(1.0, |c| c.cap);
         let budget = (BUDGET as f64 * cap) as usize;
         let mut left = budget.saturating_sub(self.entries.len() - self.covered());
-        let least = self.thresholds.map(|t| (f64::from(t.unit) * rows.len() as f64).ln());
+        let least = self.thresholds.map(|t| (f64::from(t.unit) * self.unison(rows)).ln());
         let looked = self.looked_into(rows);
         let mut chosen = Vec::new();
         let mut others: Vec<usize> = Vec::new();
