@@ -19,7 +19,7 @@ use crate::kernel::simd::gemm::PAD;
 use crate::kernel::simd::prefetch::Ahead;
 use crate::kernel::simd::tile::{
     BLOCK, QueryBlock, ScoreScratch, TILE, Tile, digits_len, first_slot, padded_bias, page_count, page_of,
-    rotation_len, tiles, unmasked,
+    request_page, rotation_len, tiles, unmasked,
 };
 use crate::kernel::simd::{Exec, Lent, both, dispatch, take};
 use crate::kernel::{AttentionParams, Span, Spans};
@@ -28,6 +28,9 @@ use std::ops::Range;
 
 /// Fewest chosen entries that are cut in two: reading fewer takes no longer than waking a thread.
 const STRIP_MIN: usize = 512;
+
+/// How many spans ahead the description of a page is requested.
+const SPANS_AHEAD: usize = 8;
 
 /// See [`super`].
 ///
@@ -218,7 +221,11 @@ impl Strip<'_> {
         let mut scored = 0;
         let mut tiles = chosen_tiles(self.head, self.pages.clone(), self.spans).peekable();
         while let Some((tile, spans)) = tiles.next() {
-            let ahead = tiles.peek().map_or(Ahead::NONE, |(next, _)| next.ahead(Side::Key));
+            let next = tiles.peek().map(|(next, _)| next);
+            if let Some(next) = next {
+                next.request_bias();
+            }
+            let ahead = next.map_or(Ahead::NONE, |next| next.ahead(Side::Key));
             block.dots(simd, &tile, &mut score, &mut false, ahead);
             let (bias, slots) = (padded_bias(&tile), tile.slot()..tile.slot() + tile.len);
             let first = scored;
@@ -246,7 +253,10 @@ fn chosen_tiles<'a>(
 ) -> impl Iterator<Item = (Tile<'a>, &'a [Span])> {
     // Other pages are not looked at: where one lies is a cache miss of its own.
     let mut next = pages.start;
-    let met = spans.iter().flat_map(move |span| {
+    let met = spans.iter().enumerate().flat_map(move |(i, span)| {
+        if let Some(later) = spans.get(i + SPANS_AHEAD) {
+            request_page(head, later.start as usize);
+        }
         let first = page_of(head, span.start as usize).clamp(next, pages.end);
         let last = (span.end as usize).saturating_sub(1);
         next = (page_of(head, last) + 1).clamp(first, pages.end);

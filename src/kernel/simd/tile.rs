@@ -15,12 +15,12 @@ use super::dots;
 use super::gemm::{self, Lines, Matrix, PAD};
 use super::integer;
 use super::math::{soft_cap, sum};
-use super::prefetch::Ahead;
+use super::prefetch::{Ahead, request};
 use super::turn::transpose_keys;
 use super::unpack::{self, UnpackScratch, Weighed};
 use super::widen::{Element, widen};
 use crate::device::encoding::{PackedRows, rotate};
-use crate::device::page::{PageLayout, PageRef, Rows, Side};
+use crate::device::page::{Page, PageLayout, PageRef, Rows, Side};
 use crate::device::{HeadRows, Segment};
 use crate::kernel::AttentionParams;
 use bytemuck::cast_slice;
@@ -79,6 +79,16 @@ pub(crate) fn page_of(head: &HeadRows, slot: usize) -> usize {
     pages
 }
 
+/// Requests the description of the page that holds a slot, without which nothing in it can be.
+pub(crate) fn request_page(head: &HeadRows, slot: usize) {
+    let page = page_of(head, slot);
+    if let Some(PageRef { page, .. }) = pages_in(head, page..page + 1).next() {
+        // It is longer than a line.
+        request::<Page>(page);
+        request(&page.columns);
+    }
+}
+
 /// Up to [`TILE`] entries of one page, or copies of as many.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tile<'a> {
@@ -122,6 +132,13 @@ impl<'a> Tile<'a> {
     /// Slot of the first entry within the head.
     pub(crate) fn slot(&self) -> usize {
         self.slot
+    }
+
+    /// Requests the entries' β.
+    #[inline(always)]
+    pub(crate) fn request_bias(&self) {
+        let lines = self.bias.unwrap_or_default().chunks(64 / size_of::<f32>());
+        lines.for_each(|line| request(&line[0]));
     }
 
     /// How many of the first entries have no value to be read: whole fours, as packed values lie.
