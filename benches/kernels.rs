@@ -212,9 +212,9 @@ fn dot_scores(c: &mut Criterion) {
             let params = params(g, 128);
             let call = Call::new(&heads, &params, 1);
             let (mut out, mut w) = (vec![0.0; g * HEADS * ROWS], Workspace::default());
-            let mut run = |spans| {
+            let mut run = |spans: Option<&[Spans]>| {
                 let (heads, queries) = (&heads, &call.queries);
-                let rows = spans.map_or(HEADS * ROWS, |spans: &[Spans]| spans.iter().map(Spans::rows).sum());
+                let rows = spans.map_or(HEADS * ROWS, |spans| spans.iter().map(Spans::rows).sum());
                 let out = &mut out[..g * rows];
                 cpu.dot_scores(&params, &mut DotArgs { heads, queries, tokens: 1, spans, out }, &mut w)
                     .unwrap();

@@ -490,7 +490,7 @@ fn an_index_takes_the_bytes_that_its_page_states() {
         ("a2ats(levels=256,train=2048,rounds=1)", 4.0 + 4.0, 4 * ((256 + 1) * d + 256)),
         (
             "squeezed(levels=2,segment=1024,rounds=1)",
-            (4 * d + 8) as f64 / 20.0 + (2 * d + 4 + 8) as f64 / 100.0 + 4.0,
+            (4 * d + 8) as f64 / 20.0 + (d + 4 + 4 + 8) as f64 / 100.0 + 4.0,
             0,
         ),
         ("auto(pieces=0,rounds=1,segment=1024)", (2.0 * int4(d) + 8.0) / 16.0 + 4.0, 4 * d * d),
