@@ -2,7 +2,7 @@
 //! together read their budget, on average over the last queries.
 //!
 //! Every query counts for itself, as in a decode step. A threshold among weights that are averaged over the queries first
-//! would suit a question of as many tokens: those of one query differ more, and more of them lie above it.
+//! would suit a question of as many tokens: those of one query differ more, so that more of them lie above it, or fewer.
 //!
 //! *Helps* because attention is spread in some heads and pointed in others, which no budget per head knows. *Hurts* if
 //! what is asked later is not like what the prompt ended with; the recipe's `cap` bounds what that can cost.
