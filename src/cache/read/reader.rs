@@ -51,8 +51,8 @@ pub(super) struct Reader<'a> {
 type LookedUp<'a> =
     (((((&'a Ranking, &'a mut Spans), &'a mut Vec<u32>), &'a mut [f32]), &'a HeadUnits), &'a mut Vec<u32>);
 
-/// The ranking of a KV head, units taken now, and all that are chosen; as the ranking counts these, and its units.
-type Taking<'a> = ((((&'a mut Ranking, &'a mut Vec<u32>), &'a mut Vec<u32>), &'a mut Vec<u32>), &'a [u32]);
+/// The ranking of a KV head, units taken now, all that are chosen, and these as the ranking counts them.
+type Taking<'a> = (((&'a mut Ranking, &'a mut Vec<u32>), &'a mut Vec<u32>), &'a mut Vec<u32>);
 
 impl<'a> Reader<'a> {
     /// Attention over what the index chooses into `out [Hq, T, d_v]` and `lse [Hq, T]`; the choice stays in
@@ -190,33 +190,18 @@ impl<'a> Reader<'a> {
                 self.each(taking, |(((refined, fresh), chosen), h): (((&mut Refined, _), _), usize)| {
                     self.take_refined(h, first, known(h), refined, fresh, chosen);
                 });
-            } else if groups.is_some() {
-                let taking = rankings.iter_mut().zip(fresh).zip(&mut *chosen).zip(taken);
-                let taking = taking.zip(looked.iter().map(|looked| &looked[..])).zip(0..);
-                self.each(
-                    taking,
-                    |(((((ranking, fresh), chosen), taken), looked), h): (Taking<'_>, usize)| {
-                        let units = &self.index.heads()[h];
-                        let count = |place: usize| units.count(looked[place] as usize);
-                        taken.clear();
-                        self.take(h, first, known(h), (ranking, bounds.get(h)), count, (fresh, taken));
-                        // A threshold is asked once.
-                        chosen.clear();
-                        chosen.extend(taken.iter().map(|&place| looked[place as usize]));
-                    },
-                );
             } else {
-                let taking = rankings.iter_mut().zip(fresh).zip(&mut *chosen).zip(0..);
-                self.each(taking, |(((ranking, fresh), chosen), h): (((&mut Ranking, _), _), usize)| {
+                let taking = rankings.iter_mut().zip(fresh).zip(&mut *chosen).zip(taken).zip(0..);
+                self.each(taking, |((((ranking, fresh), chosen), taken), h): (Taking<'_>, usize)| {
                     let units = &self.index.heads()[h];
-                    self.take(
-                        h,
-                        first,
-                        known(h),
-                        (ranking, bounds.get(h)),
-                        |u| units.count(u),
-                        (fresh, chosen),
-                    );
+                    let names = groups.map(|_| &*looked[h]);
+                    let count = |unit: usize| units.count(names.map_or(unit, |names| names[unit] as usize));
+                    self.take(h, first, known(h), (ranking, bounds.get(h)), count, (fresh, chosen));
+                    // Once, because a threshold is asked once.
+                    if let Some(names) = names {
+                        taken.clone_from(chosen);
+                        chosen.iter_mut().for_each(|unit| *unit = names[*unit as usize]);
+                    }
                 });
             }
             let any = scratch.fresh.iter().any(|fresh| !fresh.is_empty());

@@ -19,7 +19,7 @@ use crate::kernel::simd::gemm::PAD;
 use crate::kernel::simd::prefetch::Ahead;
 use crate::kernel::simd::tile::{
     BLOCK, QueryBlock, ScoreScratch, TILE, Tile, digits_len, first_slot, padded_bias, page_count, page_of,
-    request_page, rotation_len, tiles, unmasked,
+    request_page_of, rotation_len, tiles, unmasked,
 };
 use crate::kernel::simd::{Exec, Lent, both, dispatch, take};
 use crate::kernel::{AttentionParams, Span, Spans};
@@ -255,7 +255,7 @@ fn chosen_tiles<'a>(
     let mut next = pages.start;
     let met = spans.iter().enumerate().flat_map(move |(i, span)| {
         if let Some(later) = spans.get(i + SPANS_AHEAD) {
-            request_page(head, later.start as usize);
+            request_page_of(head, later.start as usize);
         }
         let first = page_of(head, span.start as usize).clamp(next, pages.end);
         let last = (span.end as usize).saturating_sub(1);

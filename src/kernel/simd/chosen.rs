@@ -13,7 +13,7 @@
 
 use super::copies::{Copies, Stored, UNIT, Waiting};
 use super::prefetch::{Ahead, request};
-use super::tile::{TILE, Tile};
+use super::tile::{TILE, Tile, request_page};
 use crate::device::HeadRows;
 use crate::device::encoding::{BAND, PackedRows};
 use crate::device::page::{Page, Rows, Segment, Side};
@@ -216,10 +216,7 @@ impl<'a> Cursor<'a> {
             if let (Some(place), Some(later)) = (place, rest.get(PAGES_AHEAD))
                 && (later.start as usize) < place.end()
             {
-                // It is longer than a line.
-                let page = place.find(later.start as usize).0;
-                request(page);
-                request(&page.columns);
+                request_page(place.find(later.start as usize).0);
             }
         }
         true

@@ -79,13 +79,19 @@ pub(crate) fn page_of(head: &HeadRows, slot: usize) -> usize {
     pages
 }
 
-/// Requests the description of the page that holds a slot, without which nothing in it can be.
-pub(crate) fn request_page(head: &HeadRows, slot: usize) {
+/// Requests the description of a page, without which nothing in it can be.
+#[inline(always)]
+pub(super) fn request_page(page: &Page) {
+    // It is longer than a line.
+    request(page);
+    request(&page.columns);
+}
+
+/// The same of the page that holds a slot.
+pub(crate) fn request_page_of(head: &HeadRows, slot: usize) {
     let page = page_of(head, slot);
-    if let Some(PageRef { page, .. }) = pages_in(head, page..page + 1).next() {
-        // It is longer than a line.
-        request::<Page>(page);
-        request(&page.columns);
+    if let Some(found) = pages_in(head, page..page + 1).next() {
+        request_page(found.page);
     }
 }
 
