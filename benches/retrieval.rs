@@ -160,6 +160,20 @@ fn decode(c: &mut Criterion) {
     }
 }
 
+/// Beside everything, as many entries as `auto` needs for an error of 5 % on a real model's queries (`docs/benchmarks.md`), in
+/// thousandths of all.
+fn goal(c: &mut Criterion) {
+    let tokens = 128 << 10;
+    let mut group = c.benchmark_group(format!("retrieval/goal/n{tokens}"));
+    for (recipe, share) in [("full", 1000), ("auto", 26), ("auto(widen=6)", 22)] {
+        let mut built = None;
+        group.bench_function(format!("{share}/{recipe}"), |b| {
+            let steps = built.get_or_insert_with(|| Steps::new(recipe, tokens * share / 1000, (1, tokens)));
+            b.iter_custom(|times| (0..times).map(|_| steps.step()).sum());
+        });
+    }
+}
+
 /// The same budget whatever the length: what grows is the search. Several layers in turn, as a model's are, so that nothing of
 /// one layer is in a cache when it is its turn again, and more of them where the context is short, so that pages lie as far
 /// apart.
@@ -229,6 +243,6 @@ fn append(c: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(20).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(2));
-    targets = decode, fixed, append
+    targets = decode, goal, fixed, append
 }
 criterion_main!(benches);

@@ -45,7 +45,7 @@ pub struct Clusters {
 impl Clusters {
     /// Clusters whose means are stored as `encoding`.
     pub fn new(size: usize, encoding: Encoding) -> Self {
-        let tables = vec![Table { role: Role::Mean, encoding }];
+        let tables = vec![Table::new(Role::Mean, encoding)];
         Self {
             size,
             segment: 2048,
@@ -62,7 +62,7 @@ impl Clusters {
     /// The same with `fan` clusters to a group, whose means are stored as `encoding`.
     #[must_use]
     pub fn grouped(mut self, fan: usize, encoding: Encoding) -> Self {
-        self.tables.push(Table { role: Role::Group, encoding });
+        self.tables.push(Table::new(Role::Group, encoding));
         Self { fan, ..self }
     }
 

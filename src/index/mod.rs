@@ -43,7 +43,7 @@ pub use spread::Spread;
 pub use units::{Pages, stray};
 
 use crate::backend::Backend;
-use crate::device::encoding::Encoding;
+use crate::device::encoding::{Encoding, Format, Packing};
 use crate::error::{KernelError, RecipeError};
 use crate::geometry::{LayerShape, ModelShape};
 use crate::kernel::code_scores::CodeLayout;
@@ -129,6 +129,18 @@ pub struct Table {
 }
 
 impl Table {
+    /// A table whose rows are stored as `encoding`; means in four bits are rotated before, because one channel that is
+    /// large everywhere would leave the others of a row few of the sixteen steps. Bounds are of channels as they are.
+    pub const fn new(role: Role, encoding: Encoding) -> Self {
+        let encoding = match encoding {
+            Encoding::Packed(packing) if matches!(packing.format, Format::Int4) => {
+                Encoding::Packed(Packing { hadamard: matches!(role, Role::Mean | Role::Group), ..packing })
+            }
+            _ => encoding,
+        };
+        Self { role, encoding }
+    }
+
     /// How rows are stored until there are enough of them to be packed.
     pub fn waiting(&self) -> DType {
         self.encoding.exact().unwrap_or(DType::F16)

@@ -23,12 +23,12 @@ pub struct Pages {
 impl Pages {
     /// Pages with means.
     pub fn means(page: usize, encoding: Encoding) -> Self {
-        Self { page, step: page, tables: vec![Table { role: Role::Mean, encoding }], stray: false }
+        Self { page, step: page, tables: vec![Table::new(Role::Mean, encoding)], stray: false }
     }
 
     /// Pages with bounds.
     pub fn bounds(page: usize, encoding: Encoding) -> Self {
-        Self { page, step: page, tables: vec![Table { role: Role::Bound, encoding }], stray: false }
+        Self { page, step: page, tables: vec![Table::new(Role::Bound, encoding)], stray: false }
     }
 
     /// The same with means beside, stored alike.
@@ -44,7 +44,7 @@ impl Pages {
     }
 
     fn and(mut self, role: Role) -> Self {
-        self.tables.push(Table { role, encoding: self.tables[0].encoding });
+        self.tables.push(Table::new(role, self.tables[0].encoding));
         self
     }
 
