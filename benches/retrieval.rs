@@ -165,7 +165,7 @@ fn decode(c: &mut Criterion) {
 fn goal(c: &mut Criterion) {
     let tokens = 128 << 10;
     let mut group = c.benchmark_group(format!("retrieval/goal/n{tokens}"));
-    for (recipe, share) in [("full", 1000), ("auto", 26), ("auto(widen=6)", 22)] {
+    for (recipe, share) in [("full", 1000), ("auto", 26)] {
         let mut built = None;
         group.bench_function(format!("{share}/{recipe}"), |b| {
             let steps = built.get_or_insert_with(|| Steps::new(recipe, tokens * share / 1000, (1, tokens)));

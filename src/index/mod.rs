@@ -291,3 +291,23 @@ impl Retrieval {
         self.rule.sinks + self.rule.recent + self.summary.waiting()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn means_in_four_bits_are_rotated_and_nothing_else_is() {
+        let int4 = Encoding::Packed(Packing::new(Format::Int4));
+        let rotated = Encoding::Packed(Packing::new(Format::Int4).rotated());
+        for role in [Role::Mean, Role::Group] {
+            assert_eq!(Table::new(role, int4).encoding, rotated);
+        }
+        assert_eq!(Table::new(Role::Bound, int4).encoding, int4);
+        // Tables beside others take what these are stored as.
+        assert_eq!(Table::new(Role::Bound, rotated).encoding, int4);
+        for other in [Encoding::Packed(Packing::new(Format::Int8)), DType::F16.into()] {
+            assert_eq!(Table::new(Role::Mean, other).encoding, other);
+        }
+    }
+}
