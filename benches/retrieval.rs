@@ -161,11 +161,12 @@ fn decode(c: &mut Criterion) {
 }
 
 /// Beside everything, as many entries as `auto` needs for an error of 5 % on a real model's queries (`docs/benchmarks.md`), in
-/// thousandths of all.
+/// thousandths of all; larger clusters with about the same error.
 fn goal(c: &mut Criterion) {
     let tokens = 128 << 10;
     let mut group = c.benchmark_group(format!("retrieval/goal/n{tokens}"));
-    for (recipe, share) in [("full", 1000), ("auto", 26)] {
+    let larger = [("auto(size=24,widen=6)", 25), ("auto(size=32,widen=6)", 30)];
+    for (recipe, share) in [("full", 1000), ("auto", 26)].into_iter().chain(larger) {
         let mut built = None;
         group.bench_function(format!("{share}/{recipe}"), |b| {
             let steps = built.get_or_insert_with(|| Steps::new(recipe, tokens * share / 1000, (1, tokens)));
