@@ -47,10 +47,10 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// `n` entries for each KV head.
+    /// `n` entries for each KV head, in pages as a cache that evicts nothing holds them.
     pub(crate) fn build(cpu: &Cpu, format: usize, n: usize, d: usize) -> Result<Self> {
         let (label, k, v) = FORMATS[format];
-        let heads = CacheSpec::f32(SEED, d, &[n; KV_HEADS], PAGE).typed(k, v).build(cpu)?;
+        let heads = CacheSpec::f32(SEED, d, &[n; KV_HEADS], PAGE).typed(k, v).steady().build(cpu)?;
         Ok(Self { label, heads })
     }
 

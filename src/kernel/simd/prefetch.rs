@@ -3,7 +3,8 @@
 //! Decode reads every page once and computes little on it, and a page is shorter than what a hardware
 //! prefetcher needs to run at full speed across page ends. So while one tile is computed the next one is
 //! requested, evenly: a core has about two dozen requests in flight, and more at once would stop it until they are served,
-//! with none left for the time in which it computes. What is requested may lie in one piece, in equal pieces at equal
+//! with none left for the time in which it computes. It goes to the second cache level: a request into the first one holds
+//! one of its few line buffers for the whole way from memory, and loads wait for these. What is requested may lie in one piece, in equal pieces at equal
 //! distances (some rows of a packed band) or anywhere (lone rows). *Helps* contexts beyond the caches. *Hurts* nothing
 //! measurable within them: a request for a line that is there costs one load slot.
 
@@ -142,10 +143,10 @@ pub(crate) fn request<T>(value: &T) {
 fn line(byte: *const u8) {
     #[cfg(target_arch = "x86_64")]
     {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // Into all levels: what does not fit into the first one falls to the second.
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // Into the second level, see the module.
         // SAFETY: SSE is part of x86-64, and a prefetch reads nothing that the program could observe.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(byte.cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(byte.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = byte;
